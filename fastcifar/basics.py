@@ -15,7 +15,10 @@ import numpy as np
 # %% ../nbs/00_basics.ipynb #947c073f
 class FastcifarError(Exception):
     "Something a user can mend; its text is one line: what is wrong, where, and what to do"
-    def __init__(self, msg:str): super().__init__(' '.join(str(msg).split()))
+    def __init__(self, msg:str):
+        self.msg = ' '.join(str(msg).split())
+        super().__init__(self.msg)
+    def __str__(self): return self.msg # fastai rewrites `args` of what is raised inside a callback
 
 # %% ../nbs/00_basics.ipynb #99e4ae55
 def check_name(

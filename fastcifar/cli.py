@@ -19,12 +19,10 @@ def _data(args): return args.data or os.environ.get('FASTCIFAR_DATA') or 'cifar1
 def train_command(args) -> dict:
     "Train a net into a run folder, or continue the run that is in it"
     import matplotlib; matplotlib.use('agg')
-    from pathlib import Path
-    from fastcifar.runs import Config, run_config, train_run
+    from fastcifar.runs import Config, data_place, run_config, train_run
     if args.resume:
-        from fastcifar.basics import read_json
         c, args.out = run_config(args.resume), args.resume
-        c.data = args.data or read_json(Path(args.resume)/'environment.json').get('data', c.data)
+        c.data = args.data or data_place(args.resume)
     else:
         c = Config(data=_data(args), model=args.model, norm=args.norm, epochs=args.epochs, bs=args.bs, lr_max=args.lr_max, lr_min=args.lr_min, wd=args.wd, policy=args.policy,
                    seed=args.seed, valid=args.valid, precision=args.precision, convert=args.convert)
@@ -54,18 +52,13 @@ def evaluate_command(args) -> dict:
     "Predict the test split with a finished run and print accuracy, classes and confusions"
     import matplotlib; matplotlib.use('agg')
     from fastcifar.runs import evaluate_run
-    i = evaluate_run(args.run, args.data or os.environ.get('FASTCIFAR_DATA') if args.data or not _named(args.run) else None, args.device)
+    i = evaluate_run(args.run, args.data, args.device)
     say, classes = _say(args), i.class_accuracy()
     say(f'test accuracy {i.accuracy:.2%} ({int(classes.right.sum()):,} of {len(i.targs):,} images), loss {i.loss:.4f}\n')
     say(classes.to_string(formatters={'accuracy': '{:.2%}'.format}))
     confused = [(a, b, int(n)) for a, b, n in i.most_confused(1)[:5]]
     say('\nmost confused (actual, predicted, times): ' + ', '.join(f'{a} -> {b} {n}' for a, b, n in confused))
     return dict(test_accuracy=i.accuracy, test_loss=i.loss, test_images=len(i.targs), class_accuracy=classes.accuracy.to_dict(), most_confused=confused)
-
-def _named(run):
-    "Was this run's data one of the named sets, which need no path?"
-    from fastcifar.runs import run_config
-    return run_config(run).data in ('digits', 'cifar10', 'cifar100')
 
 def predict_command(args) -> list:
     "Classify image files with a finished run or a saved net"

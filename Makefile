@@ -1,0 +1,55 @@
+# The two commands that do everything on a fresh machine with Python 3.11 or later: `make demo` and `make test`.
+PYTHON ?= python3
+BIN = .venv/bin
+LATEST = .venv-latest/bin
+export NO_ALBUMENTATIONS_UPDATE = 1
+say = @printf '\n== %s\n'
+
+.PHONY: help demo test test-latest test-wheel readme clean
+help:
+	@echo 'make demo         set up .venv, train on the embedded digits (offline), print accuracy and run folder'
+	@echo 'make test         set up .venv, check the export, run every notebook and the tests'
+	@echo 'make test-latest  the tests with the newest fastai 2.8, fastcore and torch'
+	@echo 'make test-wheel   build the wheel, install it into an empty environment, run the demo there'
+	@echo 'make readme       write README.md from nbs/index.ipynb'
+
+.venv/installed: constraints.txt setup.cfg settings.ini
+	$(say) 'making .venv and installing the locked packages (some minutes, 6 GB)'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastcifar needs Python 3.11 or later, this is %s: make PYTHON=python3.12" % sys.version.split()[0])'
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: .venv/installed
+	$(say) 'training the custom ResNet on scikit-learn digits'
+	@$(BIN)/fastcifar train --data digits --epochs 5 --bs 64 --out runs/demo
+
+test: .venv/installed
+	$(say) 'notebooks and fastcifar/ hold the same code?'
+	@$(BIN)/python tools/drift.py
+	$(say) 'running every notebook'
+	@$(BIN)/nbdev_test --n_workers 2
+	$(say) 'running the tests'
+	@$(BIN)/python -m pytest
+
+test-latest:
+	$(say) 'making .venv-latest with the newest packages'
+	@test -d .venv-latest || $(PYTHON) -m venv .venv-latest
+	@$(LATEST)/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e . pytest hypothesis build
+	$(say) 'running the tests'
+	@$(LATEST)/python -m pytest
+
+test-wheel: .venv/installed
+	$(say) 'building the wheel and installing it into an empty environment'
+	@rm -rf dist .venv-wheel
+	@$(BIN)/python -m build --wheel --outdir dist . >/dev/null
+	@$(PYTHON) -m venv .venv-wheel
+	@.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	$(say) 'running the demo there'
+	@cd .venv-wheel && bin/fastcifar train --data digits --epochs 2 --bs 64 --lr-max 2e-3 --out demo
+
+readme: .venv/installed
+	@$(BIN)/python tools/readme.py
+
+clean:
+	rm -rf .venv .venv-latest .venv-wheel dist build

@@ -1,0 +1,168 @@
+"The whole program, as a person uses it."
+import json, os, re, shutil, signal, subprocess, sys, time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = ('--epochs', 3, '--bs', 20, '--lr-max', '1e-3')
+
+@pytest.fixture(scope='module')
+def run(tree, tmp_path_factory):
+    "A finished run folder"
+    out = tmp_path_factory.mktemp('run')/'out'
+    done = subprocess.run([sys.executable, '-m', 'fastcifar', 'train', '--data', str(tree), *map(str, QUICK), '--out', str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out, done.stdout
+
+def snapshot(folder): return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob('*') if p.is_file()}
+
+def test_help_imports_nothing_heavy():
+    code = 'import sys; from fastcifar.cli import main\ntry: main(["--help"])\nexcept SystemExit: pass\nprint([m for m in ("torch", "fastai", "albumentations", "matplotlib", "pandas") if m in sys.modules])'
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip().endswith('[]')
+
+def test_help_of_every_command(cli):
+    text = cli('--help').stdout
+    for c in ('train', 'find-lr', 'evaluate', 'predict', 'models'):
+        assert c in text
+        assert cli(c, '--help').returncode == 0
+
+def test_run_folder(run):
+    out, said = run
+    names = {p.relative_to(out).as_posix() for p in out.rglob('*')}
+    assert {'config.json', 'environment.json', 'history.csv', 'metrics.json', 'model.safetensors', 'checkpoints', 'curves.png', 'schedule.png', 'misclassified.png', 'predictions.png',
+            'class_accuracy.png', 'confusion_matrix.png', 'top_losses.png', 'samples.png', 'wrong_predictions.csv', 'class_accuracy.csv'} <= names
+    m = json.loads((out/'metrics.json').read_text())
+    assert f'test accuracy {m["test_accuracy"]:.2%}' in said and str(out) in said
+    h = pd.read_csv(out/'history.csv')
+    assert h.epoch.tolist() == [1, 2, 3] and abs(h.accuracy.iloc[-1] - m['test_accuracy']) < 1e-6
+    assert m['lr_min'] == m['lr_max'] / 50 and h.lr.iloc[-1] < h.lr.max() / 5
+    env = json.loads((out/'environment.json').read_text())
+    assert env['threads'] >= 1 and env['world_size'] == 1 and env['versions']['torch']
+    for p in out.glob('*.png'):
+        with Image.open(p) as im: assert im.width > 200
+    assert not [n for n in names if n.endswith(('.pkl', '.pth', '.pt'))]
+
+def test_finished_run_is_left_alone(run, cli, tree):
+    out, _ = run
+    before = snapshot(out)
+    done = cli('train', '--data', tree, *QUICK, '--out', out)
+    assert done.returncode == 0 and 'is finished' in done.stdout
+    other = cli('train', '--data', tree, *QUICK, '--seed', 1, '--out', out)
+    assert other.returncode == 2 and 'seed=0, not 1' in other.stderr and other.stderr.count('\n') == 1
+    assert snapshot(out) == before
+
+def test_evaluate_and_predict(run, cli, tree):
+    out, _ = run
+    m = json.loads((out/'metrics.json').read_text())
+    e = json.loads(cli('evaluate', out, '--json').stdout)
+    assert e['test_accuracy'] == m['test_accuracy'] and e['test_images'] == 24 and set(e['class_accuracy']) == {'blue', 'green', 'red'}
+    files = sorted((tree/'test').rglob('*.png'))
+    p = json.loads(cli('predict', '--from', out, '--json', *files).stdout)
+    right = sum(r['prediction'] == f.parent.name for r, f in zip(p, files))
+    assert right == round(m['test_accuracy'] * 24)
+    assert cli('predict', '--from', out, files[0], '--top', 1).stdout.startswith(str(files[0]))
+
+def test_find_lr(cli, tree, tmp_path):
+    r = json.loads(cli('find-lr', '--data', tree, '--bs', 4, '--json').stdout)
+    assert 0 < r['lr_min'] < r['lr_max'] < 1 and (tmp_path/'lr_range.png').exists()
+
+def test_found_range_is_used(cli, tree, tmp_path):
+    done = cli('train', '--data', tree, '--epochs', 1, '--bs', 4, '--valid', 12, '--out', 'r', '--json')
+    m, r = json.loads(done.stdout), json.loads((tmp_path/'r/lr_range.json').read_text())
+    assert (m['lr_min'], m['lr_max']) == (r['lr_min'], r['lr_max']) and m['valid_images'] == 12 and (tmp_path/'r/lr_range.png').exists()
+
+def test_killed_and_continued(run, cli, tree, tmp_path):
+    "SIGKILL between two epochs; the same command goes on and ends bit-equal"
+    out = tmp_path/'killed'
+    cmd = [sys.executable, '-m', 'fastcifar', 'train', '--data', str(tree), *map(str, QUICK), '--out', str(out), '--workers', '1']
+    p = subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    end = time.monotonic() + 120
+    while not list(out.glob('checkpoints/epoch_*')):
+        assert p.poll() is None and time.monotonic() < end
+        time.sleep(.01)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+    assert not (out/'metrics.json').exists()
+    done = cli('train', '--resume', out)
+    assert done.returncode == 0 and 'continuing after epoch' in done.stdout
+    a, b = load_file(run[0]/'model.safetensors'), load_file(out/'model.safetensors')
+    assert a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a)
+    h = [pd.read_csv(f/'history.csv').drop(columns='seconds') for f in (run[0], out)]
+    assert h[0].equals(h[1])
+
+def test_second_process_is_refused(tmp_path, cli, tree):
+    from filelock import FileLock
+    (tmp_path/'busy').mkdir()
+    with FileLock(tmp_path/'busy/.lock'):
+        done = cli('train', '--data', tree, *QUICK, '--out', 'busy')
+    assert done.returncode == 2 and 'another process' in done.stderr
+
+BAD = {
+    'unknown model': (['train', '--data', '{tree}', '--model', 'custom_resnt'], "did you mean 'custom_resnet'"),
+    'unknown policy': (['train', '--data', '{tree}', '--policy', 'crop_flop'], "did you mean 'crop_flip'"),
+    'unknown norm': (['train', '--data', '{tree}', '--norm', 'batchnorm'], 'no norm named'),
+    'unknown data': (['train', '--data', 'cifra10'], "did you mean 'cifar10'"),
+    'unknown command': (['trian'], 'invalid choice'),
+    'unknown device': (['train', '--data', '{tree}', '--bs', '20', '--device', 'tpu9'], "no device 'tpu9'"),
+    'no such device': (['train', '--data', '{tree}', '--bs', '20', '--device', 'cuda:7'], "no device 'cuda:7'"),
+    'batch too large': (['train', '--data', '{tree}', '--bs', '512'], 'larger than the training split of 60'),
+    'unwritable folder': (['train', '--data', '{tree}', '--bs', '20', '--out', '/dev/null/run'], 'cannot write'),
+    'folder is a file': (['train', '--data', '{tree}', '--bs', '20', '--out', '{tree}/train/red/00.png'], 'cannot write'),
+    'holdout too large': (['train', '--data', '{tree}', '--bs', '20', '--valid', '60'], 'cannot hold out 60'),
+    'lr-min alone': (['train', '--data', '{tree}', '--bs', '20', '--lr-min', '1'], 'without lr_max'),
+    'not a run': (['evaluate', '{tree}'], 'not a run folder'),
+    'no model': (['predict', '--from', '{tree}', '{tree}/train/red/00.png'], 'no file'),
+    'loss explodes': (['train', '--data', '{tree}', '--bs', '20', '--lr-max', '999', '--lr-min', '990', '--precision', 'fp32', '--norm', 'none', '--epochs', '9', '--out', 'nan'], 'learning rate'),
+    'workers': (['train', '--data', '{tree}', '--workers', '-1'], 'at least 0'),
+    'threads': (['train', '--data', '{tree}', '--threads', '0'], 'at least 1'),
+    'plot': (['find-lr', '--data', '{tree}', '--plot', 'x.foo'], '.png'),
+    'long name': (['train', '--data', 'x' * 400], 'no path'),
+    'epochs': (['train', '--data', '{tree}', '--epochs', '0'], 'at least 1'),
+}
+
+@pytest.mark.parametrize('name', BAD)
+def test_bad_input_is_one_line(name, tree, tmp_path, monkeypatch, capfd):
+    "In this process, which has fastai imported already; the exit code and what is printed are the program's"
+    from fastcifar.cli import main
+    monkeypatch.chdir(tmp_path)
+    args, says = BAD[name]
+    before = snapshot(tree)
+    assert main([a.format(tree=tree) for a in args]) == 2
+    err = capfd.readouterr().err
+    lines = [l for l in err.splitlines() if l.startswith('fastcifar: ')]
+    assert len(lines) == 1 and says in lines[0] and 'Traceback' not in err
+    assert snapshot(tree) == before
+
+def damaged(tree, folder, what):
+    shutil.copytree(tree, folder)
+    red = folder/'train/red/00.png'
+    if what == 'unreadable': red.write_bytes(b'no image')
+    if what == 'size': Image.new('RGB', (30, 32)).save(red)
+    if what == 'mode': Image.new('L', (32, 32)).save(red)
+    if what == 'missing class': shutil.rmtree(folder/'test/red')
+    if what == 'empty class': [f.unlink() for f in (folder/'train/red').iterdir()]
+    if what == 'no test': shutil.rmtree(folder/'test')
+    return folder
+
+@pytest.mark.parametrize('what,says', [('unreadable', 'cannot be read as an image'), ('size', 'is 30x32'), ('mode', 'has mode L'), ('missing class', 'both need the same classes'),
+                                       ('empty class', 'both need the same classes'), ('no test', 'holds no test/<class>')])
+def test_bad_folders(what, says, tree, tmp_path, capfd):
+    from fastcifar.cli import main
+    assert main(['train', '--data', str(damaged(tree, tmp_path/'bad', what)), '--bs', '20']) == 2
+    err = capfd.readouterr().err
+    assert err.startswith('fastcifar: ') and says in err and err.count('\n') == 1
+
+def test_converted_on_request(tree, tmp_path):
+    from fastcifar.data import load_data
+    assert load_data(damaged(tree, tmp_path/'bad', 'size'), convert=True).x['train'].shape == (60, 32, 32, 3)
+
+def test_no_network(cli, tmp_path):
+    "The official place cannot be reached: one line that says what to do"
+    code = "import fastcifar.fetch as f, sys; a = f.ARCHIVES['cifar10']; f.ARCHIVES['cifar10'] = a._replace(url='http://127.0.0.1:9/x', tree=None); f.time.sleep = lambda s: None\nfrom fastcifar.cli import main; sys.exit(main(['train']))"
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and '--data FILE' in done.stderr and 'Traceback' not in done.stderr

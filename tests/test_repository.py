@@ -1,0 +1,62 @@
+"The repository agrees with itself."
+import configparser, json, re, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+import fastcifar
+
+ROOT = Path(__file__).resolve().parents[1]
+
+def ini(name):
+    c = configparser.ConfigParser(interpolation=None)
+    c.read(ROOT/name)
+    return c
+
+def test_settings_and_setup_agree():
+    s, m = ini('settings.ini')['DEFAULT'], ini('setup.cfg')
+    assert s['lib_name'] == m['metadata']['name']
+    assert s['description'] == m['metadata']['description']
+    assert s['author'] == m['metadata']['author']
+    assert s['version'] == fastcifar.__version__
+    assert m['metadata']['version'] == 'attr: fastcifar.__version__'
+    assert f">={s['min_python']}" == m['options']['python_requires']
+
+def test_pyproject_is_the_build_system_alone():
+    assert re.findall(r'^\[.*\]$', (ROOT/'pyproject.toml').read_text(), re.M) == ['[build-system]']
+
+def test_exported_code_never_imports_nbdev():
+    assert not [p for p in (ROOT/'fastcifar').rglob('*.py') if re.search(r'^\s*(import|from) nbdev', p.read_text(), re.M)]
+
+def test_drift_check_notices_an_edit(tmp_path):
+    pytest.importorskip('nbdev', reason='the dev extra is not installed')
+    import shutil
+    for n in ('nbs', 'fastcifar', 'tools'): shutil.copytree(ROOT/n, tmp_path/n)
+    for n in ('settings.ini', 'setup.cfg', 'pyproject.toml', 'README.md'): shutil.copy(ROOT/n, tmp_path)
+    with open(tmp_path/'fastcifar/basics.py', 'a') as f: f.write('# edited by hand\n')
+    done = subprocess.run([sys.executable, tmp_path/'tools/drift.py'], capture_output=True, text=True)
+    assert done.returncode and 'basics.py' in done.stderr and 'data.py' not in done.stderr
+
+def test_readme_is_the_index():
+    pytest.importorskip('nbconvert', reason='the dev extra is not installed')
+    sys.path.insert(0, str(ROOT/'tools'))
+    from readme import render
+    assert (ROOT/'README.md').read_text() == render(ROOT/'nbs/index.ipynb'), 'run `make readme`'
+
+def test_notebooks_ran_from_top_to_bottom_and_leak_no_paths():
+    for p in ROOT.glob('nbs/**/*.ipynb'):
+        nb = json.loads(p.read_text())
+        outputs = json.dumps([c.get('outputs') for c in nb['cells']])
+        assert not re.search(r'"(/home/|/root/|/work/)', outputs), p
+        assert '"output_type": "error"' not in outputs, p
+
+def test_every_room_imports_only_from_rooms_before_it():
+    "Data flows one way: the numbering of the notebooks is the order of imports"
+    number = {}
+    for p in sorted(ROOT.glob('nbs/[0-9]*.ipynb')):
+        number[re.search(r'default_exp ([\w.]+)', p.read_text()).group(1)] = int(p.name[:2])
+    for name, n in number.items():
+        text = (ROOT/'fastcifar'/(name.replace('.', '/') + '.py')).read_text()
+        dots = name.count('.')
+        for used in re.findall(r'^\s*from \.{%d}([\w.]+) import' % (dots + 1), text, re.M):
+            assert number[used] < n, f'{name} imports {used}'
