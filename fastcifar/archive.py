@@ -70,6 +70,7 @@ def _tar_members(path):
             yield Member(name, lambda m=m: read(m))
         stream.seek(t.offset)
         if stream.read(512) != bytes(512): raise tarfile.ReadError('it ends without its end mark') # tarfile takes a damaged header for the end
+        if len(stream.read(2**20)) == 2**20: raise tarfile.ReadError('more follows its end mark') # and reading on to the end checks gzip's own checksum
 
 def _zip_members(path):
     with zipfile.ZipFile(path) as z:

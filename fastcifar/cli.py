@@ -7,12 +7,15 @@ __all__ = ['train_command', 'find_lr_command', 'evaluate_command', 'predict_comm
 
 # %% ../nbs/14_cli.ipynb #0b14928c
 import argparse, json, os, sys
+from contextlib import nullcontext
 
 from . import __version__
 from .basics import FastcifarError
 
 # %% ../nbs/14_cli.ipynb #c105d655
 def _say(args): return (lambda *a: print(*a, file=sys.stderr, flush=True)) if args.json else (lambda *a: print(*a, flush=True))
+
+def _bars(args): return sys.stdout.isatty() and not args.json
 
 def _data(args): return args.data or os.environ.get('FASTCIFAR_DATA') or 'cifar10'
 
@@ -26,7 +29,7 @@ def train_command(args) -> dict:
     else:
         c = Config(data=_data(args), model=args.model, norm=args.norm, epochs=args.epochs, bs=args.bs, lr_max=args.lr_max, lr_min=args.lr_min, wd=args.wd, policy=args.policy,
                    seed=args.seed, valid=args.valid, precision=args.precision, convert=args.convert)
-    return train_run(c, args.out, workers=args.workers, threads=args.threads, device=args.device, say=_say(args))
+    return train_run(c, args.out, workers=args.workers, threads=args.threads, device=args.device, bars=_bars(args), say=_say(args))
 
 def find_lr_command(args) -> dict:
     "Run the learning-rate range test and write its plot"
@@ -38,12 +41,12 @@ def find_lr_command(args) -> dict:
     from fastcifar.models.zoo import create_model
     from fastcifar.schedule import plot_range
     from fastcifar.train import cifar_learner
+    if Path(args.plot).suffix not in ('.png', '.svg', '.pdf', '.jpg'): raise FastcifarError(f'cannot draw {args.plot}: give a name that ends in .png, .svg, .pdf or .jpg')
     data = load_data(_data(args), args.convert)
     seed_everything(args.seed)
     dls = data.dataloaders(bs=args.bs, policy=args.policy, seed=args.seed, num_workers=args.workers, device=args.device)
     learn = cifar_learner(dls, create_model(args.model, n_out=len(data.classes), norm=args.norm), precision=args.precision)
-    from contextlib import nullcontext
-    with nullcontext() if sys.stderr.isatty() else learn.no_bar(): r = learn.lr_range(show_plot=False)
+    with nullcontext() if _bars(args) else learn.no_bar(): r = learn.lr_range(show_plot=False)
     write_atomic(Path(args.plot), lambda tmp: plot_range(r).savefig(tmp, dpi=110))
     _say(args)(f'LRMIN {r.lr_min:.2e}\nLRMAX {r.lr_max:.2e}\nplot:  {args.plot}')
     return dict(lr_min=r.lr_min, lr_max=r.lr_max, plot=str(args.plot))
@@ -80,6 +83,12 @@ class _Parser(argparse.ArgumentParser):
     "argparse in one line: what is wrong and what to do"
     def error(self, message): raise FastcifarError(f'{message}; see {self.prog} --help')
 
+def _at_least(low):
+    def number(text):
+        if not text.lstrip('-').isdigit() or int(text) < low: raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least {low}')
+        return int(text)
+    return number
+
 def _training_options(p):
     p.add_argument('--data', help="'cifar10', 'cifar100', 'digits', a folder or an archive (default: $FASTCIFAR_DATA, else cifar10)")
     p.add_argument('--model', default='custom_resnet', help='see `fastcifar models` (default: %(default)s)')
@@ -88,7 +97,7 @@ def _training_options(p):
     p.add_argument('--policy', help="augmentation: crop_flip_cutout, crop_flip, flip, shift_scale_rotate_dropout, crop or none (default: the data set's own)")
     p.add_argument('--seed', type=int, default=0, help='of everything random (default: %(default)s)')
     p.add_argument('--precision', default='auto', help='auto, fp32, bf16 or fp16 (default: what the hardware is fastest in)')
-    p.add_argument('--workers', type=int, default=0, help='processes that prepare batches; the result does not depend on it (default: %(default)s)')
+    p.add_argument('--workers', type=_at_least(0), default=0, help='processes that prepare batches; the result does not depend on it (default: %(default)s)')
     p.add_argument('--device', help='cpu, cuda, cuda:1, mps (default: the best there is)')
     p.add_argument('--convert', action='store_true', help='resize images to 32x32 and convert them to RGB instead of refusing others')
 
@@ -109,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--lr-min', type=float, help='first and last learning rate (default: found, or a fiftieth of --lr-max)')
     p.add_argument('--wd', type=float, help='decoupled weight decay (default: 0.001 / peak learning rate)')
     p.add_argument('--valid', type=int, metavar='N', help='hold out N stratified training images for validation; the test split is then used once, at the end')
-    p.add_argument('--threads', type=int, help="CPU threads (default: torch's choice)")
+    p.add_argument('--threads', type=_at_least(1), help="CPU threads (default: torch's choice)")
     p.add_argument('--out', help='run folder (default: runs/DATA-MODEL-NORM-EPOCHSep-seedSEED)')
     p.add_argument('--resume', metavar='RUN', help='continue the run in this folder with the configuration it was begun with')
     p = add('find-lr', find_lr_command, 'find LRMIN and LRMAX by a learning-rate range test')
@@ -122,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
     p = add('predict', predict_command, 'classify image files')
     p.add_argument('--from', required=True, metavar='RUN', help='run folder, or a model.safetensors')
     p.add_argument('files', nargs='+', metavar='FILE', help='images of any size; they are resized to 32x32')
-    p.add_argument('--top', type=int, default=3, help='classes to print for each (default: %(default)s)')
+    p.add_argument('--top', type=_at_least(1), default=3, help='classes to print for each (default: %(default)s)')
     p = add('models', models_command, 'list the nets')
     return top
 
@@ -137,6 +146,7 @@ def main(
         if args.json: print(json.dumps(res, indent=1))
         return 0
     except FastcifarError as e: print(f'fastcifar: {e}', file=sys.stderr)
+    except MemoryError: print('fastcifar: out of memory: use a smaller --bs', file=sys.stderr)
     except KeyboardInterrupt:
         print('\nfastcifar: stopped; the same command continues after the last finished epoch', file=sys.stderr)
         return 130

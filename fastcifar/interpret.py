@@ -31,6 +31,7 @@ class CifarInterpretation(ClassificationInterpretation):
     ) -> 'CifarInterpretation':
         "Predict every image of a loader once, without augmentation"
         if dl is None: dl = learn.dls.evaluation(ds_idx) if hasattr(learn.dls, 'evaluation') else learn.dls[ds_idx].new(shuffle=False, drop_last=False)
+        learn.model.to(getattr(dl, 'device', None) or 'cpu') # fastai moves it when a fit starts, not before
         with learn.no_logging(): preds, targs, losses = learn.get_preds(dl=dl, with_loss=True)
         return cls(learn, dl, losses, preds.float(), targs)
 

@@ -53,6 +53,10 @@ class Config:
 
     def checked(self) -> 'Config':
         "This configuration, if its names and numbers make sense"
+        kinds = dict(data=str, model=str, norm=str, precision=str, policy=(str, type(None)), epochs=int, bs=int, seed=int, valid=(int, type(None)), convert=bool,
+                     lr_max=(int, float, type(None)), lr_min=(int, float, type(None)), wd=(int, float, type(None)))
+        for k, kind in kinds.items():
+            if not isinstance(getattr(self, k), kind): raise FastcifarError(f'{k} is {getattr(self, k)!r}, which is not the right kind of value')
         check_name(self.model, list_models(), 'model')
         check_name(self.norm, NORMS, 'norm')
         check_name(self.precision, ('auto', 'fp32', 'bf16', 'fp16'), 'precision')
@@ -62,6 +66,7 @@ class Config:
         for k in ('lr_max', 'lr_min'):
             v = getattr(self, k)
             if v is not None and not 0 < v < 1e3: raise FastcifarError(f'{k} is {v}: choose a learning rate above 0')
+        if self.wd is not None and not 0 <= self.wd < 1e3: raise FastcifarError(f'wd is {self.wd}: choose a weight decay of 0 or more')
         if self.lr_min is not None and self.lr_max is None: raise FastcifarError('lr_min is given without lr_max: give both, or neither to have them found')
         if self.lr_max is not None and self.lr_min is not None and self.lr_min > self.lr_max: raise FastcifarError(f'lr_min {self.lr_min} is above lr_max {self.lr_max}: swap them')
         if not 0 <= self.seed < 2**32: raise FastcifarError(f'the seed is {self.seed}: choose one from 0 to {2**32 - 1}')
@@ -99,7 +104,7 @@ class RunHistory(Callback):
     def __init__(self, checkpoints:Checkpoints, out:Path, say=print): self.checkpoints, self.out, self.say, self._header = checkpoints, out, say, False
     def after_epoch(self):
         rows = self.checkpoints.history
-        if not rows: return
+        if not rows or rows[-1]['epoch'] != self.epoch + 1: return # an epoch that was skipped
         write_atomic(self.out/'history.csv', lambda tmp: pd.DataFrame(rows).to_csv(tmp, index=False))
         r = rows[-1]
         if not self._header: self.say('epoch  train loss  train acc  valid loss  valid acc  seconds')
@@ -125,6 +130,17 @@ def _settle(c, data, out, device):
         if old.get(k) != new.get(k): raise FastcifarError(f'{out} holds a run with {k}={old.get(k)!r}, not {new.get(k)!r}: choose another --out')
     return dataclasses.replace(c, precision=new['precision'])
 
+def _finished(c, out, say):
+    "The metrics of a finished run, if it is the one that `c` asks for; nothing is loaded or touched"
+    old, m = run_config(out), read_json(out/'metrics.json')
+    for f in dataclasses.fields(Config):
+        was, now = getattr(old, f.name), getattr(c, f.name)
+        if f.name == 'data': now = now if now in ARCHIVES else Path(now).expanduser().resolve().name
+        if was != now and not (f.name == 'precision' and now == 'auto'): raise FastcifarError(f'{out} holds a run with {f.name}={was!r}, not {now!r}: choose another --out')
+    try: say(f'{out} is finished, test accuracy {m["test_accuracy"]:.2%}; nothing to do')
+    except (KeyError, TypeError, ValueError): raise FastcifarError(f'{out}/metrics.json is damaged: remove it, and the same command evaluates again') from None
+    return m
+
 def _find_lrs(learn, c, out, say):
     "LRMIN and LRMAX as given, as found before, or found now"
     if c.lr_max: return LRRange(c.lr_min or c.lr_max / 50, c.lr_max)
@@ -133,20 +149,20 @@ def _find_lrs(learn, c, out, say):
         say('finding LRMIN and LRMAX (100 steps)')
         r = learn.lr_range(show_plot=False)
         write_json(f, r._asdict())
-    r = LRRange(**read_json(f))
+    try: r = LRRange(**read_json(f))
+    except TypeError: raise FastcifarError(f'{f} is damaged: remove it, and the same command finds the rates again') from None
     say(f'LRMIN {r.lr_min:.2e}, LRMAX {r.lr_max:.2e}')
     return r
 
-def _fit(learn, c, out, say, bars):
+def _fit(learn, c, out, say):
     "Train to the end, from the newest checkpoint if there is one"
     checkpoints = Checkpoints(out/'checkpoints', say=say)
     done = checkpoints.latest(learn)
-    with contextlib.nullcontext() if bars else learn.no_bar(), learn.no_logging():
-        lrs = _find_lrs(learn, c, out, say)
-        if 0 < done < c.epochs: say(f'continuing after epoch {done} of {c.epochs}')
-        if done < c.epochs:
-            learn.fit_one_cycle(c.epochs, **one_cycle(lrs, c.epochs, scaled_peak(c.epochs)), wd=1e-3 / lrs.lr_max if c.wd is None else c.wd, start_epoch=done,
-                                cbs=[checkpoints, RunHistory(checkpoints, out, say)])
+    lrs = _find_lrs(learn, c, out, say)
+    if 0 < done < c.epochs: say(f'continuing after epoch {done} of {c.epochs}')
+    if done < c.epochs:
+        learn.fit_one_cycle(c.epochs, **one_cycle(lrs, c.epochs, scaled_peak(c.epochs)), wd=1e-3 / lrs.lr_max if c.wd is None else c.wd, start_epoch=done,
+                            cbs=[checkpoints, RunHistory(checkpoints, out, say)])
     return lrs, checkpoints.history
 
 # %% ../nbs/13_runs.ipynb #d249c023
@@ -168,7 +184,7 @@ def draw_run(
                  samples=interp.learn.dls.data.show_samples)
     if getattr(lrs, 'losses', ()): plots['lr_range'] = lambda: plot_range(lrs)
     for name, plot in plots.items(): _save_fig(plot(), out/f'{name}.png')
-    for name, plot in dict(confusion_matrix=lambda: interp.plot_confusion_matrix(figsize=(6, 6)), top_losses=lambda: interp.plot_top_losses(16, figsize=(9, 9))).items():
+    for name, plot in dict(confusion_matrix=lambda: interp.plot_confusion_matrix(figsize=(6, 6)), top_losses=lambda: interp.plot_top_losses(min(16, len(interp.targs)), figsize=(9, 9))).items():
         plot() # fastai's own plots draw on the current figure
         _save_fig(plt.gcf(), out/f'{name}.png')
 
@@ -210,23 +226,23 @@ def train_run(
     "Train, evaluate and draw everything into a run folder; called again, continue or say that it is finished"
     c = c.checked()
     out = Path(out) if out else default_out(c)
-    bars = sys.stderr.isatty() if bars is None else bars
-    if threads: torch.set_num_threads(threads)
+    bars = sys.stdout.isatty() if bars is None else bars
+    if threads is not None:
+        if threads < 1: raise FastcifarError(f'the number of threads is {threads}: give at least 1')
+        torch.set_num_threads(threads)
+    if (out/'metrics.json').exists(): return _finished(c, out, say)
+    data = load_data(c.data, c.convert)
+    seed_everything(c.seed)
+    dls = data.dataloaders(bs=c.bs, policy=c.policy, num_workers=workers, seed=c.seed, valid=c.valid, device=device)
     with _locked(out):
-        data = load_data(c.data, c.convert)
-        seed_everything(c.seed)
-        dls = data.dataloaders(bs=c.bs, policy=c.policy, num_workers=workers, seed=c.seed, valid=c.valid, device=device)
         c = _settle(c, data, out, dls.device)
-        if (out/'metrics.json').exists():
-            m = read_json(out/'metrics.json')
-            say(f'{out} is finished, test accuracy {m["test_accuracy"]:.2%}; nothing to do')
-            return m
         write_json(out/'environment.json', environment(dls.device))
-        write_text(out/'.data', c.data if c.data in ('digits', *ARCHIVES) else str(Path(c.data).resolve()))
+        write_text(out/'.data', c.data if c.data in ('digits', *ARCHIVES) else str(Path(c.data).expanduser().resolve()))
         learn = cifar_learner(dls, create_model(c.model, n_out=len(data.classes), norm=c.norm), precision=c.precision)
         say(f'{data}\n{c.model} ({c.norm}): {count_parameters(learn.model):,} parameters, {c.precision} on {dls.device}, seed {c.seed}\nrun folder: {out}')
-        lrs, history = _fit(learn, c, out, say, bars)
-        return finish_run(learn, c, out, lrs, history, say)
+        with contextlib.nullcontext() if bars else learn.no_bar(), learn.no_logging():
+            lrs, history = _fit(learn, c, out, say)
+            return finish_run(learn, c, out, lrs, history, say)
 
 # %% ../nbs/13_runs.ipynb #89f89ab2
 def run_config(out) -> Config:
@@ -235,7 +251,7 @@ def run_config(out) -> Config:
     saved = read_json(Path(out)/'config.json')
     fields = {f.name for f in dataclasses.fields(Config)}
     if not isinstance(saved, dict) or not fields <= set(saved): raise FastcifarError(f'{out}/config.json is not the configuration of a run')
-    return Config(**{k: v for k, v in saved.items() if k in fields})
+    return Config(**{k: v for k, v in saved.items() if k in fields}).checked()
 
 def data_place(out) -> str:
     "Where the data of a run lay when it was trained; kept apart from what is worth sharing"
@@ -250,7 +266,7 @@ def load_run(
     out, c = Path(out), run_config(out)
     if not (out/'model.safetensors').is_file(): raise FastcifarError(f'{out} is not finished: continue it with the command that began it')
     data = load_data(data or data_place(out), c.convert)
-    sha = read_json(out/'config.json')['data_sha256']
+    sha = read_json(out/'config.json').get('data_sha256')
     if data.source != sha: raise FastcifarError(f'{data.name} is not the data set of {out} (its hash differs): give the right one with --data')
     dls = data.dataloaders(bs=c.bs, policy=c.policy, seed=c.seed, valid=c.valid, device=device)
     learn = cifar_learner(dls, create_model(c.model, n_out=len(data.classes), norm=c.norm), precision=c.precision)
@@ -275,7 +291,10 @@ def predict_files(
     "Classify image files with a saved net"
     model = load_model(source)
     note = model.note
-    mean, std = (torch.tensor(note[k]).view(1, 3, 1, 1) for k in ('mean', 'std'))
+    try:
+        mean, std = (torch.tensor(note[k]).view(1, 3, 1, 1) for k in ('mean', 'std'))
+        if len(note['classes']) != note['model'].get('n_out', 10): raise ValueError
+    except (KeyError, TypeError, ValueError, RuntimeError): raise FastcifarError(f'{source} does not say its classes and how to normalize: it was saved without them') from None
     x = torch.from_numpy(np.stack([decode_image(Path(f), f, convert=True) for f in files])).permute(0, 3, 1, 2)
     with torch.inference_mode(): probs = torch.cat([model((b / 255 - mean) / std).softmax(-1) for b in x.split(256)])
     res = []

@@ -10,6 +10,7 @@ import contextlib, copy
 from typing import NamedTuple
 
 import numpy as np
+from fastai.callback.core import CancelFitException
 from fastai.callback.schedule import LRFinder
 from fastai.learner import Learner
 
@@ -25,6 +26,7 @@ class RangeTest(LRFinder):
     def after_batch(self):
         self.rates.append(self.opt.hypers[-1]['lr'])
         self.raw.append(float(self.loss.detach()))
+        if not np.isfinite(self.raw[-1]): raise CancelFitException() # as good as diverged
         super().after_batch()
 
     def after_fit(self): pass
@@ -81,6 +83,7 @@ def read_range(
     low = max(int(s.argmin()), 1)
     steep = int(np.diff(s[:low + 1]).argmin())
     start = s[:max(len(s) // 10, 3)].mean()
+    if s[low] > start - 0.01 * abs(start): raise FastcifarError('the loss does not fall anywhere in the range test: check data and model, or choose --lr-max')
     within = np.flatnonzero(s[:steep + 1] >= start - 0.02 * (start - s[low]))
     lr_max = float(rates[steep])
     lr_min = float(rates[within[-1]]) if len(within) else float(rates[0])

@@ -7,12 +7,12 @@ __all__ = ['save_tensors', 'load_tensors', 'save_model', 'load_weights', 'load_m
            'restore_random', 'Checkpoints']
 
 # %% ../nbs/11_state.ipynb #3dd7b940
-import json, time
+import json, math, time
 from pathlib import Path
 
 import torch
 from fastai.callback.core import Callback
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .basics import FastcifarError, rng_state, set_rng_state, write_atomic
@@ -26,7 +26,10 @@ def save_tensors(
 ) -> Path:
     "Write tensors and a JSON note to a safetensors file"
     tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
-    return write_atomic(path, lambda tmp: save_file(tensors, tmp, {'format': 'pt', 'fastcifar': json.dumps(note)}))
+    def write(tmp):
+        try: save_file(tensors, tmp, {'format': 'pt', 'fastcifar': json.dumps(note)})
+        except SafetensorError as e: raise OSError(str(e)) from e # a full disk
+    return write_atomic(path, write)
 
 def load_tensors(
     path, # A file of `save_tensors`
@@ -51,6 +54,7 @@ def load_weights(
     model, # A net with the architecture of the file
     tensors:dict, # Name -> tensor
     where, # Name of the file, for error messages
+    copy:bool=True, # Copy them, or only compare?
 ):
     "Copy tensors into `model`, or say which name, shape or type differs"
     own = model.state_dict()
@@ -59,7 +63,7 @@ def load_weights(
         if k not in own: raise FastcifarError(f'{where} holds {k}, which the net does not have: it belongs to another net')
         if v.shape != own[k].shape or v.dtype != own[k].dtype:
             raise FastcifarError(f'{where}: {k} is {v.dtype} of shape {tuple(v.shape)}, the net needs {own[k].dtype} of shape {tuple(own[k].shape)}')
-    model.load_state_dict(tensors)
+    if copy: model.load_state_dict(tensors)
 
 def load_model(
     path, # A file of `save_model`, or a run folder
@@ -68,8 +72,12 @@ def load_model(
     path = Path(path)
     if path.is_dir(): path = path/'model.safetensors'
     tensors, note = load_tensors(path)
-    if not isinstance(note.get('model'), dict) or 'name' not in note['model']: raise FastcifarError(f'{path} does not say which net it holds: it was not written by fastcifar')
-    model = create_model(**note['model'])
+    if not isinstance(note, dict) or not isinstance(note.get('model'), dict) or 'name' not in note['model']:
+        raise FastcifarError(f'{path} does not say which net it holds: it was not written by fastcifar')
+    try:
+        with torch.device('meta'): load_weights(create_model(**note['model']), tensors, path, copy=False) # compares before anything is allocated
+        model = create_model(**note['model'])
+    except (TypeError, ValueError, RuntimeError) as e: raise FastcifarError(f'{path} describes a net that cannot be built ({e})') from e
     load_weights(model, tensors, path)
     model.note = note
     return model.eval()
@@ -89,7 +97,8 @@ def checkpoint_state(learn) -> tuple: # (tensors, note) for `save_tensors`
 def restore_weights(learn, tensors:dict, note:dict, where):
     "Put back weights and optimizer; random state is put back by `restore_random`, when the epoch starts"
     load_weights(learn.model, {k[6:]: v for k, v in tensors.items() if k.startswith('model.')}, where)
-    device = next(learn.model.parameters()).device
+    device = getattr(learn.dls, 'device', None) or next(learn.model.parameters()).device
+    learn.model.to(device)
     learn.create_opt()
     state = [{k: tensors[f'opt.{i}.{k}'].to(device) if v is None else v for k, v in s.items()} for i, s in enumerate(note['opt'])]
     learn.opt.load_state_dict(dict(state=state, hypers=note['hypers']))
@@ -110,7 +119,7 @@ class Checkpoints(Callback):
         keep:int=2, # How many of the newest to keep
         say=print, # Called with a line when something is worth telling
     ):
-        self.folder, self.keep, self.say, self.history, self.note = Path(folder), keep, say, [], None
+        self.folder, self.keep, self.say, self.history, self.note, self._trained = Path(folder), keep, say, [], None, False
 
     def files(self) -> list:
         "The checkpoints in the folder, newest first"
@@ -123,8 +132,12 @@ class Checkpoints(Callback):
             except FastcifarError as e:
                 self.say(f'{e}; using the checkpoint before it')
                 continue
+            missing = {'done', 'history', 'opt', 'rng', 'threads'} - set(note)
+            if missing: raise FastcifarError(f'{f} is no checkpoint of this version: remove the folder to start again')
             restore_weights(learn, tensors, note, f)
             self.note, self.history = note, note['history']
+            if note['threads'] != torch.get_num_threads():
+                self.say(f'the checkpoint was made with {note["threads"]} CPU threads, now there are {torch.get_num_threads()}: the result will differ in the last digits')
             return note['done']
         return 0
 
@@ -144,14 +157,17 @@ class Checkpoints(Callback):
         self._loss += float(self.loss.detach()) * n
         self._right += int((self.pred.argmax(-1) == self.y).sum())
 
-    def after_train(self): self._train_time = time.perf_counter() - self._start
+    def after_train(self): self._trained = True
 
     def after_epoch(self):
-        if not hasattr(self, '_train_time'): return
+        if not self._trained: return # an epoch that `start_epoch` skipped
+        self._trained = False
         valid = dict(zip(self.recorder.metric_names[2:], self.recorder.log[2:]))
         self.history.append(dict(epoch=self.epoch + 1, train_loss=self._loss / self._n, train_accuracy=self._right / self._n,
                                  **{k: float(v) for k, v in valid.items() if k != 'time'}, lr=float(self.opt.hypers[-1]['lr']),
                                  seconds=round(time.perf_counter() - self._start, 2)))
+        if not all(torch.isfinite(p).all() for p in self.model.parameters()) or not math.isfinite(self.history[-1]['valid_loss']):
+            raise FastcifarError(f'the net holds NaN or infinite numbers after epoch {self.epoch + 1}: the checkpoint before it is kept; use a smaller learning rate (--lr-max)')
         tensors, note = checkpoint_state(self.learn)
-        save_tensors(self.folder/f'epoch_{self.epoch + 1:04}.safetensors', tensors, dict(note, done=self.epoch + 1, train_iter=self.train_iter, history=self.history))
+        save_tensors(self.folder/f'epoch_{self.epoch + 1:04}.safetensors', tensors, dict(note, done=self.epoch + 1, threads=torch.get_num_threads(), train_iter=self.train_iter, history=self.history))
         for f in self.files()[self.keep:]: f.unlink()

@@ -92,7 +92,7 @@ def keep_freed_memory() -> bool: # Whether it could be done here
 # %% ../nbs/10_train.ipynb #7eb0448a
 class StopOnNaN(Callback):
     "End training with a clear error when the loss is NaN or infinite"
-    order = 60 # after Recorder, which has fetched the loss already
+    order = 65 # after Recorder, which has fetched the loss already, and after a range test, which ends there
     def after_batch(self):
         if self.training and not np.isfinite(float(self.recorder.smooth_loss.value)):
             raise FastcifarError(f'the loss became NaN or infinite in epoch {self.epoch + 1}, batch {self.iter + 1}, at learning rate {self.opt.hypers[-1]["lr"]:.3g}: '
@@ -101,6 +101,12 @@ class StopOnNaN(Callback):
 # %% ../nbs/10_train.ipynb #b847d7be
 class CifarLearner(Learner):
     "A fastai `Learner` with `lr_range`"
+    def create_opt(self):
+        super().create_opt()
+        for m in self.model.modules():
+            if isinstance(m, nn.GroupNorm):
+                for p in m.parameters(): self.opt.state[p]['do_wd'] = False
+
     def lr_range(self, start_lr:float=1e-6, end_lr:float=1., num_it:int=100, show_plot:bool=True):
         "LRMIN and LRMAX from a range test that leaves weights, optimizer and random generators as they were"
         return lr_range(self, start_lr, end_lr, num_it, show_plot)
@@ -123,6 +129,7 @@ def cifar_learner(
     device = getattr(dls, 'device', None) or torch.device('cpu')
     if precision == 'auto': precision = best_precision(device)
     if torch.device(device).type == 'cpu': keep_freed_memory()
+    model.to(device) # fastai does it when a fit starts, too late for predictions and for the optimizer of a resumed run
     extra = [Precision(precision), StopOnNaN()] + ([ChannelsLast()] if channels_last else [])
     return CifarLearner(dls, model, loss_func=loss_func or CrossEntropyLossFlat(), opt_func=opt_func, lr=lr, wd=wd, metrics=metrics,
                         cbs=[*extra, *(cbs if isinstance(cbs, (list, tuple)) or hasattr(cbs, 'map') else [cbs])], **kwargs)

@@ -34,3 +34,14 @@ def cli(tmp_path):
     def run(*args, env=None, cwd=tmp_path, timeout=300):
         return subprocess.run([sys.executable, '-m', 'fastcifar', *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout, env={**os.environ, **(env or {})})
     return run
+
+@pytest.fixture
+def main(tmp_path, monkeypatch, capfd):
+    "Runs `fastcifar ARGS` in this process, where fastai is imported already; gives exit code, stdout and stderr"
+    from fastcifar.cli import main
+    monkeypatch.chdir(tmp_path)
+    def run(*args):
+        capfd.readouterr()
+        code = main([str(a) for a in args])
+        return code, *capfd.readouterr()
+    return run

@@ -47,33 +47,44 @@ def test_run_folder(run):
         with Image.open(p) as im: assert im.width > 200
     assert not [n for n in names if n.endswith(('.pkl', '.pth', '.pt'))]
 
-def test_finished_run_is_left_alone(run, cli, tree):
+def test_finished_run_is_left_alone(run, main, tree):
     out, _ = run
     before = snapshot(out)
-    done = cli('train', '--data', tree, *QUICK, '--out', out)
-    assert done.returncode == 0 and 'is finished' in done.stdout
-    other = cli('train', '--data', tree, *QUICK, '--seed', 1, '--out', out)
-    assert other.returncode == 2 and 'seed=0, not 1' in other.stderr and other.stderr.count('\n') == 1
+    code, said, _ = main('train', '--data', tree, *QUICK, '--out', out)
+    assert code == 0 and 'is finished' in said
+    code, _, err = main('train', '--data', tree, *QUICK, '--seed', 1, '--out', out)
+    assert code == 2 and 'seed=0, not 1' in err and err.count('\n') == 1
+    assert main('train', '--resume', out)[0] == 0
     assert snapshot(out) == before
 
-def test_evaluate_and_predict(run, cli, tree):
+def test_evaluate_and_predict(run, main, tree):
     out, _ = run
     m = json.loads((out/'metrics.json').read_text())
-    e = json.loads(cli('evaluate', out, '--json').stdout)
+    e = json.loads(main('evaluate', out, '--json')[1])
     assert e['test_accuracy'] == m['test_accuracy'] and e['test_images'] == 24 and set(e['class_accuracy']) == {'blue', 'green', 'red'}
     files = sorted((tree/'test').rglob('*.png'))
-    p = json.loads(cli('predict', '--from', out, '--json', *files).stdout)
+    p = json.loads(main('predict', '--from', out, '--json', *files)[1])
     right = sum(r['prediction'] == f.parent.name for r, f in zip(p, files))
     assert right == round(m['test_accuracy'] * 24)
-    assert cli('predict', '--from', out, files[0], '--top', 1).stdout.startswith(str(files[0]))
+    assert main('predict', '--from', out, files[0], '--top', 1)[1].startswith(str(files[0]))
 
-def test_find_lr(cli, tree, tmp_path):
-    r = json.loads(cli('find-lr', '--data', tree, '--bs', 4, '--json').stdout)
+def test_moved_data_is_found_with_data(run, main, tree, tmp_path):
+    shutil.copytree(tree, tmp_path/'moved')
+    (tmp_path/'run').mkdir()
+    for f in ('config.json', 'environment.json', 'model.safetensors'): shutil.copy(run[0]/f, tmp_path/'run')
+    assert main('evaluate', tmp_path/'run')[0] == 2
+    assert main('evaluate', tmp_path/'run', '--data', tmp_path/'moved')[0] == 0
+    (tmp_path/'moved/test/red/00.png').unlink()
+    code, _, err = main('evaluate', tmp_path/'run', '--data', tmp_path/'moved')
+    assert code == 2 and 'its hash differs' in err
+
+def test_find_lr(main, tree, tmp_path):
+    r = json.loads(main('find-lr', '--data', tree, '--bs', 4, '--json')[1])
     assert 0 < r['lr_min'] < r['lr_max'] < 1 and (tmp_path/'lr_range.png').exists()
 
-def test_found_range_is_used(cli, tree, tmp_path):
-    done = cli('train', '--data', tree, '--epochs', 1, '--bs', 4, '--valid', 12, '--out', 'r', '--json')
-    m, r = json.loads(done.stdout), json.loads((tmp_path/'r/lr_range.json').read_text())
+def test_found_range_is_used(main, tree, tmp_path):
+    m = json.loads(main('train', '--data', tree, '--epochs', 1, '--bs', 4, '--valid', 12, '--out', 'r', '--json')[1])
+    r = json.loads((tmp_path/'r/lr_range.json').read_text())
     assert (m['lr_min'], m['lr_max']) == (r['lr_min'], r['lr_max']) and m['valid_images'] == 12 and (tmp_path/'r/lr_range.png').exists()
 
 def test_killed_and_continued(run, cli, tree, tmp_path):
@@ -95,12 +106,11 @@ def test_killed_and_continued(run, cli, tree, tmp_path):
     h = [pd.read_csv(f/'history.csv').drop(columns='seconds') for f in (run[0], out)]
     assert h[0].equals(h[1])
 
-def test_second_process_is_refused(tmp_path, cli, tree):
+def test_second_process_is_refused(tmp_path, main, tree):
     from filelock import FileLock
     (tmp_path/'busy').mkdir()
-    with FileLock(tmp_path/'busy/.lock'):
-        done = cli('train', '--data', tree, *QUICK, '--out', 'busy')
-    assert done.returncode == 2 and 'another process' in done.stderr
+    with FileLock(tmp_path/'busy/.lock'): code, _, err = main('train', '--data', tree, *QUICK, '--out', 'busy')
+    assert code == 2 and 'another process' in err
 
 BAD = {
     'unknown model': (['train', '--data', '{tree}', '--model', 'custom_resnt'], "did you mean 'custom_resnet'"),
@@ -126,16 +136,12 @@ BAD = {
 }
 
 @pytest.mark.parametrize('name', BAD)
-def test_bad_input_is_one_line(name, tree, tmp_path, monkeypatch, capfd):
-    "In this process, which has fastai imported already; the exit code and what is printed are the program's"
-    from fastcifar.cli import main
-    monkeypatch.chdir(tmp_path)
+def test_bad_input_is_one_line(name, tree, main):
     args, says = BAD[name]
     before = snapshot(tree)
-    assert main([a.format(tree=tree) for a in args]) == 2
-    err = capfd.readouterr().err
+    code, _, err = main(*(a.format(tree=tree) for a in args))
     lines = [l for l in err.splitlines() if l.startswith('fastcifar: ')]
-    assert len(lines) == 1 and says in lines[0] and 'Traceback' not in err
+    assert code == 2 and len(lines) == 1 and says in lines[0] and 'Traceback' not in err
     assert snapshot(tree) == before
 
 def damaged(tree, folder, what):
@@ -151,18 +157,17 @@ def damaged(tree, folder, what):
 
 @pytest.mark.parametrize('what,says', [('unreadable', 'cannot be read as an image'), ('size', 'is 30x32'), ('mode', 'has mode L'), ('missing class', 'both need the same classes'),
                                        ('empty class', 'both need the same classes'), ('no test', 'holds no test/<class>')])
-def test_bad_folders(what, says, tree, tmp_path, capfd):
-    from fastcifar.cli import main
-    assert main(['train', '--data', str(damaged(tree, tmp_path/'bad', what)), '--bs', '20']) == 2
-    err = capfd.readouterr().err
-    assert err.startswith('fastcifar: ') and says in err and err.count('\n') == 1
+def test_bad_folders(what, says, tree, tmp_path, main):
+    code, _, err = main('train', '--data', damaged(tree, tmp_path/'bad', what), '--bs', 20)
+    assert code == 2 and err.startswith('fastcifar: ') and says in err and err.count('\n') == 1
 
 def test_converted_on_request(tree, tmp_path):
     from fastcifar.data import load_data
     assert load_data(damaged(tree, tmp_path/'bad', 'size'), convert=True).x['train'].shape == (60, 32, 32, 3)
 
-def test_no_network(cli, tmp_path):
-    "The official place cannot be reached: one line that says what to do"
-    code = "import fastcifar.fetch as f, sys; a = f.ARCHIVES['cifar10']; f.ARCHIVES['cifar10'] = a._replace(url='http://127.0.0.1:9/x', tree=None); f.time.sleep = lambda s: None\nfrom fastcifar.cli import main; sys.exit(main(['train']))"
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and '--data FILE' in done.stderr and 'Traceback' not in done.stderr
+def test_no_network(main, monkeypatch):
+    import fastcifar.fetch as fetch
+    monkeypatch.setitem(fetch.ARCHIVES, 'cifar10', fetch.ARCHIVES['cifar10']._replace(url='http://127.0.0.1:9/x', tree=None))
+    monkeypatch.setattr(fetch.time, 'sleep', lambda s: None)
+    code, _, err = main('train')
+    assert code == 2 and err.startswith('fastcifar: cifar10 could not be downloaded') and '--data FILE' in err
