@@ -13,6 +13,7 @@ from typing import Iterator, NamedTuple
 
 import numpy as np
 from PIL import Image
+from tqdm.auto import tqdm
 
 from .basics import FastcifarError
 
@@ -188,7 +189,7 @@ def read_tree(
 ) -> Arrays:
     "Decode `train/<class>/*` and `test/<class>/*` images; files elsewhere are ignored"
     found = {'train': {}, 'test': {}}
-    for m in files:
+    for m in tqdm(files, desc=f'decoding {Path(where).name}', unit=' images', leave=False, disable=None): # silent where there is no terminal
         place = _tree_place(m.name)
         if place is None: continue
         split, cls, rest = place

@@ -55,7 +55,7 @@ def evaluate_command(args) -> dict:
     "Predict the test split with a finished run and print accuracy, classes and confusions"
     import matplotlib; matplotlib.use('agg')
     from fastcifar.runs import evaluate_run
-    i = evaluate_run(args.run, args.data, args.device)
+    i = evaluate_run(args.run, args.data, args.device, _bars(args))
     say, classes = _say(args), i.class_accuracy()
     say(f'test accuracy {i.accuracy:.2%} ({int(classes.right.sum()):,} of {len(i.targs):,} images), loss {i.loss:.4f}\n')
     say(classes.to_string(formatters={'accuracy': '{:.2%}'.format}))

@@ -48,7 +48,7 @@ def _stream(url, part, timeout, progress):
         start = have if resumed else 0
         total = start + int(r.headers['Content-Length']) if r.headers.get('Content-Length') else None
         with open(part, 'ab' if resumed else 'wb') as f, tqdm(total=total, initial=start, unit='B', unit_scale=True, desc=part.name.removesuffix('.part'),
-                                                              disable=not progress, leave=False) as bar:
+                                                              disable=None if progress else True, leave=False) as bar:
             while chunk := r.read1(2**18):
                 f.write(chunk)
                 bar.update(len(chunk))

@@ -101,13 +101,19 @@ def environment(
 class RunHistory(Callback):
     "Keep `history.csv` of the run folder up to date and print a row an epoch"
     order = 71
-    def __init__(self, checkpoints:Checkpoints, out:Path, say=print): self.checkpoints, self.out, self.say, self._header = checkpoints, out, say, False
+    def __init__(self,
+        checkpoints:Checkpoints, # Keeps the rows
+        out:Path, # Run folder
+        split:str='test', # What the second split is: `'test'` or `'valid'`
+        say=print, # Called with each line
+    ): self.checkpoints, self.out, self.split, self.say, self._header = checkpoints, out, split, say, False
+
     def after_epoch(self):
         rows = self.checkpoints.history
         if not rows or rows[-1]['epoch'] != self.epoch + 1: return # an epoch that was skipped
         write_atomic(self.out/'history.csv', lambda tmp: pd.DataFrame(rows).to_csv(tmp, index=False))
         r = rows[-1]
-        if not self._header: self.say('epoch  train loss  train acc  valid loss  valid acc  seconds')
+        if not self._header: self.say(f'epoch  train loss  train acc  {self.split:>5} loss  {self.split:>5} acc  seconds')
         self._header = True
         self.say(f'{r["epoch"]:5}  {r["train_loss"]:10.4f}  {r["train_accuracy"]:9.4f}  {r["valid_loss"]:10.4f}  {r["accuracy"]:9.4f}  {r["seconds"]:7.1f}')
 
@@ -118,7 +124,7 @@ def default_out(c:Config) -> Path:
     return Path('runs')/f'{data}-{c.model}-{c.norm}-{c.epochs}ep-seed{c.seed}'
 
 def _settle(c, data, out, device):
-    "Compare with the configuration in the folder, or write it there; the data set goes by name and hash, wherever it lies"
+    "Compare with the configuration in the folder, or write it there; the data set goes by its hash, wherever it lies and however it is called"
     f, new = out/'config.json', dict(dataclasses.asdict(c), data=data.name, data_sha256=data.source)
     if not f.exists():
         if c.precision == 'auto': new['precision'] = best_precision(device)
@@ -127,7 +133,7 @@ def _settle(c, data, out, device):
     if not isinstance(old, dict): raise FastcifarError(f'{f} does not hold a configuration: choose another --out')
     if c.precision == 'auto': new['precision'] = old.get('precision')
     for k in sorted(set(old) | set(new)):
-        if old.get(k) != new.get(k): raise FastcifarError(f'{out} holds a run with {k}={old.get(k)!r}, not {new.get(k)!r}: choose another --out')
+        if k != 'data' and old.get(k) != new.get(k): raise FastcifarError(f'{out} holds a run with {k}={old.get(k)!r}, not {new.get(k)!r}: choose another --out')
     return dataclasses.replace(c, precision=new['precision'])
 
 def _finished(c, out, say):
@@ -162,12 +168,12 @@ def _fit(learn, c, out, say):
     if 0 < done < c.epochs: say(f'continuing after epoch {done} of {c.epochs}')
     if done < c.epochs:
         learn.fit_one_cycle(c.epochs, **one_cycle(lrs, c.epochs, scaled_peak(c.epochs)), wd=1e-3 / lrs.lr_max if c.wd is None else c.wd, start_epoch=done,
-                            cbs=[checkpoints, RunHistory(checkpoints, out, say)])
+                            cbs=[checkpoints, RunHistory(checkpoints, out, 'valid' if c.valid else 'test', say)])
     return lrs, checkpoints.history
 
 # %% ../nbs/13_runs.ipynb #d249c023
 def _save_fig(fig, path):
-    write_atomic(path, lambda tmp: fig.savefig(tmp, dpi=110))
+    write_atomic(path, lambda tmp: fig.savefig(tmp, dpi=110, bbox_inches='tight'))
     plt.close(fig)
 
 def draw_run(
@@ -184,8 +190,10 @@ def draw_run(
                  samples=interp.learn.dls.data.show_samples)
     if getattr(lrs, 'losses', ()): plots['lr_range'] = lambda: plot_range(lrs)
     for name, plot in plots.items(): _save_fig(plot(), out/f'{name}.png')
-    for name, plot in dict(confusion_matrix=lambda: interp.plot_confusion_matrix(figsize=(6, 6)), top_losses=lambda: interp.plot_top_losses(min(16, len(interp.targs)), figsize=(9, 9))).items():
-        plot() # fastai's own plots draw on the current figure
+    fastai_plots = dict(augmented=lambda: interp.learn.dls.show_batch(max_n=16, figsize=(8, 8)), confusion_matrix=lambda: interp.plot_confusion_matrix(figsize=(6, 6)),
+                        top_losses=lambda: interp.plot_top_losses(min(16, len(interp.targs)), figsize=(9, 9)))
+    for name, plot in fastai_plots.items():
+        plot() # draws on the current figure
         _save_fig(plt.gcf(), out/f'{name}.png')
 
 def finish_run(learn, c:Config, out:Path, lrs, history:list, say=print) -> dict:
@@ -277,10 +285,12 @@ def evaluate_run(
     out, # A finished run folder
     data=None, # Where its data lies, if it has moved
     device=None, # fastai's default device if None
+    bars:bool=None, # Progress bars? None: if this is a terminal
 ) -> CifarInterpretation: # Predictions of the test split
     "Predict the test split again with the weights of a finished run"
     learn = load_run(out, data, device)
-    with learn.no_bar(): return CifarInterpretation.from_learner(learn, len(learn.dls.loaders) - 1)
+    bars = sys.stdout.isatty() if bars is None else bars
+    with contextlib.nullcontext() if bars else learn.no_bar(): return CifarInterpretation.from_learner(learn, len(learn.dls.loaders) - 1)
 
 # %% ../nbs/13_runs.ipynb #53ab1a29
 def predict_files(

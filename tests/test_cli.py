@@ -35,7 +35,7 @@ def test_run_folder(run):
     out, said = run
     names = {p.relative_to(out).as_posix() for p in out.rglob('*')}
     assert {'config.json', 'environment.json', 'history.csv', 'metrics.json', 'model.safetensors', 'checkpoints', 'curves.png', 'schedule.png', 'misclassified.png', 'predictions.png',
-            'class_accuracy.png', 'confusion_matrix.png', 'top_losses.png', 'samples.png', 'wrong_predictions.csv', 'class_accuracy.csv'} <= names
+            'class_accuracy.png', 'augmented.png', 'confusion_matrix.png', 'top_losses.png', 'samples.png', 'wrong_predictions.csv', 'class_accuracy.csv'} <= names
     m = json.loads((out/'metrics.json').read_text())
     assert f'test accuracy {m["test_accuracy"]:.2%}' in said and str(out) in said
     h = pd.read_csv(out/'history.csv')
