@@ -16,6 +16,8 @@ from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner
 from fastcore.foundation import L
 
+from .schedule import one_cycle
+
 # %% ../nbs/12_interpret.ipynb #62874b0d
 class CifarInterpretation(ClassificationInterpretation):
     "fastai's `ClassificationInterpretation`, with predictions computed once, and more to see"
@@ -123,17 +125,16 @@ def plot_curves(
     return fig
 
 def plot_schedule(
-    lr_max:float, # Arguments of `fit_one_cycle`, as `one_cycle` gives them
-    div:float,
-    div_final:float,
-    pct_start:float,
+    lrs, # An `LRRange`, or a pair (LRMIN, LRMAX)
     epochs:int=24, # Length of the schedule
+    peak_epoch:float=5, # Epoch at which the rate is LRMAX
     moms=(0.95, 0.85, 0.95), # Momentum at start, peak and end
 ):
     "Learning rate and momentum over a one-cycle training; returns the matplotlib figure"
-    t = np.linspace(0, 1, 500)
+    t, cycle = np.linspace(0, 1, 500), one_cycle(lrs, epochs, peak_epoch)
+    peak, low, pct = cycle['lr_max'], cycle['lr_max'] / cycle['div'], cycle['pct_start']
     fig, axs = plt.subplots(1, 2, figsize=(10, 3), layout='constrained')
-    for ax, f, name in ((axs[0], combined_cos(pct_start, lr_max / div, lr_max, lr_max / div_final), 'learning rate'), (axs[1], combined_cos(pct_start, *moms), 'momentum')):
+    for ax, f, name in ((axs[0], combined_cos(pct, low, peak, low), 'learning rate'), (axs[1], combined_cos(pct, *moms), 'momentum')):
         ax.plot(t * epochs, [f(float(o)) for o in t])
         ax.set(xlabel='epoch', ylabel=name)
         ax.grid(alpha=.3)

@@ -167,7 +167,7 @@ def _fit(learn, c, out, say):
     lrs = _find_lrs(learn, c, out, say)
     if 0 < done < c.epochs: say(f'continuing after epoch {done} of {c.epochs}')
     if done < c.epochs:
-        learn.fit_one_cycle(c.epochs, **one_cycle(lrs, c.epochs, scaled_peak(c.epochs)), wd=1e-3 / lrs.lr_max if c.wd is None else c.wd, start_epoch=done,
+        learn.fit_one_cycle(c.epochs, **one_cycle(lrs, c.epochs, scaled_peak(c.epochs), c.wd), start_epoch=done,
                             cbs=[checkpoints, RunHistory(checkpoints, out, 'valid' if c.valid else 'test', say)])
     return lrs, checkpoints.history
 
@@ -186,7 +186,7 @@ def draw_run(
     "Draw the pictures of a run folder"
     out = Path(out)
     plots = dict(curves=lambda: plot_curves(pd.DataFrame(history), 'validation' if c.valid else 'test'), misclassified=interp.plot_wrong, predictions=interp.plot_predictions,
-                 class_accuracy=interp.plot_class_accuracy, schedule=lambda: plot_schedule(**one_cycle(lrs, c.epochs, scaled_peak(c.epochs)), epochs=c.epochs),
+                 class_accuracy=interp.plot_class_accuracy, schedule=lambda: plot_schedule(lrs, c.epochs, scaled_peak(c.epochs)),
                  samples=interp.learn.dls.data.show_samples)
     if getattr(lrs, 'losses', ()): plots['lr_range'] = lambda: plot_range(lrs)
     for name, plot in plots.items(): _save_fig(plot(), out/f'{name}.png')

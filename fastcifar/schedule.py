@@ -123,12 +123,13 @@ def one_cycle(
     lrs, # An `LRRange`, or a pair (LRMIN, LRMAX)
     epochs:int=24, # Epochs of the whole schedule
     peak_epoch:float=5, # Epoch at which the rate is LRMAX
-) -> dict: # `lr_max`, `div`, `div_final`, `pct_start`
+    wd:float=None, # Decoupled weight decay; None: 0.001 / LRMAX
+) -> dict: # `lr_max`, `div`, `div_final`, `pct_start`, `wd`
     "Arguments for `learn.fit_one_cycle` that start at LRMIN, peak at LRMAX after `peak_epoch` epochs and end at LRMIN"
     lo, hi = lrs[0], lrs[1]
     if not 0 < lo <= hi: raise FastcifarError(f'LRMIN is {lo} and LRMAX {hi}: they must be positive, LRMIN the smaller')
     if not 0 < peak_epoch < epochs: raise FastcifarError(f'the peak at epoch {peak_epoch} does not lie within {epochs} epochs: choose one between')
-    return dict(lr_max=hi, div=hi / lo, div_final=hi / lo, pct_start=peak_epoch / epochs)
+    return dict(lr_max=hi, div=hi / lo, div_final=hi / lo, pct_start=peak_epoch / epochs, wd=1e-3 / hi if wd is None else wd)
 
 # %% ../nbs/09_schedule.ipynb #c6fcf973
 def scaled_peak(epochs:int) -> float:
