@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../nbs/16_main.ipynb #6bacdfd3
+#| eval: false
 import sys
 
 from .cli import main
