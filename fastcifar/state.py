@@ -132,11 +132,11 @@ class Checkpoints(Callback):
             except FastcifarError as e:
                 self.say(f'{e}; using the checkpoint before it')
                 continue
-            missing = {'done', 'history', 'opt', 'rng', 'threads'} - set(note)
+            missing = {'done', 'history', 'opt', 'rng'} - set(note)
             if missing: raise FastcifarError(f'{f} is no checkpoint of this version: remove the folder to start again')
             restore_weights(learn, tensors, note, f)
             self.note, self.history = note, note['history']
-            if note['threads'] != torch.get_num_threads():
+            if note.get('threads', torch.get_num_threads()) != torch.get_num_threads():
                 self.say(f'the checkpoint was made with {note["threads"]} CPU threads, now there are {torch.get_num_threads()}: the result will differ in the last digits')
             return note['done']
         return 0
