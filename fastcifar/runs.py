@@ -94,7 +94,7 @@ def environment(
     for p in packages:
         try: versions[p] = version(p)
         except Exception: versions[p] = None
-    return dict(python=platform.python_version(), system=platform.platform(), versions=versions, commit=_commit(), device=str(device), device_name=name,
+    return dict(python=platform.python_version(), system=f'{platform.system()} {platform.machine()}', versions=versions, commit=_commit(), device=str(device), device_name=name,
                 world_size=1, threads=torch.get_num_threads(), command=shlex.join(['fastcifar', *sys.argv[1:]]))
 
 # %% ../nbs/13_runs.ipynb #f3ba0539
