@@ -22,22 +22,30 @@ from torch.utils.data import get_worker_info
 from .basics import FastcifarError, check_name
 
 # %% ../nbs/04_augment.ipynb #7d2b7c55
-def _pad_crop(fill): return [A.PadIfNeeded(40, 40, border_mode=0, fill=0, strict=True), A.RandomCrop(32, 32, strict=True)]
-def _flip(fill): return [A.HorizontalFlip(p=0.5, strict=True)]
+def _pad_crop(pad, border=0): return [A.PadIfNeeded(32 + 2 * pad, 32 + 2 * pad, border_mode=border, fill=0, strict=True), A.RandomCrop(32, 32, strict=True)]
+def _flip(p=0.5): return [A.HorizontalFlip(p=p, strict=True)]
 def _hole(side, p, fill):
     return [A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=(side, side), hole_width_range=(side, side), fill=fill, p=p, strict=True)]
-def _shift_scale_rotate(fill):
-    "What Albumentations 1 called ShiftScaleRotate() with its defaults; it is now an Affine with a reflected border"
-    return [A.Affine(scale=(0.9, 1.1), translate_percent=(-0.0625, 0.0625), rotate=(-45, 45), balanced_scale=False, keep_ratio=True,
-                     border_mode=4, p=0.5, strict=True)]
+def _shift_scale_rotate(shift=0.0625, scale=0.1, rotate=45, p=0.5):
+    "What Albumentations 1 called ShiftScaleRotate, with its defaults; it is now an Affine with a reflected border"
+    return [A.Affine(scale=(1 - scale, 1 + scale), translate_percent=(-shift, shift), rotate=(-rotate, rotate), balanced_scale=False, keep_ratio=True,
+                     border_mode=4, p=p, strict=True)]
 
 _policies = {
-    'crop_flip_cutout': lambda fill: _pad_crop(fill) + _flip(fill) + _hole(8, 1., fill),
-    'crop_flip': lambda fill: _pad_crop(fill) + _flip(fill),
-    'flip': _flip,
-    'shift_scale_rotate_dropout': lambda fill: _flip(fill) + _shift_scale_rotate(fill) + _hole(16, 0.5, fill),
-    'crop': _pad_crop,
-    'none': lambda fill: []}
+    'crop_flip_cutout': lambda fill: _pad_crop(4) + _flip() + _hole(8, 1., fill),
+    'crop_flip': lambda fill: _pad_crop(4) + _flip(),
+    'small_crop_flip': lambda fill: _pad_crop(2, border=4) + _flip(),
+    'flip': lambda fill: _flip(),
+    'shift_scale_rotate_dropout': lambda fill: _flip() + _shift_scale_rotate() + _hole(16, 0.5, fill),
+    'crop': lambda fill: _pad_crop(4),
+    'none': lambda fill: [],
+    # what the reference works did, faults included; only their recipes need these
+    'crop_reflect_flip': lambda fill: _pad_crop(4, border=4) + _flip(),
+    'rare_flip': lambda fill: _flip(0.1),
+    'shift_scale_rotate_black': lambda fill: _flip() + _shift_scale_rotate() + _hole(16, 0.5, 0),
+    'wide_shift_bright_hole': lambda fill: _flip() + _shift_scale_rotate(0.2, 0.2, 15) + _hole(16, 0.5, (156, 153, 144)), # 0.49 deviations above the mean
+    'rare_shift_dropout': lambda fill: _flip(0.1) + _shift_scale_rotate(0.1, 0.2, 15, p=0.1) + _hole(16, 0.3, fill),
+    'small_crop_flip_cutout': lambda fill: _pad_crop(2, border=4) + _flip() + _hole(8, 1., fill)}
 
 def list_policies() -> list:
     "The names of all augmentation policies"

@@ -155,6 +155,7 @@ def dataloaders(self:ImageData,
     valid:int=None, # Hold out so many stratified training images as validation split?
     device=None, # Where batches end up; fastai's default device if None
     drop_last:bool=False, # Leave out the last, smaller training batch?
+    stats:tuple=None, # (mean, std) to normalize with, in 0..1; None: those of the training pixels
 ) -> CifarDataLoaders: # Loaders: train, validation, and the test split as the third when `valid` is given
     "fastai DataLoaders over this data set"
     rows, n = Rows(self), len(self.y['train'])
@@ -167,9 +168,10 @@ def dataloaders(self:ImageData,
     dsets = Datasets(list(range(len(rows))), [[ReadImage(rows)], [ReadLabel(rows), Categorize(vocab=self.classes, sort=False)]],
                      splits=[L(s.tolist()) for s in splits])
     device = checked_device(device)
-    norm = Normalize.from_stats(self.mean, self.std, cuda=False)
+    mean, std = stats or (self.mean, self.std)
+    norm = Normalize.from_stats(mean, std, cuda=False)
     dls = [ArrayDL(dsets.subset(i), bs=bs, seed=seed, num_workers=num_workers, shuffle=i == 0, drop_last=drop_last and i == 0,
                    after_item=[tfm, ToTensor()], after_batch=[IntToFloatTensor(), norm], device=device) for i in range(len(splits))]
     res = CifarDataLoaders(*dls, device=device)
-    res.data, res.seed = self, seed
+    res.data, res.seed, res.stats = self, seed, (list(mean), list(std))
     return res

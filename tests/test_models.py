@@ -1,4 +1,4 @@
-"The custom ResNet is the references' net: the same answers with the same weights."
+"The nets are the references' nets: the same layers, the same counts, and the same answers with the same weights."
 import json
 from pathlib import Path
 
@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from fastcifar.inspect import summarize, trace
 from fastcifar.layers import NORMS
-from fastcifar.models.zoo import count_parameters, create_model
+from fastcifar.models.zoo import count_parameters, create_model, list_models
 
-VECTORS = json.loads((Path(__file__).parent/'net_vectors.json').read_text())
+VECTORS, TABLES = (json.loads((Path(__file__).parent/f'net_{n}.json').read_text()) for n in ('vectors', 'tables'))
 
 def fill(net):
     "Known weights, drawn in the order in which the layers first run"
@@ -25,26 +26,90 @@ def fill(net):
         if isinstance(m, (nn.Conv2d, nn.Linear)):
             put(m.weight, r.standard_normal(m.weight.shape) * np.sqrt(2 / m.weight[0].numel()))
             if m.bias is not None: put(m.bias, 0.1 * r.standard_normal(m.bias.shape))
-        elif isinstance(m, nn.BatchNorm2d):
-            c = m.num_features
+        elif isinstance(m, (nn.BatchNorm2d, nn.GroupNorm)):
+            c = len(m.weight)
             put(m.weight, 1 + 0.1 * r.standard_normal(c)); put(m.bias, 0.1 * r.standard_normal(c))
-            put(m.running_mean, 0.1 * r.standard_normal(c)); put(m.running_var, 1 + 0.1 * r.random_sample(c))
+            if isinstance(m, nn.BatchNorm2d): put(m.running_mean, 0.1 * r.standard_normal(c)), put(m.running_var, 1 + 0.1 * r.random_sample(c))
     return net
 
-@pytest.mark.parametrize('key,kwargs', [('custom_resnet/bn', {}), ('custom_resnet/bn/bias', dict(bias=True)), ('custom_resnet/bn/shared', dict(shared=True))])
-def test_answers(key, kwargs):
-    net = fill(create_model('custom_resnet', **kwargs))
+@pytest.mark.parametrize('key', VECTORS)
+def test_answers(key):
+    name, norm, *flags = key.split('/')
+    net = fill(create_model(name, norm=norm, **{f: True for f in flags}))
     assert count_parameters(net) == VECTORS[key]['parameters']
     x = torch.from_numpy(np.random.RandomState(1).standard_normal((4, 3, 32, 32)).astype(np.float32))
     with torch.no_grad(): got = net(x).log_softmax(1).numpy()
     want = np.array(VECTORS[key]['log_probs'])
     assert np.abs(got - want).max() <= 1e-3 * np.abs(want).max()
 
+MAIN = ('Conv2d', 'MaxPool2d', 'AvgPool2d', 'AdaptiveAvgPool2d', 'Linear', 'add')
+
+def table_of(net):
+    "The net as the reference tables have it: a row for each convolution, pool and addition, with what follows it"
+    modules, rows = dict(net.named_modules()), []
+    for r in trace(net):
+        m = modules.get(r.layer)
+        if r.kind in MAIN:
+            conv = isinstance(m, nn.Conv2d)
+            io = [m.in_channels, m.out_channels] if conv else [m.in_features, m.out_features] if r.kind == 'Linear' else [None, None]
+            window = [v[0] if v else None for v in (r.kernel, r.stride, r.padding)] if conv or r.kind in ('MaxPool2d', 'AvgPool2d') else [None] * 3
+            rows.append([r.kind, *io, *window, r.dilation[0] if conv else None, r.groups, (m.bias is not None) if io[0] else None, [], r.parameters, 0, list(r.output), r.after[0].size, r.after[0].jump])
+        elif isinstance(m, nn.BatchNorm2d):
+            rows[-1][9].append(f'norm({m.num_features})')
+            rows[-1][11] += r.parameters
+        elif isinstance(m, (nn.ReLU, nn.Dropout)): rows[-1][9].append('ReLU' if isinstance(m, nn.ReLU) else f'drop {m.p:g}')
+    return rows
+
+@pytest.mark.parametrize('name', TABLES)
+def test_every_row_of_the_reference_tables(name):
+    got, want = table_of(create_model(name)), TABLES[name]
+    for g, w in zip(got, want):
+        if w[0] == 'Linear': w = w[:-2] + g[-2:] # the tables end before it
+        assert g == w
+    assert len(got) == len(want)
+
+# The receptive-field table that the authors of sepnet178k published, with its two shortcuts put where they are: in parallel
+# field in, size in, jump in, stride, padding, kernel, dilation, field, size, jump
+FIELDS_178K = [(1, 32, 1, 1, 1, 3, 1, 3, 32, 1), (3, 32, 1, 1, 0, 1, 1, 3, 32, 1), (3, 32, 1, 1, 1, 3, 1, 5, 32, 1), (5, 32, 1, 1, 0, 1, 1, 5, 32, 1), (5, 32, 1, 2, 1, 3, 1, 7, 16, 2),
+               (7, 16, 2, 1, 0, 1, 1, 7, 16, 2), (7, 16, 2, 1, 1, 3, 1, 11, 16, 2), (11, 16, 2, 1, 0, 1, 1, 11, 16, 2), (11, 16, 2, 2, 1, 3, 1, 15, 8, 4), (15, 8, 4, 1, 0, 1, 1, 15, 8, 4),
+               (15, 8, 4, 1, 1, 3, 1, 23, 8, 4), (23, 8, 4, 1, 0, 1, 1, 23, 8, 4), (15, 8, 4, 1, 0, 1, 1, 15, 8, 4), (23, 8, 4, 1, 0, 3, 2, 39, 4, 4), (39, 4, 4, 1, 0, 1, 1, 39, 4, 4),
+               (39, 4, 4, 1, 1, 3, 1, 47, 4, 4), (47, 4, 4, 1, 0, 1, 1, 47, 4, 4), (39, 4, 4, 1, 0, 1, 1, 39, 4, 4), (47, 4, 4, 4, 0, 4, 1, 59, 1, 16)]
+
+def test_published_field_table():
+    rows = [r for r in trace(create_model('sepnet178k')) if r.kernel]
+    assert len(rows) == 19
+    size = {r.layer: r.output[1] for r in rows}
+    for r, (field_in, size_in, jump_in, stride, padding, kernel, dilation, field, out, jump) in zip(rows, FIELDS_178K):
+        assert (r.before[0].size, r.before[0].jump, r.stride[0], r.padding[0], r.kernel[0], r.dilation[0]) == (field_in, jump_in, stride, padding, kernel, dilation)
+        assert (r.after[0].size, r.output[1], r.after[0].jump) == (field, out, jump)
+        assert (size_in + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 == out
+
+@pytest.mark.parametrize('name', list_models())
 @pytest.mark.parametrize('norm', NORMS)
-def test_every_norm_in_every_place(norm):
-    net = create_model('custom_resnet', norm=norm, n_out=7, n_in=1)
+def test_every_norm_everywhere(name, norm):
+    net = create_model(name, norm=norm, n_out=7, n_in=1)
     assert net(torch.randn(2, 1, 32, 32)).shape == (2, 7)
-    kind = {'bn': nn.BatchNorm2d, 'ln_chw': nn.LayerNorm, 'none': nn.Identity}.get(norm, nn.GroupNorm)
-    norms = [m for n, m in net.named_modules() if n.endswith('.norm')]
-    assert len(norms) == 8 and all(type(m) is kind for m in norms)
-    if kind is nn.GroupNorm: assert [m.num_groups for m in norms] == {'ln': [1] * 8, 'gn': [32] * 8, 'in': [64, 128, 128, 128, 256, 512, 512, 512]}[norm]
+    kinds = {'bn': nn.BatchNorm2d, 'ln_chw': nn.LayerNorm, 'none': nn.Identity, 'ln': nn.GroupNorm, 'gn': nn.GroupNorm, 'in': nn.GroupNorm}
+    n_bn = sum(isinstance(m, nn.BatchNorm2d) for m in create_model(name).modules())
+    own = [m for m in net.modules() if isinstance(m, kinds[norm])]
+    assert n_bn and (len(own) == n_bn or norm == 'none')
+    assert not [m for m in net.modules() if isinstance(m, (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)) and not isinstance(m, kinds[norm])]
+    if norm == 'ln': assert {m.num_groups for m in own} == {1}
+    if norm == 'in': assert all(m.num_groups == m.num_channels for m in own)
+
+@pytest.mark.parametrize('name,groups', [('normnet31k', 4), ('normnet41k', 8), ('normnet48k', 4), ('sepnet178k', 4), ('custom_resnet', 32)])
+def test_default_groups(name, groups):
+    assert {m.num_groups for m in create_model(name, norm='gn').modules() if isinstance(m, nn.GroupNorm)} == {groups}
+
+@pytest.mark.parametrize('name', list_models())
+def test_summary_counts_every_parameter_once(name):
+    net = create_model(name)
+    t = summarize(net)
+    assert t.parameters.sum() == count_parameters(net) and (t.MACs > 0).sum() >= 9
+
+def test_budgets():
+    assert count_parameters(create_model('groupnet')) <= 41_026
+    net = create_model('fastnet200k')
+    assert count_parameters(net) <= 200_000
+    rows = [r for r in trace(net) if r.kernel]
+    assert rows[-1].kind == 'AdaptiveAvgPool2d' and rows[-1].before[0].size > 44 and not [r for r in rows if 'Max' in r.kind]
