@@ -27,7 +27,7 @@ def _given(args):
 
 def _records(t):
     "A table as JSON has it, with null where there is no number"
-    return json.loads(t.to_json(orient='records'))
+    return json.loads(t.to_json(orient='records', double_precision=15))
 
 def _table(t):
     "A table for a person: fitted to the terminal by rich, plain elsewhere"

@@ -1,0 +1,115 @@
+"A study as a person runs it: killed, continued, with a run that fails, with a folder that holds another one."
+import json, os, signal, subprocess, sys, time
+
+import pandas as pd
+import psutil
+import pytest
+
+QUICK = ('--models', 'normnet31k', '--norms', 'bn,gn', '--seeds', 2, '--epochs', 2, '--bs', '20')
+
+def compare(tree, out, *more): return ['compare', '--data', tree, *QUICK, '--out', out, *more]
+
+@pytest.fixture(scope='module')
+def study(tree, tmp_path_factory):
+    "A study that was killed after its first finished run and continued"
+    out = tmp_path_factory.mktemp('studies')/'study'
+    cmd = [sys.executable, '-m', 'fastcifar', *map(str, compare(tree, out))]
+    p = subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    end = time.monotonic() + 240
+    while not list(out.glob('runs/*/metrics.json')):
+        assert p.poll() is None and time.monotonic() < end, p.stderr.read()[-2000:]
+        time.sleep(.05)
+    family = psutil.Process(p.pid).children(recursive=True)
+    os.kill(p.pid, signal.SIGKILL)
+    p.wait()
+    gone, alive = psutil.wait_procs(family, timeout=15)
+    kept = {f: f.stat().st_mtime_ns for f in out.glob('runs/*/metrics.json')}
+    done = subprocess.run([*cmd, '--json'], capture_output=True, text=True, timeout=300)
+    return out, kept, alive, done
+
+def test_killed_study_leaves_nobody_behind(study): assert study[2] == []
+
+def test_killed_study_continues(study):
+    out, kept, _, done = study
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert kept and all(f.stat().st_mtime_ns == t for f, t in kept.items())
+    r = pd.read_csv(out/'results.csv')
+    assert r.status.tolist() == ['finished'] * 4 and sorted(r.seed) == [0, 0, 1, 1] and sorted(set(r.norm)) == ['bn', 'gn']
+    assert f'{len(kept)} finished' in done.stderr
+
+def test_answer(study):
+    out, _, _, done = study
+    res = json.loads(done.stdout)
+    r = pd.DataFrame(res['runs'])
+    for row in res['summary']:
+        own = 100 * r[r.norm == row['norm']].test_accuracy
+        assert row['n'] == 2 and abs(row['mean'] - own.mean()) < 1e-9 and abs(row['sd'] - own.std()) < 1e-9 and row['low'] <= row['mean'] <= row['high']
+    (d,) = res['differences']
+    wide = 100 * r.pivot(index='seed', columns='norm', values='test_accuracy')
+    assert abs(d['difference'] - (wide.bn - wide.gn).mean()) < 1e-9 and d['n'] == 2
+    assert len(res['answer']) == 1 and 'n = 2' in res['answer'][0]
+    assert {'study.json', 'results.csv', 'curves.csv', 'summary.csv', 'differences.csv', 'answer.txt', 'curves.png', 'differences.png'} <= {f.name for f in out.iterdir()}
+    assert len(pd.read_csv(out/'curves.csv')) == 8
+
+def test_finished_study_says_so(study, main, tree):
+    out = study[0]
+    before = {f: f.stat().st_mtime_ns for f in out.glob('runs/*/*')}
+    code, said, _ = main(*compare(tree, out))
+    assert code == 0 and '4 runs, 4 finished' in said and 'tables and plots' in said
+    assert before == {f: f.stat().st_mtime_ns for f in out.glob('runs/*/*')}
+
+@pytest.mark.parametrize('change', [('--epochs', 3), ('--norms', 'bn'), ('--models', 'normnet48k'), ('--seeds', 1)])
+def test_another_study_is_refused(study, main, tree, change):
+    code, _, err = main(*compare(tree, study[0], *change))
+    assert code == 2 and 'another configuration' in err and err.count('\n') == 1
+
+def test_failed_run_does_not_stop_the_rest(main, tree):
+    code, said, _ = main('compare', '--data', tree, '--models', 'normnet31k', '--norms', 'bn', '--seeds', 1, '--epochs', 1, '--bs', '20,64', '--out', 's')
+    assert code == 0 and 'failed: a batch of 64 is larger' in said and said.count('failed: normnet31k') == 1
+    r = pd.read_csv('s/results.csv')
+    assert r.status.tolist() == ['finished', 'failed'] and 'larger than the training split' in r.reason[1]
+
+def test_same_run_in_and_out_of_a_study(study, main, tree):
+    "A run of a study is the run that `train` makes: same numbers"
+    m = json.loads(main('train', '--data', tree, '--model', 'normnet31k', '--norm', 'gn', '--recipe', 'fast', '--epochs', 2, '--bs', 20, '--seed', 1, '--threads', 1, '--out', 'r', '--json',
+                        '--lr-max', pd.read_json(study[0]/'study.json').runs['normnet31k-gn-fast-bs20-seed1']['lr_max'],
+                        '--lr-min', pd.read_json(study[0]/'study.json').runs['normnet31k-gn-fast-bs20-seed1']['lr_min'])[1])
+    r = pd.read_csv(study[0]/'results.csv').set_index(['norm', 'seed']).loc[('gn', 1)]
+    assert m['train_accuracy'] == r.train_accuracy
+
+BAD = {
+    'unknown norm': (['--norms', 'bn,gm'], "did you mean 'gn'"),
+    'unknown model': (['--models', 'normnet32k'], "did you mean 'normnet31k'"),
+    'unknown recipe': (['--recipes', 'refrence'], "did you mean 'reference'"),
+    'groups': (['--groups', '7'], '7 groups does not fit'),
+    'twice': (['--norms', 'bn,bn'], 'the same run twice'),
+    'none': (['--norms', ','], 'at least one'),
+    'batch sizes': (['--bs', 'big'], 'not a list of whole numbers'),
+    'seeds': (['--seeds', '0'], 'at least 1'),
+    'data': (['--data', 'cifra10'], "did you mean 'cifar10'"),
+}
+
+@pytest.mark.parametrize('name', BAD)
+def test_bad_input_is_one_line(name, main, tree, tmp_path):
+    args, says = BAD[name]
+    code, _, err = main(*compare(tree, 'bad', *args))
+    assert code == 2 and says in err and err.count('\n') == 1
+    assert not (tmp_path/'bad').exists()
+
+def test_summary(main, tmp_path):
+    t = json.loads(main('summary', 'sepnet178k', '--json', '--graph', 'g.svg', '--field', 'f.png')[1])
+    assert sum(r['parameters'] for r in t) == 178_178 and (tmp_path/'g.svg').read_text().count('<path') > 20 and (tmp_path/'f.png').stat().st_size > 5000
+    code, said, _ = main('summary', 'normnet31k')
+    assert code == 0 and '31,216 parameters' in said and 'AvgPool2d' in said
+    assert main('summary', 'normnet31k', '--norm', 'gn', '--groups', 3)[::2] == (2, 'fastcifar: group norm with 3 groups does not fit 16 channels: choose a number that divides 16\n')
+    assert main('summary', 'normnet31k', '--size', 4)[0] == 2
+    assert main('summary', 'normnet31k', '--graph', 'g.doc')[0] == 2
+
+def test_recipes(main):
+    r = json.loads(main('recipes', 'normnet48k', '--json')[1])
+    assert set(r) == {'one_cycle', 'reference', 'fast'} and r['reference']['lr_max'] == 0.04 and r['reference']['step_epochs'] == 6
+
+def test_reference_recipe_trains(main, tree):
+    m = json.loads(main('train', '--data', tree, '--model', 'normnet48k', '--norm', 'gn', '--recipe', 'reference', '--epochs', 1, '--bs', 20, '--out', 'r', '--json')[1])
+    c = json.loads(open('r/config.json').read())
+    assert m['recipe'] == 'reference' and m['norm'] == 'gn' and c['schedule'] == 'steps' and c['policy'] == 'rare_flip' and c['stats'][1] == [0.2471, 0.2435, 0.2616]

@@ -1,0 +1,29 @@
+"Put the nets of finished runs into the package: python tools/pretrained.py RESULTS.csv RUN... (run folders; RESULTS.csv says how many runs of each there are)"
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from fastcifar.archive import file_sha256
+from fastcifar.basics import read_json, write_json
+from fastcifar.weights import load_tensors, save_tensors
+
+FOLDER = Path(__file__).resolve().parents[1]/'fastcifar/models/pretrained'
+
+def add(run, results):
+    "Copy one net with a note of where it comes from, and return its line of the index"
+    tensors, note = load_tensors(run/'model.safetensors')
+    m = read_json(run/'metrics.json')
+    cell = results[(results.status == 'finished') & (results[['model', 'norm', 'recipe', 'bs']] == [m['model'], m['norm'], m['recipe'], m['bs']]).all(axis=1)]
+    origin = dict(recipe=m['recipe'], epochs=m['epochs'], seed=m['seed'], precision=m['precision'], data=m['data'], data_sha256=m['data_sha256'], test_accuracy=m['test_accuracy'],
+                  n=len(cell), mean_accuracy=round(float(cell.test_accuracy.mean()), 6), parameters=m['parameters'])
+    keep = {k: note[k] for k in ('model', 'classes', 'mean', 'std')}
+    file = save_tensors(FOLDER/f'{m["model"]}-{m["norm"]}.safetensors', tensors, {**keep, **origin})
+    return file.stem, dict(sha256=file_sha256(file), **origin)
+
+if __name__ == '__main__':
+    results, index = pd.read_csv(sys.argv[1]), FOLDER/'index.json'
+    old = read_json(index) if index.exists() else {}
+    new = dict(add(Path(r), results) for r in sys.argv[2:])
+    write_json(index, dict(sorted((old | new).items())))
+    print('\n'.join(f'{k}: {v["test_accuracy"]:.2%}' for k, v in new.items()))
