@@ -15,7 +15,7 @@ import random
 import albumentations as A
 import numpy as np
 import torch
-from fastai.vision.core import PILImage, TensorImage
+from fastai.vision.core import PILImage
 from fasttransform import ItemTransform
 from torch.utils.data import get_worker_info
 

@@ -6,7 +6,7 @@
 __all__ = ['ARCHIVES', 'Archive', 'download', 'check_counts', 'fetch_archive']
 
 # %% ../nbs/02_fetch.ipynb #44473fc4
-import hashlib, os, shutil, tempfile, time, urllib.error, urllib.request
+import os, time, urllib.error, urllib.request
 from pathlib import Path
 from typing import NamedTuple
 

@@ -6,7 +6,6 @@
 __all__ = ['NORMS', 'norm_layer', 'ConvNorm', 'ConvStack']
 
 # %% ../nbs/06_layers.ipynb #b7114cda
-import torch
 from torch import nn
 
 from .basics import FastcifarError, check_name

@@ -15,7 +15,7 @@ from fastai.torch_core import TensorCategory, default_device
 from fastai.vision.core import PILImage, TensorImage
 from fastcore.basics import patch
 from fastcore.foundation import L
-from fasttransform import Pipeline, Transform
+from fasttransform import Transform
 from PIL import Image
 
 from .archive import SIDE, decode_image

@@ -7,7 +7,7 @@ __all__ = ['Config', 'configure', 'build_model', 'environment', 'RunHistory', 'd
            'train_run', 'run_config', 'data_place', 'load_run', 'evaluate_run', 'predict_files']
 
 # %% ../nbs/20_runs.ipynb #f30c178b
-import contextlib, dataclasses, json, os, platform, re, shlex, subprocess, sys, time
+import contextlib, dataclasses, json, platform, re, shlex, subprocess, sys
 from importlib.metadata import version
 from pathlib import Path
 

@@ -6,7 +6,7 @@
 __all__ = ['checkpoint_state', 'restore_weights', 'restore_random', 'Checkpoints']
 
 # %% ../nbs/17_state.ipynb #3dd7b940
-import json, math, time
+import math, time
 from pathlib import Path
 
 import torch

@@ -8,6 +8,7 @@ __all__ = ['CELL', 'run_name', 'study_grid', 'Study', 'collect_runs', 'collect_c
 
 # %% ../nbs/21_study.ipynb #b70ee399
 import dataclasses, itertools, math, os, sys, threading, time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -72,8 +73,9 @@ def _die_with(parent):
 
 def _one_run(c, out, threads, device, parent):
     "Train one configuration; returns None, or why it failed"
-    import matplotlib; matplotlib.use('agg')
-    _die_with(parent)
+    if os.getpid() != parent: # a single run needs no process of its own
+        import matplotlib; matplotlib.use('agg')
+        _die_with(parent)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     (out/'failure.txt').unlink(missing_ok=True)
@@ -131,11 +133,13 @@ class Study:
         say(f'{len(self.grid)} runs, {len(self.grid) - len(todo)} finished; {min(jobs, len(todo))} at a time on {", ".join(gpus)}')
         work = Parallel(n_jobs=min(jobs, len(todo)) or 1, return_as='generator_unordered')(delayed(_numbered)(i, c, self.out/'runs'/run_name(c), threads, gpus[i % len(gpus)], os.getpid()) for i, c in enumerate(todo))
         bars = sys.stdout.isatty() if bars is None else bars
-        for k, (i, failed) in enumerate(tqdm(work, total=len(todo), disable=not bars, unit='run')):
-            name = run_name(todo[i])
-            said = f'failed: {failed}' if failed else f'{read_json(self.out/"runs"/name/"metrics.json")["test_accuracy"]:.2%}'
-            (tqdm.write if bars else say)(f'{k + 1}/{len(todo)} {name}: {said}')
-            self.results().to_csv(self.out/'results.csv', index=False)
+        try:
+            for k, (i, failed) in enumerate(tqdm(work, total=len(todo), disable=not bars, unit='run')):
+                name = run_name(todo[i])
+                said = f'failed: {failed}' if failed else f'{read_json(self.out/"runs"/name/"metrics.json")["test_accuracy"]:.2%}'
+                (tqdm.write if bars else say)(f'{k + 1}/{len(todo)} {name}: {said}')
+                self.results().to_csv(self.out/'results.csv', index=False)
+        except BrokenProcessPool as e: raise FastcifarError('the system ended a run, most likely for want of memory: give the same command with fewer --jobs; finished runs are kept') from e
         return self.write()
 
     def results(self) -> pd.DataFrame:
@@ -288,7 +292,7 @@ def plot_study_curves(
     for ax, (key, g) in zip(axs.flat, panels):
         for norm, h in g.groupby('norm', sort=False):
             acc = 100 * h.pivot(index='epoch', columns='seed', values='accuracy')
-            line, = ax.plot(acc.index, acc.mean(axis=1), label=f'{norm} (n = {acc.shape[1]})')
+            line, = ax.plot(acc.index, acc.mean(axis=1), marker='.', label=f'{norm} (n = {acc.shape[1]})')
             ax.fill_between(acc.index, acc.min(axis=1), acc.max(axis=1), color=line.get_color(), alpha=.2, lw=0)
         ax.set(title=f'{key[0]}, {key[1]}, batch {key[2]}', xlabel='epoch', ylabel=f'{split} accuracy (%)')
         ax.grid(alpha=.3)
@@ -308,6 +312,6 @@ def plot_differences(
     ax.axvline(0, color='#888888', lw=.8)
     ax.set(yticks=range(len(differences)), yticklabels=[f'{", ".join(str(getattr(r, k)) for k in rest)}:  {r.a} - {r.b} (n = {r.n})' for r in differences.itertuples()],
            xlabel='difference of accuracy (percentage points)')
-    ax.invert_yaxis()
+    ax.set_ylim(len(differences) - .5, -.5)
     ax.grid(axis='x', alpha=.3)
     return fig

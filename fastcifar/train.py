@@ -8,7 +8,6 @@ __all__ = ['PRECISIONS', 'best_precision', 'Precision', 'MemoryFormat', 'best_ch
 
 # %% ../nbs/16_train.ipynb #785e6f28
 import contextlib, ctypes, platform, sys
-from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from fastai.metrics import accuracy
 from fastai.optimizer import Adam
 from torch import nn
 
-from .basics import FastcifarError, check_name, seed_everything
+from .basics import FastcifarError, check_name
 from .schedule import lr_range
 
 # %% ../nbs/16_train.ipynb #19b5e7f1

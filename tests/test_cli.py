@@ -1,8 +1,7 @@
 "The whole program, as a person uses it."
-import json, os, re, shutil, signal, subprocess, sys, time
+import json, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image

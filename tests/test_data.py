@@ -8,7 +8,7 @@ from PIL import Image
 
 from fastcifar.archive import members, read_images, read_pickle
 from fastcifar.basics import FastcifarError
-from fastcifar.data import load_data, pixel_stats, stratified_holdout
+from fastcifar.data import load_data, stratified_holdout
 
 REAL = os.environ.get('FASTCIFAR_DATA')
 

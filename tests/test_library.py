@@ -38,7 +38,6 @@ def learn():
 def test_plain_learner_methods(learn, tmp_path):
     "predict, get_preds, validate, show_results, tta, lr_find, export: what fastai users do"
     from fastai.learner import load_learner
-    import numpy as np
     data = learn.dls.data
     with learn.no_bar(), learn.no_logging():
         name, idx, probs = learn.predict(data.x['test'][0])

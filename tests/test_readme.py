@@ -2,8 +2,6 @@
 import json, re, shlex, shutil
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[1]
 
 def commands():

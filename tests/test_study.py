@@ -64,7 +64,7 @@ def test_another_study_is_refused(study, main, tree, change):
     assert code == 2 and 'another configuration' in err and err.count('\n') == 1
 
 def test_failed_run_does_not_stop_the_rest(main, tree):
-    code, said, _ = main('compare', '--data', tree, '--models', 'normnet31k', '--norms', 'bn', '--seeds', 1, '--epochs', 1, '--bs', '20,64', '--out', 's')
+    code, said, _ = main('compare', '--data', tree, '--models', 'normnet31k', '--norms', 'bn', '--seeds', 1, '--epochs', 1, '--bs', '20,64', '--jobs', 1, '--out', 's')
     assert code == 0 and 'failed: a batch of 64 is larger' in said and said.count('failed: normnet31k') == 1
     r = pd.read_csv('s/results.csv')
     assert r.status.tolist() == ['finished', 'failed'] and 'larger than the training split' in r.reason[1]

@@ -1,8 +1,6 @@
 "Batches do not depend on how workers are started."
 import subprocess, sys
 
-import pytest
-
 CODE = '''
 import multiprocessing, sys, torch
 from fastcifar.data import load_data
