@@ -34,7 +34,8 @@ def _table(t):
     if not sys.stdout.isatty(): return print(t.to_string(index=False, na_rep='-'), flush=True)
     from rich.console import Console
     from rich.table import Table
-    table = Table(*map(str, t.columns), header_style='bold')
+    table = Table(box=None, header_style='bold', pad_edge=False)
+    for i, k in enumerate(t.columns): table.add_column(str(k), justify='right' if t[k].dtype.kind in 'if' else 'left', overflow='fold', no_wrap=i > 0, min_width=14 if i == 0 else None)
     for row in t.itertuples(index=False): table.add_row(*('-' if v != v else f'{v:,}' if isinstance(v, int) else str(v) for v in row))
     Console().print(table)
 
@@ -77,7 +78,8 @@ def summary_command(args):
         if Path(f).suffix not in PICTURES: raise FastcifarError(f'cannot draw {f}: give a name that ends in {", ".join(PICTURES)}')
         write_atomic(Path(f), lambda tmp: plot().savefig(tmp, dpi=150, bbox_inches='tight'))
     if args.json: return t.to_dict('records')
-    _table(t)
+    _table(t.rename(columns=dict(kernel='k', stride='s', padding='p', dilation='d', groups='g', parameters='params')))
+    print('k kernel, s stride, p padding, d dilation, g groups')
     print(f'{t.parameters.sum():,} parameters, {t.MACs.sum():,} multiply-accumulates for an image of {args.size}x{args.size}')
 
 def recipes_command(args) -> dict:
@@ -215,7 +217,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--data', help='where the data of the run lies, if it has moved')
     p.add_argument('--device', help='cpu, cuda, mps (default: the best there is)')
     p = add('predict', predict_command, 'classify image files')
-    p.add_argument('--from', required=True, metavar='RUN', help='run folder, or a model.safetensors')
+    p.add_argument('--from', required=True, metavar='RUN', help='run folder, a model.safetensors, or the name of a net with weights in the package')
     p.add_argument('files', nargs='+', metavar='FILE', help='images of any size; they are resized to 32x32')
     p.add_argument('--top', type=_at_least(1), default=3, help='classes to print for each (default: %(default)s)')
     p = add('models', models_command, 'list the nets')

@@ -76,12 +76,15 @@ class _Trace(TorchDispatchMode):
 
     def leave(self, args, out):
         name, module, at = self.stack.pop()
-        if at is None: return
-        row, ins = self.rows[at], [self.known[id(a)] for a in tree_leaves(args) if id(a) in self.known]
-        row.inputs, row.before = list(dict.fromkeys(i for i, _ in ins)), ins[0][1] if ins else None
-        fresh = [p for p in module.parameters(recurse=False) if id(p) not in self.counted]
+        fresh = [p for p in module.parameters() if id(p) not in self.counted] # of a layer; or what a module with layers uses beside them
         self.counted |= {id(p) for p in fresh}
-        row.parameters = sum(p.numel() for p in fresh)
+        ins = [self.known[id(a)] for a in tree_leaves(out if at is None else args) if id(a) in self.known]
+        if not ins or at is None and not fresh: return
+        if at is None:
+            self.rows.append(Row(name or type(module).__name__, type(module).__name__, []))
+            at = len(self.rows) - 1
+        row = self.rows[at]
+        row.parameters, row.inputs, row.before = sum(p.numel() for p in fresh), list(dict.fromkeys(i for i, _ in ins)), ins[0][1]
         for o in tree_leaves(out):
             if not isinstance(o, torch.Tensor): continue
             fields = self.known[id(o)][1] if id(o) in self.known else row.before
@@ -171,7 +174,7 @@ def summarize(
 ) -> Summary: # A row for each layer in the order in which they run
     "Layer, output shape, window, parameters, multiply-accumulates and receptive field of every layer"
     rows = trace(module, n_in, size)
-    show = [r for r in rows if details or r.parameters or r.kernel or r.kind in ('add', 'add_', 'cat') or r.macs]
+    show = [r for r in rows if r.after and (details or r.parameters or r.kernel or r.macs or len(r.inputs) > 1)]
     t = Summary([dict(layer=r.layer, kind=r.kind.rstrip('_'), output='x'.join(map(str, r.output)), kernel=_short(r.kernel), stride=_short(r.stride), padding=_short(r.padding),
                       dilation=_short(r.dilation), groups=r.groups or '', parameters=r.parameters, MACs=r.macs, **{
                           'field in': _short([f.size for f in r.before]), 'field': _short([f.size for f in r.after]),

@@ -98,7 +98,7 @@ def _fast(epochs, policy, lr_max=0.02, **kwargs):
 _fast_recipes = {
     'normnet31k': _fast(15, 'small_crop_flip'), 'normnet41k': _fast(20, 'small_crop_flip'), 'normnet48k': _fast(20, 'small_crop_flip'), 'groupnet': _fast(20, 'small_crop_flip'),
     'sepnet178k': _fast(25, 'small_crop_flip'), 'sepnet195k': _fast(25, 'small_crop_flip'), 'sepnet200k': _fast(25, 'small_crop_flip'), 'fastnet200k': _fast(25, 'small_crop_flip'),
-    'custom_resnet': _fast(24, 'crop_flip_cutout', lr_max=2e-3, bs=512)}
+    'custom_resnet': _fast(24, 'crop_flip_cutout', lr_max=4e-3, bs=512)}
 
 _notes = {'one_cycle': 'rates found by a range test, Adam, one cycle without annihilation', 'reference': 'as the authors of the net trained it',
           'fast': 'ours: Muon and one cycle, tuned on a validation split, in as many epochs as the reference or fewer'}

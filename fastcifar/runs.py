@@ -299,7 +299,7 @@ def evaluate_run(
 
 # %% ../nbs/20_runs.ipynb #53ab1a29
 def predict_files(
-    source, # A run folder or a file of `save_model`
+    source, # A run folder, a file of `save_model`, or the name of a net with weights in the package
     files:list, # Image files; other sizes than 32x32 are resized (bilinear, antialiased), other modes converted to RGB
     top:int=3, # How many classes to give for each
 ) -> list: # For each file: dict(file=, prediction=, probability=, top=[(class, probability), ...])

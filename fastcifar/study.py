@@ -270,8 +270,8 @@ def study_answer(
         means = ', '.join(f'{k} {v:.2f} %' for k, v in s.items())
         better = {(r.a, r.b) if r.difference > 0 else (r.b, r.a) for r in here.itertuples() if r.p_holm < 0.05}
         steps = [(a, b) in better for a, b in zip(s.index, s.index[1:])]
-        if len(s) < 2: said = 'nothing to compare'
-        elif n < 2: said = 'one run each says nothing about which is better'
+        if len(s) < 2: continue # nothing to compare
+        if n < 2: said = 'one run each says nothing about which is better'
         elif all(steps): said = 'ranking: ' + ' > '.join(s.index.astype(str))
         elif better: said = 'supported: ' + ', '.join(f'{a} > {b}' for a in s.index for b in s.index if (a, b) in better) + '; the rest is within chance'
         else: said = 'no difference is supported by these runs'
@@ -295,6 +295,7 @@ def plot_study_curves(
             line, = ax.plot(acc.index, acc.mean(axis=1), marker='.', label=f'{norm} (n = {acc.shape[1]})')
             ax.fill_between(acc.index, acc.min(axis=1), acc.max(axis=1), color=line.get_color(), alpha=.2, lw=0)
         ax.set(title=f'{key[0]}, {key[1]}, batch {key[2]}', xlabel='epoch', ylabel=f'{split} accuracy (%)')
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=.3)
         ax.legend()
     return fig

@@ -1,5 +1,5 @@
 "The nets are the references' nets: the same layers, the same counts, and the same answers with the same weights."
-import json
+import json, os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from fastcifar.inspect import summarize, trace
 from fastcifar.layers import NORMS
 from fastcifar.models.zoo import count_parameters, create_model, list_models
 
+REAL = os.environ.get('FASTCIFAR_DATA') # fixtures hide it from the tests
 VECTORS, TABLES = (json.loads((Path(__file__).parent/f'net_{n}.json').read_text()) for n in ('vectors', 'tables'))
 
 def fill(net):
@@ -113,3 +114,31 @@ def test_budgets():
     assert count_parameters(net) <= 200_000
     rows = [r for r in trace(net) if r.kernel]
     assert rows[-1].kind == 'AdaptiveAvgPool2d' and rows[-1].before[0].size > 44 and not [r for r in rows if 'Max' in r.kind]
+
+def test_damaged_package_weights_are_noticed(tmp_path, monkeypatch):
+    import shutil
+    import fastcifar.models.zoo as zoo
+    shutil.copytree(zoo._folder, tmp_path/'w')
+    monkeypatch.setattr(zoo, '_folder', tmp_path/'w')
+    key = next(iter(zoo._pretrained()))
+    name, norm = key.rsplit('-', 1)
+    create_model(name, norm=norm, pretrained=True)
+    f = tmp_path/'w'/f'{key}.safetensors'
+    f.write_bytes(f.read_bytes()[:-1] + b'x')
+    with pytest.raises(zoo.FastcifarError, match='is damaged'): create_model(name, norm=norm, pretrained=True)
+    with pytest.raises(zoo.FastcifarError, match='there are no trained weights of custom_resnet'): create_model('custom_resnet', pretrained=True)
+
+@pytest.mark.skipif(not REAL, reason='FASTCIFAR_DATA names no CIFAR-10 archive')
+def test_package_weights_do_what_their_note_says():
+    "On the real images, if they are at hand: the accuracy in the index, to the rounding of another machine"
+    from fastcifar.data import load_data
+    import fastcifar.models.zoo as zoo
+    data = load_data(REAL)
+    for key, row in zoo._pretrained().items():
+        if row['data_sha256'] != data.source: continue
+        name, norm = key.rsplit('-', 1)
+        net = create_model(name, norm=norm, pretrained=True).eval()
+        mean, std = (torch.tensor(net.note[k]).view(1, 3, 1, 1) for k in ('mean', 'std'))
+        x, y = torch.from_numpy(np.array(data.x['test'])).permute(0, 3, 1, 2), torch.from_numpy(np.array(data.y['test']))
+        with torch.inference_mode(): right = sum((net((b / 255 - mean) / std).argmax(1) == t).sum().item() for b, t in zip(x.split(500), y.split(500)))
+        assert abs(right / len(y) - row['test_accuracy']) < 0.002, key

@@ -86,10 +86,11 @@ def save_model(
     return save_tensors(path, model.state_dict(), dict(note, model=model.config))
 
 def load_model(
-    path, # A file of `save_model`, or a run folder
+    path, # A file of `save_model`, a run folder, or the name of a net with weights in the package
 ) -> nn.Module: # The net in evaluation mode; `model.note` holds classes, mean, std
     "Rebuild a saved net; no fastai Learner needed, and no code in the file is run"
     path = Path(path)
+    if str(path) in _models and not path.exists(): return create_model(str(path), pretrained=True).eval()
     if path.is_dir(): path = path/'model.safetensors'
     tensors, note = load_tensors(path)
     if not isinstance(note, dict) or not isinstance(note.get('model'), dict) or 'name' not in note['model']:
