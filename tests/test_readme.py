@@ -2,6 +2,10 @@
 import json, re, shlex, shutil
 from pathlib import Path
 
+import pandas as pd
+
+from fastcifar.models.zoo import list_models
+
 ROOT = Path(__file__).resolve().parents[1]
 
 def commands():
@@ -17,7 +21,7 @@ def test_first_two_commands_are_make():
 def test_fastcifar_commands(main, tmp_path):
     shutil.copytree(ROOT/'nbs/images', tmp_path/'nbs/images')
     typed = [c for c in commands() if c[0] == 'fastcifar']
-    assert {c[1] for c in typed} == {'train', 'find-lr', 'evaluate', 'predict', 'models'}
+    assert {c[1] for c in typed} == {'train', 'compare', 'find-lr', 'evaluate', 'predict', 'models', 'recipes', 'summary'}
     for c in typed:
         code, out, err = main(*c[1:])
         assert code == 0 and out, (c, err)
@@ -32,7 +36,11 @@ def test_demo(main):
     assert 'run folder: runs/demo' in err
 
 def test_accuracies_come_from_result_files():
-    "Every percentage in the README's table stands in a committed metrics.json"
+    "Every percentage in the README's tables stands in a committed result file"
     known = {f'{json.loads(f.read_text())[k]:.2%}' for f in ROOT.glob('results/*/metrics.json') for k in ('test_accuracy', 'train_accuracy')}
     rows = [l for l in (ROOT/'README.md').read_text().splitlines() if l.startswith('|') and '%' in l]
     assert rows and all(p in known for l in rows for p in re.findall(r'[\d.]+%', l))
+    study = pd.read_csv(ROOT/'results/norms/results.csv')
+    means = {f'{100 * a:.2f}' for a in study.groupby(['model', 'norm', 'recipe']).test_accuracy.mean()}
+    nets = [l for l in (ROOT/'README.md').read_text().splitlines() if l.startswith('| `')]
+    assert len(nets) == len(list_models()) and all(p in means for l in nets for p in re.findall(r'([\d.]+) %', l))
