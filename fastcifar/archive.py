@@ -101,14 +101,16 @@ def _read_bounded(path):
     return path.read_bytes()
 
 # %% ../nbs/01_archive.ipynb #85d9695b
-_BROKEN = (tarfile.TarError, zipfile.BadZipFile, EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, OSError, RuntimeError, NotImplementedError,
-           ValueError, KeyError, OverflowError, MemoryError)
+_BROKEN = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, RuntimeError, ValueError, KeyError, OverflowError, MemoryError)
 
 @contextlib.contextmanager
 def _explained(path):
     "What a damaged archive raises, in one line"
     try: yield
     except FastcifarError: raise
+    except OSError as e:
+        if e.errno: raise FastcifarError(f'{path} cannot be read: {e.strerror}') from e # the system's trouble, not the file's
+        raise FastcifarError(f'{path} cannot be read ({e}): it is damaged or incomplete; get it again') from e
     except _BROKEN as e: raise FastcifarError(f'{path} cannot be read ({e or type(e).__name__}): it is damaged or incomplete; get it again') from e
 
 def members(

@@ -7,7 +7,7 @@ __all__ = ['Config', 'configure', 'build_model', 'environment', 'RunHistory', 'd
            'train_run', 'run_config', 'data_place', 'load_run', 'evaluate_run', 'predict_files']
 
 # %% ../nbs/20_runs.ipynb #f30c178b
-import contextlib, dataclasses, json, platform, re, shlex, subprocess, sys
+import contextlib, dataclasses, platform, re, shlex, subprocess, sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 import fastcifar
 from .archive import decode_image
-from .basics import FastcifarError, check_name, read_json, seed_everything, write_atomic, write_json, write_text
+from .basics import FastcifarError, as_json, check_name, read_json, seed_everything, write_atomic, write_json, write_text
 from .data import load_data
 from .fetch import ARCHIVES
 from .interpret import CifarInterpretation, plot_curves, plot_schedule
@@ -130,7 +130,7 @@ def default_out(c:Config) -> Path:
 
 def _settle(c, data, out, device):
     "Compare with the configuration in the folder, or write it there; the data set goes by its hash, wherever it lies and however it is called"
-    f, new = out/'config.json', json.loads(json.dumps(dict(dataclasses.asdict(c), data=data.name, data_sha256=data.source))) # JSON has no tuples
+    f, new = out/'config.json', as_json(dict(dataclasses.asdict(c), data=data.name, data_sha256=data.source))
     if not f.exists():
         if c.precision == 'auto': new['precision'] = best_precision(device)
         write_json(f, new)
@@ -146,7 +146,7 @@ def _finished(c, out, say):
     "The metrics of a finished run, if it is the one that `c` asks for; nothing is loaded or touched"
     old, m = run_config(out), read_json(out/'metrics.json')
     for f in dataclasses.fields(Config):
-        was, now = (json.loads(json.dumps(getattr(o, f.name))) for o in (old, c))
+        was, now = (as_json(getattr(o, f.name)) for o in (old, c))
         if f.name == 'data': now = now if now in ARCHIVES else Path(now).expanduser().resolve().name
         if was != now and not (f.name == 'precision' and now == 'auto'): raise FastcifarError(f'{out} holds a run with {f.name}={was!r}, not {now!r}: choose another --out')
     try: say(f'{out} is finished, test accuracy {m["test_accuracy"]:.2%}; nothing to do')

@@ -20,7 +20,7 @@ from joblib import Parallel, delayed
 from scipy import stats
 from tqdm.auto import tqdm
 
-from .basics import FastcifarError, check_name, read_json, write_atomic, write_json, write_text
+from .basics import FastcifarError, as_json, check_name, read_json, write_atomic, write_json, write_text
 from .data import load_data
 from .layers import NORMS
 from .models.zoo import list_models
@@ -105,8 +105,7 @@ class Study:
         "Write what the study is, or compare with what is there; only seeds may be added"
         f = self.out/'study.json'
         source = load_data(self.data, self.grid[0].convert).source # prepares the cache once, before many processes need it
-        new = {run_name(c): {**dataclasses.asdict(c), 'data': source} for c in self.grid}
-        new = {k: {n: list(map(list, v)) if n == 'stats' and v else list(v) if isinstance(v, tuple) else v for n, v in c.items()} for k, c in new.items()}
+        new = as_json({run_name(c): {**dataclasses.asdict(c), 'data': source} for c in self.grid})
         if f.exists():
             old = read_json(f)
             if not isinstance(old, dict) or not isinstance(old.get('runs'), dict): raise FastcifarError(f'{f} does not hold a study: choose another --out')

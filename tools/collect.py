@@ -8,9 +8,14 @@ from fastcifar.models.zoo import list_models
 from fastcifar.runs import run_config
 from fastcifar.study import collect_curves, collect_runs, run_name
 
+def place_in_table(run):
+    "Nets and norms in their usual order, not the alphabet's"
+    c = run_config(run)
+    return list_models().index(c.model), c.recipe, NORMS.index(c.norm), c.bs, c.seed
+
 if __name__ == '__main__':
     out, runs = Path(sys.argv[1]), [Path(r) for r in sys.argv[2:] if (Path(r)/'metrics.json').exists()]
-    runs.sort(key=lambda r: (lambda c: (list_models().index(c.model), c.recipe, NORMS.index(c.norm), c.bs, c.seed))(run_config(r)))
+    runs.sort(key=place_in_table)
     out.mkdir(parents=True, exist_ok=True)
     for name, table in (('results', collect_runs(runs)), ('curves', collect_curves(runs))): write_atomic(out/f'{name}.csv', lambda tmp: table.to_csv(tmp, index=False))
     place = lambda e: {k: v for k, v in e.items() if k != 'command'} # which names folders of the machine

@@ -6,10 +6,9 @@
 __all__ = ['DepthwiseBlock', 'CompactNet', 'GroupNet', 'FastNet200k']
 
 # %% ../../nbs/10_models.compact.ipynb #c791a0cf
-import torch
 from torch import nn
 
-from ..layers import ConvNorm, ConvStack, norm_layer
+from ..layers import ConvNorm, ConvStack, FeatureNet, norm_layer
 
 # %% ../../nbs/10_models.compact.ipynb #c20b82cf
 class DepthwiseBlock(nn.Module):
@@ -29,7 +28,7 @@ class DepthwiseBlock(nn.Module):
     def forward(self, x): return x + self.narrow(self.drop(self.act(self.widen(self.look(x)))))
 
 # %% ../../nbs/10_models.compact.ipynb #b7f7c8a9
-class CompactNet(nn.Module):
+class CompactNet(FeatureNet):
     "A stem, then stages of a grouped, strided convolution and depthwise blocks, global average pool, linear head"
     def __init__(self,
         stem:int, # Channels of the first convolution
@@ -41,19 +40,13 @@ class CompactNet(nn.Module):
         dropout:float=0., # In each block
         conv_groups:int=4, # Groups of the strided convolutions
     ):
-        super().__init__()
         kw = dict(norm=norm, groups=groups)
         net = ConvStack(n_in, 32, **kw).conv(stem)
         for channels, expanded, dilations in stages:
             net.conv(channels, stride=2, conv_groups=conv_groups, act=None)
             for d in dilations: net.add(DepthwiseBlock(channels, expanded, net.size, d, dropout, **kw))
         net.add(norm_layer(norm, channels, net.size, groups)).add(nn.ReLU())
-        self.features, self.pool, self.head = net, nn.AdaptiveAvgPool2d(1), nn.Linear(channels, n_out)
-
-    def forward(self,
-        x:torch.Tensor, # (N, n_in, 32, 32), normalized
-    ) -> torch.Tensor: # Logits (N, n_out)
-        return self.head(self.pool(self.features(x)).flatten(1))
+        super().__init__(net, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(channels, n_out))
 
 # %% ../../nbs/10_models.compact.ipynb #e1b6bca1
 class GroupNet(CompactNet):

@@ -6,10 +6,9 @@
 __all__ = ['InvertedBottleneck', 'SepNet178k', 'SepNet195k', 'SepNet200k']
 
 # %% ../../nbs/09_models.sepnet.ipynb #d027b881
-import torch
 from torch import nn
 
-from ..layers import ConvNorm, ConvStack
+from ..layers import ConvNorm, ConvStack, FeatureNet
 
 # %% ../../nbs/09_models.sepnet.ipynb #e11b3baa
 class InvertedBottleneck(nn.Module):
@@ -30,7 +29,7 @@ class InvertedBottleneck(nn.Module):
     def forward(self, x): return self.project(self.filter(self.expand(x))) + self.shortcut(x)
 
 # %% ../../nbs/09_models.sepnet.ipynb #b452b3ee
-class SepNet178k(nn.Module):
+class SepNet178k(FeatureNet):
     "178,178 parameters: four inverted bottlenecks, two strided transitions and a dilated one, average pool, linear head"
     def __init__(self,
         n_out:int=10, # Classes
@@ -39,7 +38,6 @@ class SepNet178k(nn.Module):
         groups:int=4, # Groups of `gn`
         dropout:float=0.05, # At the end of the first three bottlenecks
     ):
-        super().__init__()
         kw = dict(norm=norm, groups=groups, act='first')
         net = ConvStack(n_in, 32, **kw)
         def bottleneck(n_out, expanded, dropout=dropout): net.add(InvertedBottleneck(net.channels, expanded, n_out, net.size, dropout, **kw), n_out)
@@ -51,15 +49,10 @@ class SepNet178k(nn.Module):
         bottleneck(64, 160)
         net.conv(64, dilation=2, padding=0, act=None)
         bottleneck(132, 320, dropout=0)
-        self.features, self.pool, self.head = net, nn.AvgPool2d(4), nn.Linear(132, n_out)
-
-    def forward(self,
-        x:torch.Tensor, # (N, n_in, 32, 32), normalized
-    ) -> torch.Tensor: # Logits (N, n_out)
-        return self.head(self.pool(self.features(x)).flatten(1))
+        super().__init__(net, nn.Sequential(nn.AvgPool2d(4), nn.Flatten()), nn.Linear(132, n_out))
 
 # %% ../../nbs/09_models.sepnet.ipynb #965a71b5
-class SepNet195k(nn.Module):
+class SepNet195k(FeatureNet):
     "194,880 parameters: depthwise-separable blocks between strided, dilated convolutions"
     def __init__(self,
         n_out:int=10, # Classes
@@ -68,7 +61,6 @@ class SepNet195k(nn.Module):
         groups:int=32, # Groups of `gn`
         dropout:float=0.05, # After each norm
     ):
-        super().__init__()
         net = ConvStack(n_in, 32, norm=norm, groups=groups, dropout=dropout, act='first')
         def separable(n_out): net.bare(net.channels, kernel=3, depthwise=True).conv(n_out, kernel=1)
         net.conv(32)
@@ -78,15 +70,10 @@ class SepNet195k(nn.Module):
         separable(128)
         net.bare(64, kernel=3, stride=2, dilation=2)
         for _ in range(3): separable(64)
-        self.features, self.pool, self.head = net, nn.AdaptiveAvgPool2d(1), nn.Conv2d(64, n_out, 1, bias=False)
-
-    def forward(self,
-        x:torch.Tensor, # (N, n_in, 32, 32), normalized
-    ) -> torch.Tensor: # Logits (N, n_out)
-        return self.head(self.pool(self.features(x))).flatten(1)
+        super().__init__(net, nn.AdaptiveAvgPool2d(1), nn.Conv2d(64, n_out, 1, bias=False))
 
 # %% ../../nbs/09_models.sepnet.ipynb #1da160e2
-class SepNet200k(nn.Module):
+class SepNet200k(FeatureNet):
     "199,810 parameters: a dilated first stage, then depthwise convolutions that multiply the channels"
     def __init__(self,
         n_out:int=10, # Classes
@@ -95,15 +82,9 @@ class SepNet200k(nn.Module):
         groups:int=16, # Groups of `gn`
         dropout:float=0.05, # After each norm
     ):
-        super().__init__()
         net = ConvStack(n_in, 32, norm=norm, groups=groups, dropout=dropout, act='first')
         net.conv(16, padding=0).conv(32).conv(48, dilation=2, padding=0).conv(32, stride=2)
         net.conv(64).conv(96).bare(64).conv(32, stride=2)
         net.conv(64, depthwise=True).conv(128, depthwise=True).bare(64).conv(64, stride=2)
         net.conv(128, depthwise=True).conv(256, depthwise=True).conv(256, depthwise=True).bare(52)
-        self.features, self.pool, self.head = net, nn.AdaptiveAvgPool2d(1), nn.Conv2d(52, n_out, 1)
-
-    def forward(self,
-        x:torch.Tensor, # (N, n_in, 32, 32), normalized
-    ) -> torch.Tensor: # Logits (N, n_out)
-        return self.head(self.pool(self.features(x))).flatten(1)
+        super().__init__(net, nn.AdaptiveAvgPool2d(1), nn.Conv2d(52, n_out, 1))
