@@ -1,0 +1,71 @@
+"Speed: what the benchmarks print, the recipe for impatient people, and ways to make batches."
+import json
+
+import pytest
+import torch
+
+def test_bench_prints_rows(main, tmp_path):
+    code, out, err = main('bench', 'step', '--json', '--out', 'b.json')
+    assert code == 0, err
+    r = json.loads(out)
+    assert r == json.loads((tmp_path/'b.json').read_text())
+    assert {'rows', 'machine', 'versions', 'commit'} <= set(r) and r['versions']['torch']
+    rows = {x['name']: x for x in r['rows']}
+    assert set(rows) == {'step/overhead_us', 'step/fastai_overhead_us'}
+    for x in rows.values(): assert x['low'] <= x['ratio'] <= x['high'] and x['unit'] == 'us'
+    assert rows['step/overhead_us']['theirs'] > 0 and rows['step/overhead_us']['must'] == 150
+
+def test_bench_speaks_to_people(main):
+    code, out, _ = main('bench', 'step')
+    assert code == 0 and 'step/overhead_us' in out and 'cores' in out
+
+@pytest.mark.parametrize('args, says', [(['spedrun'], "did you mean 'speedrun'"), (['speedrun', '--device', 'cuda'], 'need a CUDA device'), (['speedrun', '--airbench', 'x.py'], 'leave --airbench out'),
+                                        (['data', '--rounds', '0'], 'at least 1')])
+def test_bench_refuses(main, args, says):
+    if torch.cuda.is_available() and 'CUDA' in says + 'airbench': pytest.skip('there is a GPU')
+    code, out, err = main('bench', *args)
+    assert code == 2 and says in err and err.count('\n') == 1 and not out
+
+def test_speedrun_trains_and_continues(main, tree):
+    "At toy scale: the views are in the evaluation and in predictions, and the finished run is known again"
+    args = ('train', '--data', tree, '--model', 'speednet', '--recipe', 'speedrun', '--epochs', 4, '--bs', 20, '--out', 'r')
+    code, out, err = main(*args, '--json')
+    assert code == 0, err
+    m, c = json.loads(out), json.load(open('r/config.json'))
+    assert m['views'] == 'crops' and m['test_accuracy'] > 0.5 and c['path'] == 'batch' and c['freeze'] == [['whiten.bias', 3]]
+    assert 'test-time views' in err and 'batch path' in err
+    assert main(*args)[0] == 0
+    assert main('predict', '--from', 'r', tree/'test/red/00.png')[0] == 0
+    assert abs(json.loads(main('evaluate', 'r', '--json')[1])['test_accuracy'] - m['test_accuracy']) < 1e-9
+    code, _, err = main('train', '--data', tree, '--recipe', 'speedrun')
+    assert code == 2 and 'made for speednet, not for custom_resnet' in err
+
+def test_paths(main, tree):
+    "Both ways to make batches train; a run of one is not continued by the other"
+    for path in ('item', 'batch'):
+        code, out, err = main('train', '--data', tree, '--model', 'normnet31k', '--epochs', 1, '--bs', 20, '--lr-max', '1e-3', '--path', path, '--out', path)
+        assert code == 0 and f'{path} path' in out, err
+    code, _, err = main('train', '--data', tree, '--model', 'normnet31k', '--epochs', 1, '--bs', 20, '--lr-max', '1e-3', '--path', 'item', '--out', 'batch')
+    assert code == 2 and "path='batch', not 'item'" in err
+    code, _, err = main('train', '--data', tree, '--path', 'bach')
+    assert code == 2 and "did you mean 'batch'" in err
+
+def test_runs_from_before_the_batch_path(main, tree):
+    "A run folder whose configuration names no path was made by the item path, and is known again"
+    args = ('train', '--data', tree, '--model', 'normnet31k', '--epochs', 1, '--bs', 20, '--lr-max', '1e-3', '--out', 'old')
+    assert main(*args, '--path', 'item')[0] == 0
+    from pathlib import Path
+    f = Path('old/config.json')
+    c = json.loads(f.read_text())
+    for k in ('path', 'views', 'ema', 'freeze'): c.pop(k)
+    f.write_text(json.dumps(c))
+    code, out, err = main(*args)
+    assert code == 0 and 'is finished' in out, err
+    assert main('evaluate', 'old')[0] == 0
+    Path('old/metrics.json').unlink()
+    assert main(*args)[0] == 0 and Path('old/metrics.json').exists()
+
+def test_compiled_training(main, tree):
+    "Compiled or refused in one line"
+    code, out, err = main('train', '--data', tree, '--model', 'normnet31k', '--epochs', 1, '--bs', 30, '--lr-max', '1e-3', '--compile', '--out', 'c')
+    assert code == 0 and 'test accuracy' in out or code == 2 and 'install a C++ compiler' in err

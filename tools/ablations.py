@@ -1,0 +1,64 @@
+"What each part of the speedrun recipe brings: the recipe without it, on a part of the training images; writes a table. Usage: ablations.py DATA OUT.csv [SEEDS]"
+import dataclasses, sys, time
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+
+from fastcifar.averages import Views
+from fastcifar.basics import seed_everything
+from fastcifar.data import load_data
+from fastcifar.loaders import CifarDataLoaders # with this import an ImageData has its dataloaders
+from fastcifar.models.zoo import create_model
+from fastcifar.recipes import create_recipe, fit_recipe, recipe_learner
+
+TRAIN, VALID, EPOCHS = 15_000, 5_000, 4
+
+def plain_filters(net):
+    "A first layer as torch makes it, trained like the others"
+    net.prepared.fill_(True)
+    net.whiten.weight.requires_grad_(True)
+
+def plain_convolutions(net):
+    "No identity in the 3x3 convolutions"
+    for m in net.features:
+        if isinstance(m, nn.Conv2d): m.reset_parameters()
+
+VARIANTS = { # name: (settings of the recipe, what is done to the net)
+    'the recipe': ({}, None),
+    'without whitening': ({'freeze': ()}, plain_filters),
+    'without identity': ({}, plain_convolutions),
+    'random flips': ({'policy': 'small_crop_flip'}, None),
+    'without label smoothing': ({'label_smoothing': 0.}, None),
+    'Adam, rate 0.002': ({'optimizer': 'adam', 'lr_max': 0.002, 'lr_min': 2e-4, 'lr_end': 2e-6}, None),
+    'Adam, rate 0.005': ({'optimizer': 'adam', 'lr_max': 0.005, 'lr_min': 5e-4, 'lr_end': 5e-6}, None),
+    'whitening bias never frozen': ({'freeze': ()}, None),
+    'averaged weights (0.95)': ({'ema': 0.95}, None)}
+
+def trial(data, settings, change, seed):
+    "Validation accuracy in % without and with test-time views, and seconds of training"
+    r = create_recipe('speedrun', 'speednet', **{**dict(epochs=EPOCHS, bs=500, freeze=(('whiten.bias', 2),)), **settings})
+    seed_everything(seed)
+    net = create_model('speednet')
+    if change: change(net)
+    learn = recipe_learner(data.dataloaders(bs=r.bs, policy=r.policy, seed=seed), net, r)
+    start = time.perf_counter()
+    with learn.no_bar(), learn.no_logging():
+        fit_recipe(learn, r)
+        seconds = time.perf_counter() - start
+        views = {k: 100 * float(learn.validate(cbs=[Views(k)])[1]) for k in ('none', 'flip', 'crops')}
+    return dict(accuracy=views['none'], flip_views=views['flip'], six_views=views['crops'], seconds=round(seconds))
+
+if __name__ == '__main__':
+    source, out, seeds = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 1
+    full = load_data(source)
+    x, y = full.x['train'], full.y['train']
+    data = load_data(((x[:TRAIN], y[:TRAIN]), (x[-VALID:], y[-VALID:])))
+    rows = pd.read_csv(out).to_dict('records') if out.exists() else []
+    for seed in range(seeds):
+        for name, (settings, change) in VARIANTS.items():
+            if any(r['variant'] == name and r['seed'] == seed for r in rows): continue
+            rows.append(dict(variant=name, seed=seed, **trial(data, settings, change, seed)))
+            print(rows[-1], flush=True)
+            pd.DataFrame(rows).to_csv(out, index=False)
