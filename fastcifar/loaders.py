@@ -201,9 +201,11 @@ class CifarDataLoaders(DataLoaders):
         "A loader for other items: row numbers, paths, PIL images or uint8 arrays"
         return super().test_dl(test_items, rm_type_tfms=0 if rm_type_tfms is None else rm_type_tfms, with_labels=with_labels, **kwargs)
 
-    def evaluation(self, ds_idx:int=0) -> ArrayDL:
-        "The images of one loader in order, without augmentation: for accuracy in evaluation mode"
-        unaugmented = Datasets(tls=[tl._new(tl.items, split_idx=1) for tl in self[ds_idx].dataset.tls])
+    def evaluation(self, ds_idx:int=0, n:int=None) -> ArrayDL:
+        "The images of one loader in order, or `n` of them evenly spread, without augmentation: for accuracy in evaluation mode"
+        tls = self[ds_idx].dataset.tls
+        chosen = np.unique(np.linspace(0, len(tls[0].items) - 1, n or len(tls[0].items)).round().astype(int)) # files come sorted by class
+        unaugmented = Datasets(tls=[tl._new(L(tl.items)[chosen.tolist()], split_idx=1) for tl in tls])
         return self.valid.new(unaugmented, shuffle=False, drop_last=False)
 
 # %% ../nbs/06_loaders.ipynb #8da712a9

@@ -15,6 +15,7 @@ from fastai.learner import AvgLoss, AvgSmoothLoss, CastToTensor, Learner, Record
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper, set_item_pg
 from fastcore.foundation import L
+from fastcore.imports import noop
 from fastcore.xtras import modify_exception
 from torch.nn import functional as F
 
@@ -36,8 +37,8 @@ def piecewise(
 # %% ../nbs/18_loop.ipynb #0404f985
 def _set_hyper(opt, name, value):
     "`opt.set_hyper` for one number"
-    if isinstance(value, (float, int)):
-        if isinstance(opt, OptimWrapper):
+    if type(value) is float or type(value) is int:
+        if type(opt) is OptimWrapper:
             for group in opt.opt.param_groups: set_item_pg(group, opt.bwd_map[name], value)
         else:
             for h in opt.hypers: h[name] = value
@@ -46,9 +47,9 @@ def _set_hyper(opt, name, value):
 def last_hyper(opt, name):
     "A hyper-parameter of the last group"
     if type(opt) is not OptimWrapper: return opt.hypers[-1][name]
-    key = opt.bwd_map[name].split('__') # 'betas__0' is the first of the betas
-    v = opt.opt.param_groups[-1][key[0]]
-    return v[int(key[1])] if len(key) > 1 else v
+    key, _, i = opt.bwd_map[name].partition('__') # 'betas__0' is the first of the betas
+    v = opt.opt.param_groups[-1][key]
+    return v[int(i)] if i else v
 
 class LeanScheduler(ParamScheduler):
     "fastai's `ParamScheduler`"
@@ -61,12 +62,16 @@ class LeanScheduler(ParamScheduler):
 
 # %% ../nbs/18_loop.ipynb #2fdcf5a3
 class _SmoothLoss(AvgSmoothLoss):
+    "On a CPU a float32 of NumPy, which computes as tensors do and is quicker; elsewhere a tensor there"
+    def reset(self): self.count, self.val = 0, np.float32(0)
     def accumulate(self, learn):
         self.count += 1
         loss = learn.loss.detach()
         if loss.ndim: loss = loss.mean()
-        if self.val.device != loss.device: self.val = self.val.to(loss.device)
-        self.val = torch.lerp(loss.float(), self.val, self.beta)
+        if loss.device.type == 'cpu': self.val = self.val - (self.val - np.float32(loss.item())) * np.float32(1 - self.beta) # torch.lerp, but for the last bit
+        else: self.val = torch.lerp(loss.float(), torch.as_tensor(self.val, device=loss.device), self.beta)
+    @property
+    def value(self): return self.val / np.float32(1 - self.beta**self.count) if isinstance(self.val, np.float32) else super().value
 
 class _MeanLoss(AvgLoss):
     def accumulate(self, learn):
@@ -89,9 +94,13 @@ class LeanRecorder(Recorder):
         learn.smooth_loss = self.smooth_loss.value
         self.losses.append(learn.smooth_loss)
 
+    def before_train(self):
+        super().before_train()
+        self._fetched = len(self.losses)
+
     def after_train(self):
-        fresh = [i for i in range(len(self.losses) - 1, -1, -1) if self.losses[i].is_cuda] # the last ones
-        if fresh: self.losses[fresh[-1]:] = torch.stack(self.losses[fresh[-1]:]).cpu().unbind()
+        fresh = self.losses[self._fetched:]
+        if fresh: self.losses[self._fetched:] = (torch.from_numpy(np.array(fresh)) if isinstance(fresh[0], np.float32) else torch.stack(fresh).cpu()).unbind()
         super().after_train()
 
 # %% ../nbs/18_loop.ipynb #225a107f
@@ -123,6 +132,7 @@ _control = (CancelBatchException, CancelBackwardException, CancelEpochException,
 _inner = frozenset(('before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_cancel_backward', 'after_backward', 'before_step', 'after_cancel_step', 'after_step', 'after_cancel_batch', 'after_batch'))
 _refresh = frozenset(('before_fit', 'before_epoch', 'before_train', 'before_validate'))
 
+_events = {k: (f'before_{k}', f'after_cancel_{k}', f'after_{k}') for k in ('fit', 'epoch', 'train', 'validate', 'batch', 'backward', 'step')}
 _lean = {TrainEvalCallback: lambda old: LeanTrainEval(), CastToTensor: lambda old: LeanCast(),
          Recorder: lambda old: LeanRecorder(old.add_time, old.train_metrics, old.valid_metrics, old.smooth_loss.beta)}
 
@@ -153,20 +163,27 @@ class LeanLearner(Learner):
         return [(cb, getattr(cb, name)) for cb in self.cbs.sorted('order') if name in vars(cb) or hasattr(type(cb), name)]
 
     def __call__(self, name):
-        if not isinstance(name, str): # fastai passes several at once, too
-            for n in name: self(n)
-            return
-        if name in _refresh: self._listeners.clear()
-        if name not in _inner: return super().__call__(name)
-        listeners = self._listeners.get(name)
-        if listeners is None: listeners = self._listeners[name] = self._listening(name)
+        listeners = self._listeners.get(name) if isinstance(name, str) else None
+        if listeners is None: listeners = self._look_up(name)
         training = self.training
         try:
             for cb, f in listeners:
                 if cb.run and (cb.run_train if training else cb.run_valid): f()
         except _control: raise
         except Exception as e: # said as fastai says it
-            raise modify_exception(e, f'Exception occured in `{type(cb).__name__}` when calling event `{name}`:\n\t{e.args[0] if e.args else ""}', replace=True)
+            raise modify_exception(e, f'Exception occured in `{type(cb).__name__}` when calling event `{f.__name__}`:\n\t{e.args[0] if e.args else ""}', replace=True)
+
+    def _look_up(self, name):
+        "Who listens to an event of a batch; other events, and several at once, happen here"
+        if not isinstance(name, str):
+            for n in name: self(n)
+            return []
+        if name in _refresh: self._listeners.clear()
+        if name not in _inner:
+            super().__call__(name)
+            return []
+        self._listeners[name] = self._listening(name)
+        return self._listeners[name]
 
     def __getstate__(self): return dict(super().__getstate__(), _listeners={})
 
@@ -180,6 +197,21 @@ class LeanLearner(Learner):
         device = self._device
         if type(b) is tuple and all(isinstance(t, torch.Tensor) and t.device == device for t in b): return b
         return super()._set_device(b)
+
+    def _with_events(self, f, event_type, ex, final=noop):
+        before, cancelled, after = _events[event_type]
+        try:
+            self(before)
+            f()
+        except ex: self(cancelled)
+        self(after)
+        final()
+
+    def _do_grad_opt(self):
+        opt = self.opt.opt if type(self.opt) is OptimWrapper else self.opt
+        self._with_events(self._backward, 'backward', CancelBackwardException)
+        self._with_events(opt.step, 'step', CancelStepException)
+        opt.zero_grad()
 
     def _split(self, b):
         n = self._n_inputs

@@ -183,9 +183,9 @@ class CifarLearner(LeanLearner):
         return lr_range(self, start_lr, end_lr, num_it, show_plot)
 
 # %% ../nbs/19_train.ipynb #7e77e7a6
-def _first_images(dls, n=5000):
-    "Training images without augmentation, normalized, at least `n` if there are so many"
-    dl, xs = dls.evaluation(0) if hasattr(dls, 'evaluation') else dls.train.new(shuffle=False, drop_last=False), []
+def _some_images(dls, n=5000):
+    "Training images from all over the split, normalized, at least `n` if there are so many"
+    dl, xs = dls.evaluation(0, n) if hasattr(dls, 'evaluation') else dls.train.new(shuffle=True, drop_last=False), []
     for x, *_ in dl:
         xs.append(x.as_subclass(torch.Tensor))
         if sum(map(len, xs)) >= n: break
@@ -211,7 +211,7 @@ def cifar_learner(
     if torch.device(device).type == 'cpu': keep_freed_memory()
     if channels_last is None: channels_last = best_channels_last(model, device)
     model.to(device) # fastai does it when a fit starts, too late for predictions and for the optimizer of a resumed run
-    if hasattr(model, 'prepare') and not model.prepared: model.prepare(_first_images(dls))
+    if hasattr(model, 'prepare') and not model.prepared: model.prepare(_some_images(dls))
     if compile: compile_net(model, device)
     extra = [NumberFormat(precision), StopOnNaN(), MemoryFormat(channels_last)]
     return CifarLearner(dls, model, loss_func=loss_func or CrossEntropy(), opt_func=opt_func, lr=lr, wd=wd, metrics=metrics,
