@@ -8,7 +8,6 @@ __all__ = ['VIEWS', 'EMA', 'average_views', 'Views']
 # %% ../nbs/20_averages.ipynb #3961205f
 import torch
 from fastai.callback.core import Callback
-from torch import nn
 from torch.nn import functional as F
 
 from .basics import check_name
@@ -16,10 +15,10 @@ from .basics import check_name
 # %% ../nbs/20_averages.ipynb #f90f91d4
 class EMA(Callback):
     "A moving average of weights and buffers, used for validation and kept at the end"
-    order = 62 # after the optimizer and everything that changes weights, before checkpoints
+    order = 55 # before `LRFinder` and `SaveModelCallback`, whose weights have the last word after a fit, and before checkpoints
     def __init__(self,
-        decay:float=0.999, # Share of the average that stays at each step
-    ): self.decay, self.average, self.n = decay, None, 0
+        decay:float=0.999, # Share of the average that stays at each batch
+    ): self.decay, self.average, self.n, self._swapped = decay, None, 0, False
 
     def before_train(self):
         self._live = {k: v for k, v in self.model.state_dict().items() if v.is_floating_point()} # the tensors themselves
@@ -38,16 +37,24 @@ class EMA(Callback):
             v.copy_(self.average[k])
             self.average[k].copy_(mine)
 
+        self._swapped = not self._swapped
+
     def before_validate(self):
         if self.average is not None: self._swap()
     def after_validate(self):
-        if self.average is not None: self._swap()
+        if self._swapped: self._swap() # not if validation was called off before it began
+
+    def before_fit(self): # a fit that was interrupted left these
+        if self._swapped: self._swap()
+        self.average = None
 
     def after_fit(self):
+        if self._swapped: self._swap()
         if self.average is not None: self.model.load_state_dict(self.average, strict=False)
         self.average = None
 
-    # what a checkpoint has to keep
+    # what a checkpoint has to keep, and what follows from it when there is nothing left to train
+    def conclude(self, tensors): self.model.load_state_dict(tensors, strict=False)
     def checkpoint(self): return dict(self.average or {}), dict(n=self.n)
     def restore(self, tensors, note): self.average, self.n = {k: tensors[k].to(v.device) for k, v in self._live.items()}, note['n']
 

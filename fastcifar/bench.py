@@ -15,7 +15,7 @@ import torch
 from albumentations import Compose, Normalize
 from albumentations.pytorch import ToTensorV2
 from fastai.callback.core import Callback, CancelValidException
-from fastai.callback.schedule import ParamScheduler, SchedCos, SchedLin, combine_scheds
+from fastai.callback.schedule import ParamScheduler, SchedCos, combine_scheds
 from fastai.callback.progress import no_bar
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.transforms import Normalize as FastaiNormalize, RandomSplitter
@@ -33,12 +33,12 @@ from .augment import create_policy
 from .averages import Views
 from .basics import FastcifarError, check_name, seed_everything
 from .data import Arrays, ImageData, load_data
-from .loaders import CifarDataLoaders
+from .loaders import CifarDataLoaders, checked_device, make_resident
 from .loop import LeanScheduler, piecewise
 from .models.zoo import create_model
 from .recipes import create_recipe, fit_recipe, recipe_learner
 from .runs import environment
-from .train import cifar_learner
+from .train import best_precision, cifar_learner, some_images
 
 # %% ../nbs/26_bench.ipynb #cbd7188b
 @dataclasses.dataclass
@@ -164,7 +164,7 @@ def _bare(net, batches, opt, rates, moms):
         opt.zero_grad()
 
 def bench_step(
-    blocks:int=8, # Blocks of each
+    blocks:int=5, # Blocks of each
     steps:int=500, # Steps a block
 ) -> list: # Of `Row`
     "The overhead of a training step over a bare PyTorch loop, for ours and for fastai"
@@ -185,8 +185,7 @@ def bench_step(
     with cpu_threads(1), contextlib.redirect_stdout(None):
         times = [tuple(seconds(f) / steps * 1e6 for f in (ours, bare, fastai)) for _ in range(blocks + 1)][1:]
     def row(name, over, must=None, goal=None):
-        q = statistics.quantiles(over, n=20)
-        return Row(name, statistics.median(over), q[0], q[-1], 'us', must=must, goal=goal, per=f'step; {blocks * steps} steps; low and high: 5 % and 95 % of the blocks')
+        return Row(name, statistics.median(over), min(over), max(over), 'us', must=must, goal=goal, per=f'step, of {blocks * steps}')
     rows = [row('step/overhead_us', [a - b for a, b, _ in times], 150, 60), row('step/fastai_overhead_us', [c - b for _, b, c in times])]
     for r, i in zip(rows, (0, 2)): r.ours, r.theirs = (statistics.median(t[j] for t in times) / 1e6 for j in (i, 1))
     return rows
@@ -247,7 +246,6 @@ def bench_epoch(
     nets:tuple=('normnet31k', 'custom_resnet'), # Which
     rounds:int=5, # Rounds of each
     steps:dict=None, # Steps a round for each net; None: 20, of the custom ResNet 4
-    device='cpu', # Where ours runs, and theirs on the CPU
 ) -> list: # Of `Row`
     "A training epoch of ours against the reference recipe as its authors run it, and the share of time spent waiting for data"
     rows, bounds = [], dict(normnet31k=(1.5, 2), custom_resnet=(3, 5))
@@ -255,7 +253,7 @@ def bench_epoch(
         k = (steps or {}).get(name, 4 if name == 'custom_resnet' else 20)
         recipe = create_recipe('reference', name)
         data = noise_data(max(recipe.bs * k, 5000))
-        ours, dl = _our_steps(name, recipe, k, device, data)
+        ours, dl = _our_steps(name, recipe, k, 'cpu', data)
         theirs, shares = _their_steps(name, data, k), []
         def measured():
             dl.waited = 0.
@@ -280,7 +278,7 @@ def bench_cpu_speedrun(
     pairs = [(a / k * n, b / k * m) for a, b in take_turns(ours, theirs, rounds)]
     shares = [a / b for a, b in pairs]
     a, b = (statistics.median(t) for t in zip(*pairs))
-    return [Row('cpu/speedrun_vs_custom_resnet', statistics.median(shares), min(shares), max(shares), 'share', a, b, 'whole training, from steps', 0.3, 0.15, 'training steps only, without validation')]
+    return [Row('cpu/speedrun_vs_custom_resnet', statistics.median(shares), min(shares), max(shares), 'share', a, b, 'whole training, from steps', 0.3, 0.15, f'{best_precision("cpu")}; training steps only, without validation')]
 
 # %% ../nbs/26_bench.ipynb #7681b8a6
 def _timed_fit(name, recipe, data, seed, device):
@@ -289,7 +287,9 @@ def _timed_fit(name, recipe, data, seed, device):
     dls = data.dataloaders(bs=recipe.bs, policy=recipe.policy, seed=seed, device=device)
     learn = recipe_learner(dls, create_model(name, n_out=len(data.classes)), recipe, compile=True)
     views = [Views(recipe.views)] if recipe.views != 'none' else []
+    make_resident(data, device)
     def run():
+        if hasattr(learn.model, 'prepare'): learn.model.prepare(some_images(dls))
         with learn.no_bar(), learn.no_logging(): fit_recipe(learn, recipe, cbs=[_NoValidation(last=True), *views])
     return seconds(run), float(learn.recorder.values[-1][-1])
 
@@ -322,6 +322,7 @@ def bench_gpu_speedrun(
     airbench=None, # Path of airbench94_muon.py; without it the row is left out
 ) -> list: # Of `Row`
     "Seconds of whole trainings on a GPU"
+    if airbench and not Path(airbench).is_file(): raise FastcifarError(f'there is no file {airbench}: give the path of airbench94_muon.py')
     data, rows = load_data(data), []
     warm = _random_labels(data)
     for name, recipe, bounds in (('custom_resnet', 'fast', (15, 8)), ('speednet', 'speedrun', (None, None))):
@@ -335,8 +336,9 @@ def bench_gpu_speedrun(
     if airbench:
         theirs = _airbench(airbench, data, n)
         a, b = statistics.median(times), statistics.median(t for t, _ in theirs)
-        shares = [t / u for t, (u, _) in zip(times, theirs)]
-        rows.append(Row('gpu/speedrun_vs_airbench', a / b, min(shares), max(shares), 'share', a, b, f'n = {n}', 1.3, 1.0,
+        (low, high), (their_low, their_high) = ((min(t), max(t)) for t in (times, [t for t, _ in theirs]))
+        as_good = statistics.mean(accs) >= statistics.mean(v for _, v in theirs) # else the bounds say nothing
+        rows.append(Row('gpu/speedrun_vs_airbench', a / b, low / their_high, high / their_low, 'share', a, b, f'n = {n}', 1.3 if as_good else None, 1.0 if as_good else None,
                         f'accuracy: ours {statistics.mean(accs):.4f}, theirs {statistics.mean(v for _, v in theirs):.4f}'))
     return rows
 
@@ -353,11 +355,12 @@ def run_bench(
 ) -> dict: # rows, machine, versions
     "Run a benchmark"
     check_name(name, BENCHES, 'benchmark')
-    gpu = torch.cuda.is_available() if device is None else torch.device(device).type == 'cuda'
-    if gpu and not torch.cuda.is_available(): raise FastcifarError('the GPU rows need a CUDA device, and there is none here: leave --device out for the CPU rows')
-    if airbench and not gpu: raise FastcifarError('airbench94_muon.py needs a CUDA device, and there is none here: leave --airbench out')
-    device = 'cuda' if gpu else 'cpu'
+    if (str(device).startswith('cuda') or airbench) and not torch.cuda.is_available(): raise FastcifarError('the GPU rows need a CUDA device, and there is none here: leave --device and --airbench out for the CPU rows')
+    if device is None: device = 'cuda' if name == 'speedrun' and torch.cuda.is_available() else 'cpu'
+    device = checked_device(device)
+    gpu = device.type == 'cuda'
+    if gpu and name != 'speedrun': raise FastcifarError(f'{name} has CPU rows only: leave --device out')
     if name == 'speedrun' and gpu: rows = bench_gpu_speedrun(data, device, n, airbench)
-    else: rows = dict(data=lambda: bench_data(rounds), step=bench_step, epoch=lambda: bench_epoch(rounds=rounds, device=device), speedrun=lambda: bench_cpu_speedrun(rounds))[name]()
+    else: rows = dict(data=lambda: bench_data(rounds), step=lambda: bench_step(rounds), epoch=lambda: bench_epoch(rounds=rounds), speedrun=lambda: bench_cpu_speedrun(rounds))[name]()
     e = environment(device)
     return dict(rows=[dict(dataclasses.asdict(r), met=r.met) for r in rows], machine={k: e[k] for k in ('system', 'device_name', 'threads', 'cores')}, versions=dict(e['versions'], python=e['python']), commit=e['commit'])

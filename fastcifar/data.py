@@ -42,10 +42,11 @@ class ImageData:
         self.x, self.y, self.classes, self.coarse, self.coarse_classes = arrays
         self.name, self.source, self.policy, self.folder = name, source, policy, folder
         self.mean, self.std = stats or pixel_stats(self.x['train'])
+        self.resident = {} # what the batch path keeps on each device
 
     def __getstate__(self):
         "Memory-mapped images travel to worker processes as the name of their folder"
-        return self.__dict__ | (dict(x=None) if self.folder else {})
+        return self.__dict__ | dict(resident={}) | (dict(x=None) if self.folder else {})
 
     def __setstate__(self, state):
         self.__dict__.update(state)

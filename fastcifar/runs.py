@@ -181,6 +181,7 @@ def _fit(learn, c, out, say):
     if 0 < done < c.epochs: say(f'continuing after epoch {done} of {c.epochs}')
     if done < c.epochs:
         fit_recipe(learn, c, lrs[:2], done, cbs=[checkpoints, RunHistory(checkpoints, out, 'valid' if c.valid else 'test', say)])
+    else: checkpoints.conclude(learn)
     return lrs, checkpoints.history
 
 # %% ../nbs/24_runs.ipynb #d249c023

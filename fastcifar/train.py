@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'best_precision', 'NumberFormat', 'MemoryFormat', 'best_channels_last', 'keep_freed_memory',
-           'compile_net', 'FreezeParts', 'StopOnNaN', 'CifarLearner', 'cifar_learner']
+           'compile_net', 'FreezeParts', 'StopOnNaN', 'CifarLearner', 'some_images', 'cifar_learner']
 
 # %% ../nbs/19_train.ipynb #785e6f28
 import ctypes, fnmatch, math, platform, sys
 
 import torch
-from fastai.callback.core import Callback, CancelStepException
+from fastai.callback.core import Callback, CancelFitException, CancelStepException
+from fastai.callback.schedule import LRFinder
 from fastai.metrics import accuracy
 from torch import nn
 
@@ -46,12 +47,12 @@ class NumberFormat(Callback):
 
     def before_batch(self):
         if self.precision == 'fp32': return
-        self._leave() # a forward pass that raised left its context open
         context = torch.autocast(self.learn.xb[0].device.type, self.dtype)
         context.__enter__()
         self._open.append(context)
 
     def _leave(self):
+        "Close what is open; the learner calls it too, for a forward pass that was interrupted"
         while self._open: self._open.pop().__exit__(None, None, None)
 
     def after_pred(self):
@@ -70,12 +71,6 @@ class NumberFormat(Callback):
         if self.skipped: raise CancelStepException()
 
     def after_cancel_batch(self): self._leave()
-
-    # a loader that normalizes on a GPU does so in the type that the net wants
-    def _hand_over(self, dtype):
-        if hasattr(self.dl, 'dtype') and getattr(self.dl, 'device', None) is not None and self.dl.device.type == 'cuda': self.dl.dtype = dtype
-    def before_train(self): self._hand_over(self.dtype)
-    def after_train(self): self._hand_over(torch.float32)
 
     # GradScaler sees this callback as the optimizer: its `step` is called if no gradient overflowed
     @property
@@ -121,7 +116,6 @@ def compile_net(
 ) -> nn.Module: # The same module
     "Let torch.compile write a program for `model`"
     try:
-        torch._dynamo.reset()
         torch.compile(lambda x: x * 2 + 1)(torch.ones(2, device=device))
     except Exception as e:
         why = ' '.join(str(e).split()) or type(e).__name__
@@ -136,6 +130,7 @@ class FreezeParts(Callback):
     def __init__(self,
         parts, # Pairs (pattern, epochs): e.g. `('whiten.bias', 3)` trains that bias for three epochs
     ): self.parts, self._frozen = parts, []
+    def before_fit(self): self.after_fit() # a fit that was interrupted left them frozen
     def before_train(self):
         for pattern, epochs in self.parts:
             for name, p in self.model.named_parameters():
@@ -166,6 +161,7 @@ class StopOnNaN(Callback):
         self._seen.clear()
         if not all(ok): self._stop(len(ok) - ok.index(False))
     def _stop(self, ago):
+        if any(isinstance(cb, LRFinder) for cb in self.learn.cbs): raise CancelFitException() # a range test goes that far
         raise FastcifarError(f'the loss became NaN or infinite in epoch {self.epoch + 1}, batch {self.iter + 2 - ago}, at learning rate {self.recorder.lrs[-ago]:.3g}: '
                              'use a smaller learning rate (--lr-max) or --precision fp32')
 
@@ -175,15 +171,25 @@ class CifarLearner(LeanLearner):
     def create_opt(self):
         super().create_opt()
         for m in self.model.modules():
-            if isinstance(m, nn.GroupNorm):
+            if isinstance(m, nn.GroupNorm) and not self.wd_bn_bias:
                 for p in m.parameters(): self.opt.state[p]['do_wd'] = False
+
+    def all_batches(self):
+        try: super().all_batches()
+        finally:
+            for cb in self.cbs:
+                if isinstance(cb, NumberFormat): cb._leave()
+
+    def get_preds(self, ds_idx=1, dl=None, *args, **kwargs):
+        if kwargs.get('inner') and hasattr(dl, 'epoch'): dl.epoch = self.epoch - 1 # the passes of `tta` are to be augmented differently
+        return super().get_preds(ds_idx, dl, *args, **kwargs)
 
     def lr_range(self, start_lr:float=1e-6, end_lr:float=1., num_it:int=100, show_plot:bool=True):
         "LRMIN and LRMAX from a range test that leaves weights, optimizer and random generators as they were"
         return lr_range(self, start_lr, end_lr, num_it, show_plot)
 
 # %% ../nbs/19_train.ipynb #7e77e7a6
-def _some_images(dls, n=5000):
+def some_images(dls, n=5000):
     "Training images from all over the split, normalized, at least `n` if there are so many"
     dl, xs = dls.evaluation(0, n) if hasattr(dls, 'evaluation') else dls.train.new(shuffle=True, drop_last=False), []
     for x, *_ in dl:
@@ -211,7 +217,7 @@ def cifar_learner(
     if torch.device(device).type == 'cpu': keep_freed_memory()
     if channels_last is None: channels_last = best_channels_last(model, device)
     model.to(device) # fastai does it when a fit starts, too late for predictions and for the optimizer of a resumed run
-    if hasattr(model, 'prepare') and not model.prepared: model.prepare(_some_images(dls))
+    if hasattr(model, 'prepare') and not model.prepared: model.prepare(some_images(dls))
     if compile: compile_net(model, device)
     extra = [NumberFormat(precision), StopOnNaN(), MemoryFormat(channels_last)]
     return CifarLearner(dls, model, loss_func=loss_func or CrossEntropy(), opt_func=opt_func, lr=lr, wd=wd, metrics=metrics,

@@ -69,7 +69,7 @@ def unpack_images(
     "Normalized images"
     u, out = image_bytes(pixels), torch.empty(*pixels.shape, 3, dtype=dtype, device=pixels.device)
     for c, (m, s) in enumerate(zip(mean, std)):
-        torch.add(torch.tensor(-m / s, device=pixels.device), u[..., c], alpha=1 / (255 * s), out=out[..., c]) # in one pass over the memory
+        torch.add(torch.full((), -m / s, device=pixels.device), u[..., c], alpha=1 / (255 * s), out=out[..., c]) # in one pass over the memory
     return out.permute(0, 3, 1, 2)
 
 # %% ../nbs/05_twins.ipynb #a83de696
@@ -147,7 +147,7 @@ def _hole(step, b):
 # %% ../nbs/05_twins.ipynb #07a7c126
 def _shift_scale_rotate(step, b):
     p, sx, sy, size, angle = (b.uniform() for _ in range(5))
-    chosen = (p < step.p).nonzero()[:, 0]
+    chosen = (p < step.p).nonzero()[:, 0] if p.device.type == 'cpu' else torch.arange(len(p), device=p.device) # counting them would make the CPU wait for a GPU
     if not len(chosen): return
     sx, sy = (((2 * s[chosen] - 1) * step.shift * SIDE).trunc() for s in (sx, sy))
     size, angle = 1 + (2 * size[chosen] - 1) * step.scale, (2 * angle[chosen] - 1) * math.radians(step.rotate)
@@ -159,7 +159,7 @@ def _shift_scale_rotate(step, b):
     planes = image_bytes(pixels[chosen]).permute(0, 3, 1, 2).float()
     grid = F.affine_grid(theta, planes.shape, align_corners=True)
     moved = F.grid_sample(planes, grid, padding_mode='reflection', align_corners=True).round_().clamp_(0, 255)
-    b.put(pixels.index_copy(0, chosen, _pack_pixels(moved)))
+    b.put(pixels.index_copy(0, chosen, torch.where((p[chosen] < step.p)[:, None, None], _pack_pixels(moved), pixels[chosen])))
 
 # %% ../nbs/05_twins.ipynb #1d498717
 _TWINS = {CropStep: (_crop, 2), FlipStep: (_flip, 1), AlternatingFlipStep: (_alternating_flip, 0), HoleStep: (_hole, 3), ShiftScaleRotateStep: (_shift_scale_rotate, 5)} # and the random numbers that each needs

@@ -69,5 +69,5 @@ def _conv(n_in, n_out):
 def _norm(norm, n, side, groups):
     m = norm_layer(norm, n, side, groups)
     if isinstance(m, nn.BatchNorm2d): m.momentum = 0.4 # there are only 200 steps to learn the statistics in
-    if getattr(m, 'weight', None) is not None: m.register_parameter('weight', None) # a bias is enough
+    if isinstance(m, nn.BatchNorm2d): m.register_parameter('weight', None) # a bias is enough
     return m
