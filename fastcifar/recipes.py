@@ -104,12 +104,12 @@ _fast_recipes = {
     'sepnet178k': _fast(25, 'small_crop_flip'), 'sepnet195k': _fast(25, 'small_crop_flip'), 'sepnet200k': _fast(25, 'small_crop_flip'), 'fastnet200k': _fast(25, 'small_crop_flip'),
     'custom_resnet': _fast(16, 'small_crop_flip_cutout', lr_max=4e-3, bs=512, label_smoothing=0.2)}
 
-_speedrun = Recipe(8, 1000, 'small_crop_altflip', 'muon', lr_max=0.02, lr_min=0.002, lr_end=2e-5, peak=0.05, anneal='linear', mom_cycle=None, wd=0., label_smoothing=0.2,
+_speedrun = Recipe(8, 1000, 'small_crop_altflip', 'muon', lr_max=0.02, lr_min=0.002, lr_end=2e-5, peak=0.05, anneal='linear', mom=0.6, mom_cycle=None, wd=0., label_smoothing=0.2,
                    freeze=(('whiten.bias', 3),), views='crops')
 _reference['speednet'] = _fast_recipes['speednet'] = _speedrun # it is made for it
 
 RECIPES = {'one_cycle': 'rates found by a range test, Adam, one cycle without annihilation', 'reference': 'as the authors of the net trained it',
-           'fast': 'Muon and one cycle, in as many epochs as the reference or fewer; settings from trials on a validation split (results/tuning.csv)',
+           'fast': 'Muon and one cycle, in as many epochs as the reference or fewer; tuned for normnet48k and groupnet on a validation split (results/tuning.csv), carried over to the rest',
            'speedrun': 'speednet, as quickly as possible; see the tutorial on speed'}
 
 def list_recipes() -> list:
