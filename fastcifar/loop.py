@@ -235,7 +235,7 @@ class LeanLearner(Learner):
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
         "fastai's `fit`, with quicker schedulers"
         for cb in L(cbs):
-            if type(cb) is ParamScheduler: cb.__class__ = LeanScheduler # still the caller's object
+            if type(cb) is ParamScheduler: object.__setattr__(cb, '__class__', LeanScheduler) # still the caller's object; past fastai's warning about names
         super().fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
 
     def fit_one_cycle(self, n_epoch, lr_max=None, div=25., div_final=1e5, pct_start=0.25, wd=None, moms=None, cbs=None, reset_opt=False, start_epoch=0):
