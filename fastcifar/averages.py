@@ -36,7 +36,6 @@ class EMA(Callback):
             mine = v.clone()
             v.copy_(self.average[k])
             self.average[k].copy_(mine)
-
         self._swapped = not self._swapped
 
     def before_validate(self):
