@@ -267,14 +267,23 @@ class _PlainUnpickler(pickle._Unpickler):
         raise pickle.UnpicklingError(f'it asks for {module}.{name}')
     def persistent_load(self, pid): raise pickle.UnpicklingError('it asks for a persistent object')
 
+_simple = (type(None), bool, int, float, str, bytes)
+
+def _table(v):
+    "A dict of numbers, texts, arrays, and lists of numbers and texts; whatever else a pickle can make is refused"
+    if type(v) is not dict: raise pickle.UnpicklingError(f'it holds a {type(v).__name__}')
+    v = {k: w.value if type(w) is _Array else w for k, w in v.items()}
+    for w in v.values():
+        if not (isinstance(w, (*_simple, np.ndarray)) or type(w) is list and all(isinstance(o, _simple) for o in w)): raise pickle.UnpicklingError(f'it holds a {type(w).__name__}')
+    return v
+
 def read_pickle(
-    data:bytes, # A pickle of containers, strings, numbers and numeric arrays
+    data:bytes, # A pickle of a dict with strings, numbers, numeric arrays, and lists of strings and numbers
     where, # Its name, for error messages
-):
+) -> dict:
     "Load a data set pickle without executing anything"
-    try: res = _PlainUnpickler(io.BytesIO(data), encoding='bytes').load()
+    try: return _table(_PlainUnpickler(io.BytesIO(data), encoding='bytes').load())
     except Exception as e: raise FastcifarError(f'{where} is not a plain CIFAR batch ({e}): do not use this file, get the data from its source') from e
-    return {k: v.value if isinstance(v, _Array) else v for k, v in res.items()} if isinstance(res, dict) else res
 
 # %% ../nbs/01_archive.ipynb #38422490
 def _batch(data, keys, where):

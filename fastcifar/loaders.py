@@ -7,7 +7,7 @@ __all__ = ['KeyedDL', 'Rows', 'ReadImage', 'ReadLabel', 'BytesToFloat', 'Normali
            'CifarDataLoaders', 'checked_device', 'best_path']
 
 # %% ../nbs/06_loaders.ipynb #69f5e813
-import functools, warnings
+import functools, random, warnings
 
 import fastai.vision.data # teaches show_batch to draw images
 import numpy as np
@@ -32,7 +32,7 @@ class KeyedDL(TfmdDL):
     "A `TfmdDL` whose order and augmentation depend on (seed, epoch, sample) alone"
     def __init__(self, dataset, *args, seed:int=0, epoch:int=-1, **kwargs):
         super().__init__(dataset, *args, **kwargs)
-        self.seed, self.epoch = seed, epoch
+        self.seed, self.epoch, self.first_batch = seed, epoch, 0
 
     def new(self, dataset=None, cls=None, **kwargs):
         return super().new(dataset, cls, **{**dict(seed=self.seed, epoch=self.epoch), **kwargs})
@@ -44,9 +44,16 @@ class KeyedDL(TfmdDL):
         return [t for p in pipes for t in getattr(p, 'fs', []) if isinstance(t, AlbumentationsTransform)]
 
     def get_idxs(self):
-        if self.indexed and self.n is not None and self.shuffle:
-            return np.random.Generator(np.random.Philox(key=[self.seed, self.epoch])).permutation(self.n).tolist()
-        return super().get_idxs()
+        first, self.first_batch = self.first_batch, 0
+        if not (self.indexed and self.n is not None): return super().get_idxs()
+        order = np.random.Generator(np.random.Philox(key=[self.seed, self.epoch])).permutation(self.n) if self.shuffle else np.arange(self.n)
+        return order[first * (self.bs or 1):].tolist()
+
+    def randomize(self): self.rng = random.Random(f'{self.seed} {self.epoch}')
+
+    def before_iter(self):
+        super().before_iter()
+        self.fake_l.generator = torch.Generator().manual_seed(self.rng.getrandbits(63)) # of torch's seed for the workers
 
     def create_item(self, s):
         if s is not None:

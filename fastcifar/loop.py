@@ -57,8 +57,10 @@ def last_hyper(opt, name):
     return v[int(i)] if i else v
 
 class LeanScheduler(ParamScheduler):
-    "fastai's `ParamScheduler`"
+    "fastai's `ParamScheduler`, whose record can be kept in a checkpoint"
     name = 'param_scheduler'
+    def checkpoint(self): return {k: torch.tensor(v, dtype=torch.float64) for k, v in self.hps.items()}, None
+    def restore(self, tensors, note): self.hps = {k: v.tolist() for k, v in tensors.items()}
     def before_batch(self):
         opt, pct = self.learn.opt, self.learn.pct_train
         for k, f in self.scheds.items(): _set_hyper(opt, k, f(pct))
@@ -113,6 +115,15 @@ class LeanRecorder(Recorder):
         if fresh: self.losses[self._fetched:] = (torch.from_numpy(np.array(fresh)) if isinstance(fresh[0], np.float32) else torch.stack(fresh).cpu()).unbind()
         self._fetched = len(self.losses)
 
+    def checkpoint(self):
+        self.after_fit()
+        return (dict(lrs=torch.tensor(self.lrs, dtype=torch.float64), losses=torch.stack(self.losses) if self.losses else torch.zeros(0)),
+                dict(iters=self.iters, values=[[float(v) for v in row] for row in self.values], smooth=float(self.smooth_loss.val), count=self.smooth_loss.count))
+
+    def restore(self, tensors, note):
+        self.lrs, self.losses, self.iters, self.values = tensors['lrs'].tolist(), list(tensors['losses'].unbind()), note['iters'], [L(row) for row in note['values']]
+        self.smooth_loss.val, self.smooth_loss.count, self._fetched = np.float32(note['smooth']), note['count'], len(self.losses)
+
 # %% ../nbs/18_loop.ipynb #225a107f
 class LeanTrainEval(TrainEvalCallback):
     "fastai's `TrainEvalCallback`"
@@ -157,6 +168,7 @@ _lean = {TrainEvalCallback: lambda old: LeanTrainEval(), CastToTensor: lambda ol
 class LeanLearner(Learner):
     "fastai's `Learner`, with less time between the steps"
     _device = _n_inputs = None # known while an epoch runs
+    first_epoch = first_batch = 0 # where a continued training goes on
     def __init__(self, *args, **kwargs):
         self._listeners = {}
         super().__init__(*args, **kwargs)
@@ -207,8 +219,14 @@ class LeanLearner(Learner):
 
     def all_batches(self):
         self._device, self._n_inputs = next(self.model.parameters()).device, getattr(self.dls, 'n_inp', None)
-        try: super().all_batches()
+        first, self.first_batch, self.n_iter = self.first_batch, 0, len(self.dl)
+        if first: self.dls.train.first_batch = first
+        try:
+            for i, b in enumerate(self.dl, first): self.one_batch(i, b)
         finally: self._device = self._n_inputs = None
+
+    def _do_fit(self):
+        for self.epoch in range(self.first_epoch, self.n_epoch): self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 
     def _set_device(self, b):
         "A batch that lies on the device already is left alone"
@@ -233,10 +251,11 @@ class LeanLearner(Learner):
         self.xb, self.yb = b[:n], b[n:]
 
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
-        "fastai's `fit`, with quicker schedulers"
+        "fastai's `fit`, with quicker schedulers; callbacks do not see the epochs before `start_epoch`"
+        self.first_epoch = start_epoch
         for cb in L(cbs):
             if type(cb) is ParamScheduler: object.__setattr__(cb, '__class__', LeanScheduler) # still the caller's object; past fastai's warning about names
-        super().fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
+        super().fit(n_epoch, lr, wd, cbs, reset_opt)
 
     def fit_one_cycle(self, n_epoch, lr_max=None, div=25., div_final=1e5, pct_start=0.25, wd=None, moms=None, cbs=None, reset_opt=False, start_epoch=0):
         "fastai's `fit_one_cycle`, with a quicker schedule"

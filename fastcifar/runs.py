@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Config', 'configure', 'build_model', 'environment', 'RunHistory', 'default_out', 'draw_run', 'finish_run',
-           'train_run', 'run_config', 'data_place', 'load_run', 'evaluate_run', 'predict_files']
+           'train_run', 'run_config', 'data_place', 'load_run', 'evaluate_run']
 
 # %% ../nbs/24_runs.ipynb #f30c178b
 import contextlib, dataclasses, os, platform, re, shlex, subprocess, sys
@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import torch
 from fastai.callback.core import Callback
@@ -20,19 +19,18 @@ from fastai.callback.progress import no_bar
 from filelock import FileLock, Timeout
 
 import fastcifar
-from .archive import decode_image
-from .averages import Views, average_views
-from .basics import FastcifarError, as_json, check_name, read_json, seed_everything, write_atomic, write_json, write_text
+from .averages import Views
+from .basics import FastcifarError, as_json, check_name, read_json, remove_unfinished, seed_everything, write_atomic, write_json, write_text
 from .data import load_data
 from .fetch import ARCHIVES
 from .interpret import CifarInterpretation, plot_curves, plot_schedule
 from .layers import NORMS
 from .loaders import CifarDataLoaders, best_path, checked_device # with this import an ImageData has its dataloaders
-from .models.zoo import count_parameters, create_model, list_models, load_model, save_model
+from .models.zoo import count_parameters, create_model, list_models, save_model
 from .recipes import Recipe, create_recipe, fit_recipe, list_recipes, recipe_learner, recipe_rates
 from .schedule import LRRange, plot_range
-from .state import Checkpoints
-from .train import best_precision
+from .state import Checkpoints, StopRequest, Stopped
+from .train import best_precision, deterministic_only
 from .weights import load_tensors, load_weights
 
 # %% ../nbs/24_runs.ipynb #fda6825d
@@ -103,7 +101,7 @@ def environment(
         try: versions[p] = version(p)
         except Exception: versions[p] = None
     return dict(python=platform.python_version(), system=f'{platform.system()} {platform.machine()}', versions=versions, commit=_commit(), device=str(device), device_name=name,
-                world_size=1, threads=torch.get_num_threads(), cores=os.cpu_count(), command=shlex.join(['fastcifar', *sys.argv[1:]]))
+                world_size=1, threads=torch.get_num_threads(), cores=os.cpu_count(), command=shlex.join(['fastcifar', *sys.argv[1:]] if Path(sys.argv[0]).stem in ('fastcifar', '__main__') else ['python', *sys.argv]))
 
 # %% ../nbs/24_runs.ipynb #f3ba0539
 class RunHistory(Callback):
@@ -116,11 +114,12 @@ class RunHistory(Callback):
         say=print, # Called with each line
     ): self.checkpoints, self.out, self.split, self.say, self._header = checkpoints, out, split, say, False
 
+    def write(self):
+        write_atomic(self.out/'history.csv', lambda tmp: pd.DataFrame(self.checkpoints.history).to_csv(tmp, index=False))
+
     def after_epoch(self):
-        rows = self.checkpoints.history
-        if not rows or rows[-1]['epoch'] != self.epoch + 1: return # an epoch that was skipped
-        write_atomic(self.out/'history.csv', lambda tmp: pd.DataFrame(rows).to_csv(tmp, index=False))
-        r = rows[-1]
+        self.write()
+        r = self.checkpoints.history[-1]
         if not self._header: self.say(f'epoch  train loss  train acc  {self.split:>5} loss  {self.split:>5} acc  seconds')
         self._header = True
         self.say(f'{r["epoch"]:5}  {r["train_loss"]:10.4f}  {r["train_accuracy"]:9.4f}  {r["valid_loss"]:10.4f}  {r["accuracy"]:9.4f}  {r["seconds"]:7.1f}')
@@ -173,15 +172,22 @@ def _find_lrs(learn, c, out, say):
     say(f'LRMIN {r.lr_min:.2e}, LRMAX {r.lr_max:.2e}')
     return r
 
-def _fit(learn, c, out, say):
+def _fit(learn, c, out, every, say):
     "Train to the end, from the newest checkpoint if there is one"
-    checkpoints = Checkpoints(out/'checkpoints', say=say)
-    done = checkpoints.latest(learn)
+    request = StopRequest(say)
+    checkpoints = Checkpoints(out/'checkpoints', every, request=request, say=say)
+    history = RunHistory(checkpoints, out, 'valid' if c.valid else 'test', say)
+    done, batch = checkpoints.latest(learn), checkpoints.batch
+    if done: history.write() # the row of the last epoch may have been lost
+    if (done or batch) and not c.lr_max and not (out/'lr_range.json').exists(): raise FastcifarError(f'{out}/lr_range.json is missing, so the training cannot go on at its learning rates: put it back, or choose another --out')
     lrs = _find_lrs(learn, c, out, say)
-    if 0 < done < c.epochs: say(f'continuing after epoch {done} of {c.epochs}')
-    if done < c.epochs:
-        fit_recipe(learn, c, lrs[:2], done, cbs=[checkpoints, RunHistory(checkpoints, out, 'valid' if c.valid else 'test', say)])
-    else: checkpoints.conclude(learn)
+    if (done or batch) and done < c.epochs: say(f'continuing after {f"batch {batch} of epoch {done + 1}" if batch else f"epoch {done}"} of {c.epochs}')
+    try:
+        with request:
+            if done < c.epochs: fit_recipe(learn, c, lrs[:2], done, cbs=[checkpoints, history])
+            else: checkpoints.conclude(learn)
+        if request.number: raise Stopped(f'stopped after epoch {c.epochs}, with a checkpoint', request.number)
+    except Stopped as e: raise Stopped(f'{e}; go on with: fastcifar train --resume {shlex.quote(str(out))}', e.exit_code - 128) from None
     return lrs, checkpoints.history
 
 # %% ../nbs/24_runs.ipynb #d249c023
@@ -234,8 +240,19 @@ def _locked(out):
     "Hold the lock of a run folder, which is made if need be; the system frees it when the process ends, however that happens"
     write_atomic(out/'.writable', lambda tmp: None).unlink()
     try:
-        with FileLock(out/'.lock', timeout=0): yield
+        with FileLock(out/'.lock', timeout=0):
+            remove_unfinished(out)
+            yield
     except Timeout: raise FastcifarError(f'another process is training in {out}: wait for it, or choose another --out') from None
+
+@contextlib.contextmanager
+def _explained(out):
+    "Say in a line what torch says in many"
+    try: yield
+    except RuntimeError as e:
+        if 'DataLoader worker' in str(e): raise FastcifarError(f'a worker process died ({str(e).splitlines()[0][:120]}): the same command continues {out} from its last checkpoint; --workers 0 needs none') from e
+        if 'out of memory' in str(e) or 'allocate memory' in str(e): raise FastcifarError(f'out of memory ({str(e).splitlines()[0][:120]}): use a smaller --bs') from e
+        raise
 
 def train_run(
     c:Config, # What to train
@@ -245,6 +262,8 @@ def train_run(
     device=None, # fastai's default device if None
     bars:bool=None, # Progress bars? None: if this is a terminal
     compile:bool=False, # Compile the net with torch.compile?
+    checkpoint_every:int=None, # Write a checkpoint after so many batches, besides the one after each epoch
+    deterministic:bool=False, # Refuse operations that may give other numbers each time? Those on a GPU may; on a CPU, at one number of threads, none does
     say=print, # Called with each line of the report
 ) -> dict: # The metrics
     "Train, evaluate and draw everything into a run folder; called again, continue or say that it is finished"
@@ -258,15 +277,15 @@ def train_run(
     data = load_data(c.data, c.convert)
     seed_everything(c.seed)
     device = checked_device(device)
-    with _locked(out):
+    with _locked(out), _explained(out), deterministic_only(device) if deterministic else contextlib.nullcontext():
         c = _settle(c, data, out, device)
         dls = data.dataloaders(bs=c.bs, policy=c.policy, num_workers=workers, seed=c.seed, valid=c.valid, device=device, stats=c.stats, path=c.path)
-        write_json(out/'environment.json', environment(device))
+        write_json(out/'environment.json', dict(environment(device), deterministic=deterministic))
         write_text(out/'.data', c.data if c.data in ('digits', *ARCHIVES) else str(Path(c.data).expanduser().resolve()))
         learn = recipe_learner(dls, build_model(c, len(data.classes)), c, precision=c.precision, compile=compile)
         say(f'{data}\n{c.model} ({c.norm}): {count_parameters(learn.model):,} parameters, recipe {c.recipe}, {c.precision} on {device}, {c.path} path, seed {c.seed}\nrun folder: {out}')
         with contextlib.nullcontext() if bars else learn.no_bar(), learn.no_logging():
-            lrs, history = _fit(learn, c, out, say)
+            lrs, history = _fit(learn, c, out, checkpoint_every, say)
             return finish_run(learn, c, out, lrs, history, say)
 
 # %% ../nbs/24_runs.ipynb #89f89ab2
@@ -308,24 +327,3 @@ def evaluate_run(
     learn = load_run(out, data, device)
     bars = sys.stdout.isatty() if bars is None else bars
     with contextlib.nullcontext() if bars else learn.no_bar(), learn.added_cbs(_views(run_config(out))): return CifarInterpretation.from_learner(learn, len(learn.dls.loaders) - 1)
-
-# %% ../nbs/24_runs.ipynb #53ab1a29
-def predict_files(
-    source, # A run folder, a file of `save_model`, or the name of a net with weights in the package
-    files:list, # Image files; other sizes than 32x32 are resized (bilinear, antialiased), other modes converted to RGB
-    top:int=3, # How many classes to give for each
-) -> list: # For each file: dict(file=, prediction=, probability=, top=[(class, probability), ...])
-    "Classify image files with a saved net"
-    model = load_model(source)
-    note = model.note
-    try:
-        mean, std = (torch.tensor(note[k]).view(1, 3, 1, 1) for k in ('mean', 'std'))
-        if len(note['classes']) != note['model'].get('n_out', 10): raise ValueError
-    except (KeyError, TypeError, ValueError, RuntimeError): raise FastcifarError(f'{source} does not say its classes and how to normalize: it was saved without them') from None
-    x = torch.from_numpy(np.stack([decode_image(Path(f), f, convert=True) for f in files])).permute(0, 3, 1, 2)
-    with torch.inference_mode(): probs = torch.cat([average_views(model, (b / 255 - mean) / std, note.get('views', 'none')).softmax(-1) for b in x.split(256)])
-    res = []
-    for f, p in zip(files, probs):
-        best = [(note['classes'][i], float(p[i])) for i in p.topk(min(top, len(p))).indices.tolist()]
-        res.append(dict(file=str(f), prediction=best[0][0], probability=best[0][1], top=best))
-    return res

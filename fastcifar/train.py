@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'best_precision', 'NumberFormat', 'MemoryFormat', 'best_channels_last', 'keep_freed_memory',
-           'compile_net', 'FreezeParts', 'StopOnNaN', 'CifarLearner', 'some_images', 'cifar_learner']
+           'compile_net', 'FreezeParts', 'StopOnNaN', 'deterministic_only', 'UnpicklingWarning', 'CifarLearner',
+           'some_images', 'cifar_learner']
 
 # %% ../nbs/19_train.ipynb #785e6f28
-import ctypes, fnmatch, math, platform, sys
+import contextlib, ctypes, fnmatch, math, os, platform, sys, warnings
 
 import torch
 from fastai.callback.core import Callback, CancelFitException, CancelStepException
@@ -18,7 +19,7 @@ from torch import nn
 from .basics import FastcifarError, check_name
 from .loop import CrossEntropy, LeanLearner
 from .optim import optimizer
-from .schedule import lr_range
+from .schedule import lr_range, untouched
 
 # %% ../nbs/19_train.ipynb #19b5e7f1
 PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
@@ -44,6 +45,10 @@ class NumberFormat(Callback):
 
     def before_fit(self):
         if self.precision == 'fp16': self.scaler = torch.amp.GradScaler(next(self.model.parameters()).device.type)
+
+    def checkpoint(self): return {}, self.scaler.state_dict() if self.scaler else None
+    def restore(self, tensors, note):
+        if self.scaler and note: self.scaler.load_state_dict(note)
 
     def before_batch(self):
         if self.precision == 'fp32': return
@@ -166,6 +171,29 @@ class StopOnNaN(Callback):
                              'use a smaller learning rate (--lr-max) or --precision fp32')
 
 # %% ../nbs/19_train.ipynb #e70956ce
+@contextlib.contextmanager
+def deterministic_only(device):
+    "Context in which only operations run that give the same numbers each time; an error where that cannot be"
+    device, old = torch.device(device), (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark)
+    if device.type == 'mps': raise FastcifarError('mps has no deterministic mode: use --device cpu, or a CUDA GPU')
+    if device.type == 'cuda': os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8') # read when the first matrices are multiplied
+    if device.type == 'cuda' and os.environ['CUBLAS_WORKSPACE_CONFIG'] not in (':4096:8', ':16:8'):
+        raise FastcifarError(f'CUBLAS_WORKSPACE_CONFIG is {os.environ["CUBLAS_WORKSPACE_CONFIG"]}: deterministic training needs :4096:8')
+    try:
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+        yield
+    except RuntimeError as e:
+        if 'determinis' not in str(e): raise
+        raise FastcifarError(f'{str(e).splitlines()[0][:200]}: leave out --deterministic, or use --device cpu') from e
+    finally:
+        torch.use_deterministic_algorithms(old[0])
+        torch.backends.cudnn.benchmark = old[1]
+
+# %% ../nbs/19_train.ipynb #ad58d3c3
+class UnpicklingWarning(UserWarning):
+    "A file is read in a way that lets it run code"
+
 class CifarLearner(LeanLearner):
     "A fastai `Learner` with `lr_range`"
     def create_opt(self):
@@ -187,6 +215,15 @@ class CifarLearner(LeanLearner):
     def lr_range(self, start_lr:float=1e-6, end_lr:float=1., num_it:int=100, show_plot:bool=True):
         "LRMIN and LRMAX from a range test that leaves weights, optimizer and random generators as they were"
         return lr_range(self, start_lr, end_lr, num_it, show_plot)
+
+    def lr_find(self, *args, **kwargs):
+        "fastai's `lr_find`; it leaves the random generators as they were, too"
+        with untouched(self), warnings.catch_warnings(action='ignore', category=UnpicklingWarning): return super().lr_find(*args, **kwargs)
+
+    def load(self, file, *args, **kwargs):
+        "fastai's `load`"
+        if kwargs.get('weights_only') is False: warnings.warn(f'{file} is unpickled, which can run code: load what you have written yourself', UnpicklingWarning, stacklevel=2)
+        return super().load(file, *args, **kwargs)
 
 # %% ../nbs/19_train.ipynb #7e77e7a6
 def some_images(dls, n=5000):

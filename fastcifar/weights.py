@@ -6,7 +6,7 @@
 __all__ = ['save_tensors', 'load_tensors', 'load_weights']
 
 # %% ../nbs/13_weights.ipynb #064b5a9c
-import json
+import hashlib, json
 from pathlib import Path
 
 import torch
@@ -16,26 +16,41 @@ from safetensors.torch import save_file
 from .basics import FastcifarError, write_atomic
 
 # %% ../nbs/13_weights.ipynb #3bb00a8f
+def _checksum(tensors, meta):
+    "SHA-256 of names, types, shapes and bytes of contiguous CPU tensors, and of the texts beside them"
+    h = hashlib.sha256(json.dumps(sorted(meta.items() - {('sha256', meta.get('sha256'))})).encode())
+    for k in sorted(tensors):
+        t = tensors[k]
+        h.update(json.dumps([k, str(t.dtype), list(t.shape)]).encode())
+        h.update(t.reshape(-1).view(torch.uint8).numpy())
+    return h.hexdigest()
+
 def save_tensors(
     path, # File to write, wholly or not at all
     tensors:dict, # Name -> tensor
     note:dict, # What else to keep, as JSON
 ) -> Path:
     "Write tensors and a JSON note to a safetensors file"
-    tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+    tensors, meta = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}, {'format': 'pt', 'fastcifar': json.dumps(note)}
     def write(tmp):
-        try: save_file(tensors, tmp, {'format': 'pt', 'fastcifar': json.dumps(note)})
+        try: save_file(tensors, tmp, {**meta, 'sha256': _checksum(tensors, meta)})
         except SafetensorError as e: raise OSError(str(e)) from e # a full disk
     return write_atomic(path, write)
 
 def load_tensors(
     path, # A file of `save_tensors`
+    sealed:bool=False, # Refuse a file without a checksum?
 ) -> tuple: # (dict of tensors, note)
     "Read a safetensors file back; a damaged or foreign file is a `FastcifarError`"
     if not Path(path).is_file(): raise FastcifarError(f'there is no file {path}: check the path')
     try:
-        with safe_open(str(path), 'pt') as f: return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get('fastcifar', '{}'))
+        with safe_open(str(path), 'pt') as f: tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
+        note = json.loads(meta.get('fastcifar', '{}'))
+        if not isinstance(note, dict): raise ValueError('its note is no table')
+        whole = meta['sha256'] == _checksum(tensors, meta) if 'sha256' in meta else not sealed
     except Exception as e: raise FastcifarError(f'{path} is not a whole safetensors file ({e}): it is damaged or of another kind') from e
+    if not whole: raise FastcifarError(f'{path} is damaged: its checksum differs from what it holds')
+    return tensors, note
 
 # %% ../nbs/13_weights.ipynb #502f40c1
 def load_weights(

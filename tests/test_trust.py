@@ -1,0 +1,287 @@
+"Runs that the world interferes with, and the same run under other circumstances: the result has to be the same, bit for bit."
+import contextlib, io, json, os, pickletools, resource, shutil, signal, subprocess, sys, time, zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from fastcifar.basics import FastcifarError
+from fastcifar.data import load_data
+from fastcifar.loaders import CifarDataLoaders
+from fastcifar.models.zoo import create_model
+from fastcifar.recipes import create_recipe, recipe_learner
+from fastcifar.runs import configure, train_run
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT/'tools'))
+TRAIN = ('train', '--model', 'normnet31k', '--norm', 'gn', '--recipe', 'fast', '--epochs', 3, '--bs', 16, '--threads', 1)
+
+def weights(out):
+    w = load_file(Path(out)/'model.safetensors')
+    return np.concatenate([w[k].ravel().astype(np.float64) for k in sorted(w)])
+
+def history(out): return pd.read_csv(Path(out)/'history.csv').drop(columns='seconds')
+
+def same(a, b): return (weights(a) == weights(b)).all() and history(a).equals(history(b))
+
+# --- the same result, whatever happens
+
+def test_killed_runs_end_as_if_nothing_had_been():
+    done = subprocess.run([sys.executable, '-c', f'import sys; sys.path.insert(0, {str(ROOT/"tools")!r}); import soak; r = soak.kills(4, 7); print(r); sys.exit(not (r["bit_equal"] == 4 and not r["control_equal"]))'],
+                          capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+def fitted(tree, workers=0, first=None, bars=False):
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    recipe = create_recipe('fast', 'normnet31k', epochs=2, bs=16, dropout=.1)
+    learn = recipe_learner(load_data(tree).dataloaders(bs=16, policy='crop_flip_cutout', path='item', num_workers=workers, device='cpu'), create_model('normnet31k', n_out=3), recipe, precision='fp32')
+    with contextlib.nullcontext() if bars else learn.no_bar(), learn.no_logging():
+        if first: first(learn)
+        learn.fit_one_cycle(2, 1e-2)
+    return torch.cat([v.double().flatten() for v in learn.model.state_dict().values()])
+
+def test_workers_range_tests_and_bars_change_nothing(tree, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plain = fitted(tree)
+    for workers in (1, 2, 4): assert fitted(tree, workers).equal(plain), workers
+    assert fitted(tree, bars=True).equal(plain)
+    assert fitted(tree, first=lambda learn: learn.lr_range(num_it=12, show_plot=False, end_lr=.1)).equal(plain)
+    assert fitted(tree, first=lambda learn: learn.lr_find(num_it=12, end_lr=.1, show_plot=False)).equal(plain)
+    assert not fitted(tree, first=lambda learn: torch.rand(1)).equal(plain) # so dropout does depend on the generator
+
+@pytest.fixture(scope='module')
+def whole(tree, tmp_path_factory):
+    "The run that nobody interferes with"
+    out = tmp_path_factory.mktemp('whole')/'run'
+    done = subprocess.run([sys.executable, '-m', 'fastcifar', *map(str, TRAIN), '--data', str(tree), '--out', str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_stopped_on_request(number, whole, cli, tree, tmp_path):
+    "Ctrl-C in the middle: a checkpoint, a line on how to go on, and the exit code that a shell expects"
+    out = tmp_path/'run'
+    p = subprocess.Popen([sys.executable, '-m', 'fastcifar', *map(str, TRAIN), '--data', str(tree), '--out', str(out), '--checkpoint-every', '1'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 120
+    while not list(out.glob('checkpoints/epoch_*')): assert p.poll() is None and time.monotonic() < end, p.stderr.read()
+    p.send_signal(number)
+    said, err = p.communicate(timeout=60)
+    assert p.returncode == 128 + number and err.count('\n') == 1 and f'go on with: fastcifar train --resume {out}' in err, err
+    assert 'after a checkpoint' in said and not (out/'metrics.json').exists()
+    done = cli('train', '--resume', out, '--threads', 1)
+    assert done.returncode == 0 and 'continuing after' in done.stdout and same(out, whole)
+
+def interrupted(whole, tree, tmp_path, main, monkeypatch, after=4):
+    "A run folder with checkpoints after some batches"
+    from fastcifar.state import Checkpoints
+    out, write, n = tmp_path/'run', Checkpoints._write, 0
+    def stop(self, *args):
+        nonlocal n
+        write(self, *args)
+        n += 1
+        if n == after: raise FastcifarError('a power failure')
+    monkeypatch.setattr(Checkpoints, '_write', stop)
+    assert main(*TRAIN, '--data', tree, '--out', out, '--checkpoint-every', 1)[0] == 2
+    monkeypatch.setattr(Checkpoints, '_write', write)
+    return out
+
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(whole, tree, tmp_path, main, monkeypatch):
+    out = interrupted(whole, tree, tmp_path, main, monkeypatch)
+    newest = max(out.glob('checkpoints/*'))
+    data = bytearray(newest.read_bytes())
+    data[-40] ^= 4 # a bit of a weight
+    newest.write_bytes(data)
+    code, said, _ = main('train', '--resume', out, '--threads', 1)
+    assert code == 0 and f'{newest} is damaged: its checksum differs from what it holds; using the checkpoint before it' in said and same(out, whole)
+
+def test_other_threads_are_named(whole, tree, tmp_path, main, monkeypatch):
+    out = interrupted(whole, tree, tmp_path, main, monkeypatch)
+    code, said, _ = main('train', '--resume', out, '--threads', 2)
+    assert code == 0 and 'threads 1, now it is 2: the result will differ' in said
+    torch.set_num_threads(1)
+
+def test_checkpoints_need_a_whole_number(main, tree):
+    code, _, err = main(*TRAIN, '--data', tree, '--checkpoint-every', 0)
+    assert code == 2 and 'at least 1' in err
+
+def test_a_clock_that_is_moved_back(whole, tree, tmp_path, monkeypatch):
+    now = time.time()
+    monkeypatch.setattr(time, 'time', lambda: now - 86400 * (time.perf_counter() - int(time.perf_counter())))
+    train_run(configure('fast', 'normnet31k', norm='gn', data=str(tree), epochs=3, bs=16), tmp_path/'run', threads=1, bars=False, say=lambda s: None)
+    assert same(tmp_path/'run', whole) and (pd.read_csv(tmp_path/'run/history.csv').seconds >= 0).all()
+
+# --- places that fail
+
+LIMITED = '''
+import resource, sys
+from fastcifar.cli import main
+import fastcifar.runs, fastcifar.interpret
+import fastcifar.state as state
+write = state.Checkpoints._write
+def limited(self, done, batch):
+    if done == 2: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY)) # as good as a full disk, for this process
+    write(self, done, batch)
+state.Checkpoints._write = limited
+sys.exit(main(sys.argv[1:]))
+'''
+
+def test_a_full_disk(whole, cli, tree, tmp_path):
+    out = tmp_path/'run'
+    done = subprocess.run([sys.executable, '-c', LIMITED, *map(str, TRAIN), '--data', str(tree), '--out', str(out)], capture_output=True, text=True)
+    assert done.returncode == 2 and 'cannot write' in done.stderr and 'free space' in done.stderr and 'Traceback' not in done.stderr, done.stderr
+    assert [f.name for f in out.glob('checkpoints/*')] == ['epoch_0001.safetensors'] and not list(out.glob('checkpoints/.*'))
+    assert cli('train', '--resume', out, '--threads', 1).returncode == 0 and same(out, whole)
+
+def test_a_folder_that_goes_away(tree, tmp_path, main, monkeypatch):
+    "Root ignores modes of files: a file takes the place of the folder"
+    import fastcifar.runs as runs
+    out, old = tmp_path/'run', runs.RunHistory.write
+    def write(self):
+        old(self)
+        shutil.rmtree(out/'checkpoints')
+        (out/'checkpoints').write_text('')
+    monkeypatch.setattr(runs.RunHistory, 'write', write)
+    code, _, err = main(*TRAIN, '--data', tree, '--out', out)
+    assert code == 2 and 'cannot write' in err and err.count('\n') == 1
+
+def test_a_worker_that_dies(tree, tmp_path, main, monkeypatch):
+    from fastcifar.loaders import ArrayDL
+    from torch.utils.data import get_worker_info
+    make = ArrayDL.create_batches
+    def dying(self, samps):
+        for i, b in enumerate(make(self, samps)):
+            if get_worker_info() and i == 1: os.kill(os.getpid(), signal.SIGKILL)
+            yield b
+    monkeypatch.setattr(ArrayDL, 'create_batches', dying)
+    code, _, err = main(*TRAIN, '--data', tree, '--out', tmp_path/'run', '--path', 'item', '--policy', 'crop_flip_cutout', '--workers', 1)
+    assert code == 2 and 'a worker process died' in err and err.count('\n') == 1
+
+def test_the_lock_goes_with_its_process(tree, tmp_path, main):
+    "A killed run blocks nobody, even while its workers are still about; a living one does"
+    out = tmp_path/'run'
+    code = f'''
+import os, sys, time
+from pathlib import Path
+from fastcifar.runs import _locked
+with _locked(Path({str(out)!r})):
+    if os.fork() == 0: time.sleep(60); os._exit(0) # as a worker would
+    print('locked', flush=True); time.sleep(60)
+'''
+    p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert p.stdout.readline() == 'locked\n'
+        code, _, err = main(*TRAIN, '--data', tree, '--out', out)
+        assert code == 2 and 'another process is training' in err
+        p.kill(); p.wait()
+        assert main(*TRAIN, '--data', tree, '--out', out)[0] == 0
+    finally: os.killpg(p.pid, signal.SIGKILL)
+
+def test_nan_keeps_the_last_good_checkpoint(tree, tmp_path, main, monkeypatch):
+    from fastcifar.loop import CrossEntropy
+    call, n = CrossEntropy.__call__, 0
+    def explode(self, inp, targ):
+        nonlocal n
+        n += torch.is_grad_enabled()
+        return call(self, inp, targ) * (float('nan') if n == 6 else 1)
+    monkeypatch.setattr(CrossEntropy, '__call__', explode)
+    code, _, err = main(*TRAIN, '--data', tree, '--out', tmp_path/'run', '--checkpoint-every', 1)
+    assert code == 2 and 'in epoch 2, batch 2, at learning rate' in err and err.count('\n') == 1
+    assert max(f.name for f in (tmp_path/'run/checkpoints').iterdir()) == 'epoch_0001_batch_000001.safetensors'
+
+# --- files that cannot run code
+
+def pickled(path):
+    "Is this a pickle, or a zip that holds one, whatever its name?"
+    data = path.read_bytes()
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as z: return any(_is_pickle(z.read(n)) for n in z.namelist())
+    return _is_pickle(data)
+
+def _is_pickle(data):
+    try: return sum(1 for _ in pickletools.genops(data)) > 1
+    except Exception: return False
+
+def test_the_scan_for_pickles(tmp_path):
+    torch.save({'a': torch.ones(2)}, tmp_path/'a.txt')
+    np.save(tmp_path/'b', np.array([{}], dtype=object))
+    (tmp_path/'c').write_bytes(b'\x80\x04]q\x00.')
+    assert pickled(tmp_path/'a.txt') and pickled(tmp_path/'c')
+
+AUDITED = '''
+import sys
+found = []
+sys.addaudithook(lambda event, args: found.append(args) if event == 'pickle.find_class' else None)
+from fastcifar.cli import main
+tree, image = sys.argv[1:]
+quick = ['train', '--data', tree, '--model', 'normnet31k', '--recipe', 'fast', '--bs', '16', '--epochs', '2', '--checkpoint-every', '1', '--out', 'run']
+from fastcifar.state import Checkpoints
+write = Checkpoints._write
+def stop(self, *args):
+    write(self, *args)
+    if args == (1, 2): raise KeyboardInterrupt
+Checkpoints._write = stop
+codes = [main(quick)]
+Checkpoints._write = write
+codes += [main(quick), main(['predict', '--from', 'run', image]), main(['export', 'run']), main(['predict', '--from', 'run-export', image]), main(['predict', '--from', 'run-export/model.onnx', image]), main(['evaluate', 'run'])]
+print(codes, found)
+'''
+
+def test_no_pickle_is_opened_or_left(tree, tmp_path):
+    image = sorted((tree/'test').rglob('*.png'))[0]
+    done = subprocess.run([sys.executable, '-c', AUDITED, tree, image], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == '[130, 0, 0, 0, 0, 0, 0] []', done.stdout[-2000:] + done.stderr[-2000:]
+    files = [f for d in ('run', 'run-export') for f in (tmp_path/d).rglob('*') if f.is_file()]
+    assert len(files) > 20 and not [f for f in files if pickled(f)]
+
+def test_fastai_says_where_it_unpickles(tree, tmp_path):
+    learn = recipe_learner(load_data(tree).dataloaders(bs=16, device='cpu'), create_model('normnet31k', n_out=3), create_recipe('fast', 'normnet31k'))
+    learn.path = tmp_path
+    learn.create_opt()
+    learn.save('net')
+    learn.load('net')
+    with pytest.warns(UserWarning, match='is unpickled, which can run code'): learn.load('net', weights_only=False)
+    learn.export('all.pkl')
+    from fastai.learner import load_learner
+    with pytest.warns(UserWarning, match='insecure pickle'): load_learner(tmp_path/'all.pkl')
+
+@pytest.mark.parametrize('kind', ['images', 'pickles', 'archives', 'checkpoints', 'weights', 'run_folders', 'onnx', 'studies'])
+def test_hostile_files(kind):
+    "The long form is `make soak`"
+    code = f'import sys; sys.path.insert(0, {str(ROOT/"tools")!r}); from hostile import try_kind; r = try_kind({kind!r}, 60, 3); print(r); sys.exit("wrong" in r or r["inputs"] < 60)'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+# --- exports and predictions
+
+def test_export_and_every_way_to_predict(whole, tree, cli, main, tmp_path):
+    out, images = tmp_path/'shared', sorted((tree/'test').rglob('*.png'))
+    c = json.loads(main('export', whole, '--out', out, '--pt2', '--json')[1])
+    assert {f.name for f in out.iterdir()} == {'README.md', 'config.json', 'model.onnx', 'model.pt2', 'model.safetensors'}
+    assert c['onnx']['max_difference'] <= 1e-4 and c['onnx']['images'] == 84 and c['metrics']['n'] == 1 and c['architecture']['norm'] == 'gn'
+    card = (out/'README.md').read_text()
+    assert f'{c["metrics"]["test_accuracy"]:.2%}' in card and 'blue, green, red' in card and card.startswith('---\nlibrary_name: fastcifar')
+    answers = [json.loads(main('predict', '--json', '--trust', '--from', f, tree/'test')[1]) for f in (whole, out, out/'model.safetensors', out/'model.onnx', out/'model.pt2')]
+    for a in answers: assert [r['prediction'] for r in a] == [r['prediction'] for r in answers[0]] and len(a) == len(images) == 24
+    assert max(abs(r['probability'] - s['probability']) for a in answers for r, s in zip(a, answers[0])) < 1e-4
+    code, _, err = main('predict', '--from', out/'model.pt2', images[0])
+    assert code == 2 and '--trust' in err
+    code, _, err = main('export', whole, '--out', out)
+    assert code == 2 and 'exists already' in err
+    piped = subprocess.run([sys.executable, '-m', 'fastcifar', 'predict', '--from', str(out), '-'], input=images[0].read_bytes(), capture_output=True)
+    assert piped.stdout.startswith(b'-: ' + answers[0][0]['prediction'].encode())
+
+def test_export_without_onnx_installed(whole, tmp_path, main, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'onnx', None)
+    code, _, err = main('export', whole, '--out', tmp_path/'x')
+    assert code == 2 and "pip install 'fastcifar[onnx]'" in err and not list(tmp_path.iterdir())
+    assert main('export', whole, '--out', tmp_path/'x', '--no-onnx')[0] == 0
+
+def test_an_unfinished_run_is_not_exported(tmp_path, main, whole):
+    shutil.copytree(whole, tmp_path/'run')
+    (tmp_path/'run/metrics.json').unlink()
+    code, _, err = main('export', tmp_path/'run')
+    assert code == 2 and 'is not finished' in err
