@@ -5,12 +5,13 @@ LATEST = .venv-latest/bin
 export NO_ALBUMENTATIONS_UPDATE = 1
 say = @printf '\n== %s\n'
 
-.PHONY: help demo test test-latest test-wheel bench readme clean
+.PHONY: help demo test test-latest test-wheel soak bench readme clean
 help:
 	@echo 'make demo         set up .venv, train on the embedded digits (offline), print accuracy and run folder'
 	@echo 'make test         set up .venv, check the export, run every notebook and the tests'
 	@echo 'make test-latest  the tests with the newest fastai 2.8, fastcore and torch'
 	@echo 'make test-wheel   build the wheel, install it into an empty environment, run the demo there'
+	@echo 'make soak         kill 50 runs and continue them, try 12,000 hostile files (about half an hour)'
 	@echo 'make bench        the CPU benchmarks into benchmarks/ (about a quarter of an hour on an idle machine)'
 	@echo 'make readme       write README.md from nbs/index.ipynb'
 
@@ -48,6 +49,12 @@ test-wheel: .venv/installed
 	@.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
 	$(say) 'running the demo there'
 	@cd .venv-wheel && bin/fastcifar train --data digits --epochs 2 --bs 64 --lr-max 2e-3 --out demo
+
+soak: .venv/installed
+	$(say) 'killing 50 runs at random moments and continuing them'
+	@$(BIN)/python tools/soak.py kills 50
+	$(say) 'trying 12,000 hostile files'
+	@$(BIN)/python tools/soak.py hostile 12000
 
 bench: .venv/installed
 	@$(BIN)/fastcifar bench data --out benchmarks/data.json

@@ -38,6 +38,7 @@ from .loop import LeanScheduler, piecewise
 from .models.zoo import create_model
 from .recipes import create_recipe, fit_recipe, recipe_learner
 from .runs import environment
+from .state import Checkpoints
 from .train import best_precision, cifar_learner, some_images
 
 # %% ../nbs/28_bench.ipynb #cbd7188b
@@ -233,14 +234,31 @@ class _NoValidation(Callback):
     def before_validate(self):
         if not (self.last and self.epoch == self.n_epoch - 1): raise CancelValidException()
 
-def _our_steps(name, recipe, steps, device, data=None):
+def _our_steps(name, recipe, steps, device, data=None, cbs=()):
     "A function that times `steps` training steps of ours, and the loader that knows how long they waited"
     dls = (data or noise_data(max(recipe.bs * steps, 5000))).dataloaders(bs=recipe.bs, policy=recipe.policy, device=device)
     dls.loaders[0] = dl = _Waiting(dls.loaders[0], steps)
     learn = recipe_learner(dls, create_model(name), recipe)
     def run():
-        with learn.no_bar(), learn.no_logging(): fit_recipe(learn, dataclasses.replace(recipe, epochs=1), cbs=[_NoValidation()])
+        with learn.no_bar(), learn.no_logging(): fit_recipe(learn, dataclasses.replace(recipe, epochs=1), cbs=[_NoValidation(), *cbs])
     return (lambda: seconds(run)), dl
+
+class _TimedCheckpoints(Checkpoints):
+    "Checkpoints within an epoch, and how long they took"
+    spent = 0.
+    def after_epoch(self): pass # nothing is validated
+    def _write(self, *args): self.spent += seconds(lambda: super(_TimedCheckpoints, self)._write(*args))
+
+def _checkpoint_row(rounds, steps, every=50):
+    "The time of a checkpoint over that of the batches between two of them"
+    shares = []
+    with tempfile.TemporaryDirectory() as d:
+        for _ in range(rounds):
+            ck = _TimedCheckpoints(d, every=-(-steps // 2))
+            run, _ = _our_steps('normnet31k', create_recipe('fast', 'normnet31k', bs=512), steps, 'cpu', cbs=[ck])
+            whole = run()
+            shares.append(ck.spent / ((whole - ck.spent) / steps * every))
+    return Row('checkpoint/normnet31k', statistics.median(shares), min(shares), max(shares), 'share', must=0.02, per=f'{every} batches of 512')
 
 def bench_epoch(
     nets:tuple=('normnet31k', 'custom_resnet'), # Which
@@ -264,6 +282,7 @@ def bench_epoch(
         rows.append(speed_row(f'epoch/{name}', take_turns(measured, theirs, rounds, pause=2.), per=f'{k} steps', must=must, goal=goal))
         shares = shares[1:] # the first builds caches
         rows.append(Row(f'wait/{name}', statistics.median(shares), min(shares), max(shares), 'share', must=0.05, goal=0.02))
+    if 'normnet31k' in nets: rows.append(_checkpoint_row(rounds, (steps or {}).get('normnet31k', 20)))
     return rows
 
 # %% ../nbs/28_bench.ipynb #4d9178f9

@@ -16,7 +16,7 @@ import pandas as pd
 
 import fastcifar.state, fastcifar.weights
 from fastcifar.basics import read_json, write_json
-from fastcifar.runs import configure, train_run
+from fastcifar.runs import configure, environment, train_run
 from fastcifar.weights import load_tensors
 
 RESULTS = Path(__file__).resolve().parents[1]/'results/soak.json'
@@ -145,7 +145,7 @@ def main(what, n):
     res = dict(kills=kills, hostile=hostile)[what](int(n))
     print(json.dumps(res, indent=1))
     old = read_json(RESULTS) if RESULTS.exists() else {}
-    write_json(RESULTS, {**old, what: res})
+    write_json(RESULTS, {**old, what: dict(res, **{k: v for k, v in environment().items() if k in ('python', 'versions', 'commit', 'system')})})
     good = res['bit_equal'] == res['runs'] and not res['control_equal'] if what == 'kills' else not res['wrong']
     sys.exit(0 if good else 1)
 
