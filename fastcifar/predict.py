@@ -130,7 +130,10 @@ def _from_onnx(path):
         if inp.type != 'tensor(uint8)' or list(inp.shape[1:]) != [SIDE, SIDE, 3] or isinstance(inp.shape[0], int) or out.shape[1:] != [len(classes)] or not all(isinstance(c, str) for c in classes): raise ValueError('its input or output is another')
     except Exception as e: raise FastcifarError(f'{path} is not an ONNX file of an exported net ({" ".join(str(e).split())[:160]})') from e
     def predict(images):
-        try: return session.run(None, {inp.name: images})[0]
+        try:
+            p, = session.run(None, {inp.name: images})
+            if p.shape != (len(images), len(classes)) or not (np.abs(p.sum(1) - 1) < 1e-3).all(): raise ValueError('its answers are no probabilities')
+            return p
         except Exception as e: raise FastcifarError(f'{path} cannot be run ({" ".join(str(e).split())[:160]})') from e
     return Predictor(classes, predict, str(path))
 
