@@ -113,8 +113,9 @@ class Muon(ListAdam):
         eps:float=1e-5, # Added to Adam's denominator
         wd:float=0., # Weight decay
         least:int=10, # Fewest rows and columns that make a parameter a matrix
+        spectral:float=0., # The norm of a matrix's update, in learning rates; 0: such that its numbers have a root mean square of 0.2, like Adam's
         decay:str='decoupled', # `'decoupled'`, or `'l2'`: added to the gradient
-    ): super().__init__(params, decay, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, least=least)
+    ): super().__init__(params, decay, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, least=least, spectral=spectral)
 
     def update(self, ps, grads, states, least, **hypers):
         kinds = {True: [], False: []}
@@ -122,7 +123,7 @@ class Muon(ListAdam):
         for matrices, chosen in kinds.items():
             if chosen: (self._orthogonal if matrices else super().update)(*([l[i] for i in chosen] for l in (ps, grads, states)), **hypers)
 
-    def _orthogonal(self, ps, grads, states, lr, mom, **hypers):
+    def _orthogonal(self, ps, grads, states, lr, mom, spectral, **hypers):
         avgs = _kept(states, 'grad_avg', ps)
         torch._foreach_lerp_(avgs, grads, 1 - mom)
         ahead = torch._foreach_lerp(grads, avgs, mom) # Nesterov's look ahead
@@ -131,7 +132,7 @@ class Muon(ListAdam):
         for shape, pairs in shapes.items():
             stack = torch.stack([g.reshape(shape) for _, g in pairs])
             stack = orthogonalize(stack.bfloat16() if stack.is_cuda else stack.float())
-            for (p, _), u in zip(pairs, stack): p.add_(u.reshape(p.shape).to(p.dtype), alpha=-lr * 0.2 * math.sqrt(max(shape)))
+            for (p, _), u in zip(pairs, stack): p.add_(u.reshape(p.shape).to(p.dtype), alpha=-lr * (spectral or 0.2 * math.sqrt(max(shape))))
 
 # %% ../nbs/16_optim.ipynb #a5807af3
 OPTIMIZERS = ('adam', 'sgd', 'muon')
@@ -142,9 +143,11 @@ def optimizer(
     sqr_mom:float=0.99, # Adam's beta2
     eps:float=1e-5, # Added to Adam's denominator
     decay:str='decoupled', # `'decoupled'`, or `'l2'`: added to the gradient
+    spectral:float=0., # Norm of Muon's updates, in learning rates; 0: the size of Adam's
 ): # What `Learner` takes as `opt_func`
     "An optimizer function for a fastai `Learner`"
     check_name(name, OPTIMIZERS, 'optimizer')
     check_name(decay, ('decoupled', 'l2'), 'kind of weight decay')
     if name == 'sgd': return partial(ListSGD, decay=decay, mom=mom, wd=0.)
-    return partial(Muon if name == 'muon' else ListAdam, decay=decay, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=0.)
+    adam = dict(decay=decay, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=0.)
+    return partial(Muon, spectral=spectral, **adam) if name == 'muon' else partial(ListAdam, **adam)

@@ -44,6 +44,7 @@ class Recipe:
     mom_cycle:tuple = (0.95, 0.85, 0.95) # Momentum at the start, peak and end of a cycle; None: constant
     sqr_mom:float = 0.99 # Adam's beta2
     eps:float = 1e-5 # Added to Adam's denominator
+    spectral:float = 0. # Norm of Muon's updates, in learning rates; 0: the size of Adam's
     wd:float = None # Weight decay; None: 0.001 / lr_max
     decay:str = 'decoupled' # `'decoupled'`, or `'l2'`: added to the gradient
     decay_all:bool = False # Decay norms and biases too?
@@ -59,7 +60,7 @@ class Recipe:
         "This recipe, if its names and numbers make sense"
         maybe, number = type(None), (int, float)
         kinds = dict(epochs=int, bs=int, freeze=(tuple, list), views=str, policy=(str, maybe), optimizer=str, schedule=str, anneal=str, decay=str, decay_all=bool, step_epochs=int, mom_cycle=(tuple, list, maybe), stats=(tuple, list, maybe),
-                     **{k: (*number, maybe) for k in ('lr_max', 'lr_min', 'lr_end', 'wd', 'dropout')}, **{k: number for k in ('peak', 'gamma', 'mom', 'sqr_mom', 'eps', 'l1', 'label_smoothing', 'ema')})
+                     **{k: (*number, maybe) for k in ('lr_max', 'lr_min', 'lr_end', 'wd', 'dropout')}, **{k: number for k in ('peak', 'gamma', 'mom', 'sqr_mom', 'eps', 'spectral', 'l1', 'label_smoothing', 'ema')})
         for k, kind in kinds.items():
             v = getattr(self, k)
             if not isinstance(v, kind) or isinstance(v, bool) and kind is not bool: raise FastcifarError(f'{k} is {v!r}, which is not the right kind of value')
@@ -70,7 +71,7 @@ class Recipe:
         for k in ('lr_max', 'lr_min', 'lr_end'):
             v = getattr(self, k)
             if v is not None and not 0 < v < 1e3: raise FastcifarError(f'{k} is {v}: choose a learning rate above 0')
-        for k, low, high in (('wd', 0, 1e3), ('peak', 0, 1), ('gamma', 0, 1e3), ('mom', 0, 1), ('sqr_mom', 0, 1), ('eps', 0, 1), ('l1', 0, 1e3), ('label_smoothing', 0, 1), ('dropout', 0, 1), ('ema', 0, 1)):
+        for k, low, high in (('wd', 0, 1e3), ('peak', 0, 1), ('gamma', 0, 1e3), ('mom', 0, 1), ('sqr_mom', 0, 1), ('eps', 0, 1), ('spectral', 0, 1e3), ('l1', 0, 1e3), ('label_smoothing', 0, 1), ('dropout', 0, 1), ('ema', 0, 1)):
             v = getattr(self, k)
             if v is not None and not low <= v < high: raise FastcifarError(f'{k} is {v}: choose a value of at least {low} and below {high:g}')
         if self.lr_min is not None and self.lr_max is None: raise FastcifarError('lr_min is given without lr_max: give both, or neither to have them found')
@@ -104,7 +105,7 @@ _fast_recipes = {
     'sepnet178k': _fast(25, 'small_crop_flip'), 'sepnet195k': _fast(25, 'small_crop_flip'), 'sepnet200k': _fast(25, 'small_crop_flip'), 'fastnet200k': _fast(25, 'small_crop_flip'),
     'custom_resnet': _fast(16, 'small_crop_flip_cutout', lr_max=4e-3, bs=512, label_smoothing=0.2)}
 
-_speedrun = Recipe(8, 1000, 'small_crop_altflip', 'muon', lr_max=0.02, lr_min=0.002, lr_end=2e-5, peak=0.05, anneal='linear', mom=0.6, mom_cycle=None, wd=0., label_smoothing=0.2,
+_speedrun = Recipe(8, 1000, 'small_crop_altflip', 'muon', lr_max=0.02, lr_min=0.02, lr_end=2e-5, peak=0.01, anneal='linear', spectral=12., mom=0.6, mom_cycle=None, wd=0., label_smoothing=0.2,
                    freeze=(('whiten.bias', 3),), views='crops')
 _reference['speednet'] = _fast_recipes['speednet'] = _speedrun # it is made for it
 
@@ -150,7 +151,7 @@ def recipe_learner(
     **kwargs, # What else `cifar_learner` takes
 ): # A `CifarLearner`
     "A learner with the loss, optimizer and penalties of a recipe"
-    opt = optimizer(recipe.optimizer, recipe.mom, recipe.sqr_mom, recipe.eps, recipe.decay)
+    opt = optimizer(recipe.optimizer, recipe.mom, recipe.sqr_mom, recipe.eps, recipe.decay, recipe.spectral)
     cbs = ([L1(recipe.l1)] if recipe.l1 else []) + ([FreezeParts(recipe.freeze)] if recipe.freeze else []) + ([EMA(recipe.ema)] if recipe.ema else [])
     return cifar_learner(dls, model, lr=recipe.lr_max or 1e-3, wd=recipe.wd or 0., opt_func=opt, wd_bn_bias=recipe.decay_all, cbs=cbs,
                          loss_func=CrossEntropy(label_smoothing=recipe.label_smoothing), **kwargs)

@@ -7,7 +7,7 @@ __all__ = ['checkpoint_state', 'conclude_parts', 'restore_parts', 'restore_weigh
            'Checkpoints']
 
 # %% ../nbs/21_state.ipynb #3dd7b940
-import contextlib, math, re, signal, threading, time
+import contextlib, math, os, re, signal, threading, time
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +108,7 @@ class Stopped(FastcifarError):
 
 class StopRequest:
     "Context in which SIGINT and SIGTERM are noted in `number`; in other threads than the main one nothing changes"
-    def __init__(self, say=print): self.number, self.say, self._old = None, say, {}
+    def __init__(self, say=print): self.number, self.say, self._old, self._pid = None, say, {}, os.getpid()
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
             self._old = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -116,6 +116,9 @@ class StopRequest:
     def __exit__(self, *_):
         while self._old: signal.signal(*self._old.popitem())
     def _note(self, number, frame):
+        if os.getpid() != self._pid: # a worker, which a Ctrl-C reaches as well: the batch still needs it
+            if number == signal.SIGTERM: os._exit(128 + number)
+            return
         self.number = number
         self.__exit__()
         self.say('stopping at the end of this batch or validation, after a checkpoint; once more: at once')

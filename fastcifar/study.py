@@ -140,6 +140,7 @@ class Study:
                 said = f'failed: {failed}' if failed else f'{read_json(self.out/"runs"/name/"metrics.json")["test_accuracy"]:.2%}'
                 (tqdm.write if bars else say)(f'{k + 1}/{len(todo)} {name}: {said}')
                 self.results().to_csv(self.out/'results.csv', index=False)
+        except Stopped as e: raise Stopped('stopped; the same command continues the study from the last checkpoints', e.exit_code - 128) from None
         except BrokenProcessPool as e: raise FastcifarError('the system ended a run, most likely for want of memory: give the same command with fewer --jobs; finished runs are kept') from e
         return self.write()
 

@@ -113,3 +113,16 @@ def test_reference_recipe_trains(main, tree):
     m = json.loads(main('train', '--data', tree, '--model', 'normnet48k', '--norm', 'gn', '--recipe', 'reference', '--epochs', 1, '--bs', 20, '--out', 'r', '--json')[1])
     c = json.loads(open('r/config.json').read())
     assert m['recipe'] == 'reference' and m['norm'] == 'gn' and c['schedule'] == 'steps' and c['policy'] == 'rare_flip' and c['stats'][1] == [0.2471, 0.2435, 0.2616]
+
+def test_stopped_study(tree, tmp_path, main):
+    "Ctrl-C, which every process of a terminal gets: no run counts as failed, and the same command goes on"
+    cmd = [sys.executable, '-m', 'fastcifar', *map(str, compare(tree, tmp_path/'study', '--jobs', 2))]
+    p = subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    end = time.monotonic() + 240
+    while not list((tmp_path/'study').glob('runs/*/checkpoints/*')): assert p.poll() is None and time.monotonic() < end
+    os.killpg(p.pid, signal.SIGINT)
+    _, err = p.communicate(timeout=60)
+    assert p.returncode == 130 and len([l for l in err.splitlines() if l.startswith('fastcifar: stopped')]) == 1 and 'the same command continues' in err, err
+    assert not list((tmp_path/'study').glob('runs/*/failure.txt'))
+    code, said, _ = main(*compare(tree, tmp_path/'study'))
+    assert code == 0 and set(pd.read_csv(tmp_path/'study/results.csv').status) == {'finished'}

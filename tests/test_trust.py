@@ -75,6 +75,17 @@ def test_stopped_on_request(number, whole, cli, tree, tmp_path):
     done = cli('train', '--resume', out, '--threads', 1)
     assert done.returncode == 0 and 'continuing after' in done.stdout and same(out, whole)
 
+def test_ctrl_c_reaches_workers_too(tree, tmp_path, main):
+    out = tmp_path/'run'
+    more = ('--path', 'item', '--policy', 'crop_flip_cutout', '--workers', 2, '--checkpoint-every', 1, '--out', out)
+    p = subprocess.Popen([sys.executable, '-m', 'fastcifar', *map(str, TRAIN), '--data', str(tree), *map(str, more)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    end = time.monotonic() + 120
+    while not list(out.glob('checkpoints/epoch_*')): assert p.poll() is None and time.monotonic() < end, p.stderr.read()
+    os.killpg(p.pid, signal.SIGINT)
+    said, err = p.communicate(timeout=60)
+    assert p.returncode == 130 and err.count('\n') == 1 and said.count('stopping at the end') == 1, said + err
+    assert main(*TRAIN, '--data', tree, *more)[0] == 0
+
 def interrupted(whole, tree, tmp_path, main, monkeypatch, after=4):
     "A run folder with checkpoints after some batches"
     from fastcifar.state import Checkpoints
@@ -103,6 +114,14 @@ def test_other_threads_are_named(whole, tree, tmp_path, main, monkeypatch):
     code, said, _ = main('train', '--resume', out, '--threads', 2)
     assert code == 0 and 'threads 1, now it is 2: the result will differ' in said
     torch.set_num_threads(1)
+
+def test_deterministic(whole, tree, tmp_path, main):
+    from fastcifar.train import deterministic_only
+    out = tmp_path/'run'
+    assert main(*TRAIN, '--data', tree, '--out', out, '--deterministic')[0] == 0 and same(out, whole)
+    assert json.loads((out/'environment.json').read_text())['deterministic'] is True and not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(FastcifarError, match='mps has no deterministic mode'), deterministic_only('mps'): pass
+    with pytest.raises(FastcifarError, match='leave out --deterministic'), deterministic_only('cpu'): raise RuntimeError('f does not have a deterministic implementation')
 
 def test_checkpoints_need_a_whole_number(main, tree):
     code, _, err = main(*TRAIN, '--data', tree, '--checkpoint-every', 0)

@@ -33,6 +33,7 @@ class SpeedNet(nn.Module):
         groups:int=32, # Groups of `gn`
         dropout:float=0., # Before the head
         widths:tuple=(64, 256, 256), # Channels of the three groups
+        scale:float=1/8, # What the head's answers are multiplied by
     ):
         super().__init__()
         n = 2 * n_in * 4
@@ -45,6 +46,8 @@ class SpeedNet(nn.Module):
             n = width
         self.features, self.pool = nn.Sequential(*layers), nn.Sequential(nn.MaxPool2d(3), nn.Flatten(), Dropout(dropout))
         self.head = nn.Linear(n, n_out, bias=False)
+        nn.init.normal_(self.head.weight, std=1 / n / scale) # answers near 0: nothing has to be unlearned first
+        self.scale = scale
         self.register_buffer('prepared', torch.tensor(False))
 
     @torch.no_grad()
@@ -59,7 +62,7 @@ class SpeedNet(nn.Module):
     def forward(self,
         x:torch.Tensor, # (N, n_in, 32, 32), normalized
     ) -> torch.Tensor: # Logits (N, n_out)
-        return self.head(self.pool(self.features(self.whiten(x))))
+        return self.head(self.pool(self.features(self.whiten(x)))) * self.scale
 
 def _conv(n_in, n_out):
     conv = nn.Conv2d(n_in, n_out, 3, padding=1, bias=False)
