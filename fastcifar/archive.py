@@ -7,7 +7,7 @@ __all__ = ['MAX_FILE', 'MAX_TOTAL', 'MAX_MEMBERS', 'SIDE', 'MAX_PIXELS', 'Member
            'decode_image', 'read_tree', 'read_pickle', 'read_images', 'file_sha256']
 
 # %% ../nbs/01_archive.ipynb #61c22f60
-import bz2, contextlib, gzip, hashlib, io, lzma, os, pickle, posixpath, stat, tarfile, zipfile, zlib
+import bz2, contextlib, gzip, hashlib, io, lzma, os, pickle, posixpath, stat, tarfile, warnings, zipfile, zlib
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
@@ -166,7 +166,7 @@ def decode_image(
 ) -> np.ndarray: # uint8 (32, 32, 3)
     "Decode one image to an array, refusing what is not a 32x32 RGB picture unless `convert`"
     try:
-        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=_FORMATS) as im:
+        with warnings.catch_warnings(action='ignore', category=Image.DecompressionBombWarning), Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=_FORMATS) as im:
             if im.width * im.height > MAX_PIXELS: raise FastcifarError(f'{where} has {im.width}x{im.height} pixels: use an image of at most {MAX_PIXELS:,}')
             if not convert and im.mode != 'RGB': raise FastcifarError(f'{where} has mode {im.mode}, not RGB: convert it, or ask for conversion (convert=True, --convert)')
             if not convert and im.size != (SIDE, SIDE):

@@ -55,7 +55,7 @@ class EMA(Callback):
     # what a checkpoint has to keep, and what follows from it when there is nothing left to train
     def conclude(self, tensors): self.model.load_state_dict(tensors, strict=False)
     def checkpoint(self): return dict(self.average or {}), dict(n=self.n)
-    def restore(self, tensors, note): self.average, self.n = {k: tensors[k].to(v.device) for k, v in self._live.items()}, note['n']
+    def restore(self, tensors, note): self.average, self.n = {k: torch.empty_like(v).copy_(tensors[k]) for k, v in self._live.items()}, note['n']
 
 # %% ../nbs/20_averages.ipynb #7164e7d4
 VIEWS = ('none', 'flip', 'crops')

@@ -304,7 +304,7 @@ def main(
         return getattr(e, 'exit_code', 2)
     except MemoryError: print('fastcifar: out of memory: use a smaller --bs', file=sys.stderr)
     except KeyboardInterrupt:
-        print('\nfastcifar: stopped; the same command continues from the last checkpoint', file=sys.stderr)
+        print('\nfastcifar: stopped' + ('; the same command continues from the last checkpoint' if args.command in ('train', 'compare') else ''), file=sys.stderr)
         return 130
     except BrokenPipeError: # the reader of a pipe went away, as `| head` does
         sys.stdout = open(os.devnull, 'w')

@@ -195,6 +195,7 @@ def _from_path(path, convert):
     if not there:
         if path.parent == Path('.'): check_name(str(path), [*ARCHIVES, 'digits'], 'data set, file or folder')
         raise FastcifarError(f'there is no file or folder {str(path)!r}: check the path, or give one of {", ".join(ARCHIVES)}, digits')
+    if not (path.is_dir() or path.is_file()): raise FastcifarError(f'{str(path)!r} is neither a file nor a folder')
     try: key, sha = (_folder_key(path), None) if path.is_dir() else (file_sha256(path),) * 2
     except OSError as e: raise FastcifarError(f'cannot read {path}: {e.strerror}') from e
     if convert: key, sha = hashlib.sha256(f'{key} converted'.encode()).hexdigest(), None

@@ -51,7 +51,13 @@ def write_program(
 ) -> Path:
     "Write a net as a `torch.export` program; such a file holds a pickle and is to be opened by those who trust it"
     program = torch.export.export(net, (torch.zeros(2, SIDE, SIDE, 3, dtype=torch.uint8),), dynamic_shapes=({0: torch.export.Dim('N')},))
-    return write_atomic(path, lambda tmp: torch.export.save(program, tmp, extra_files={'fastcifar.json': json.dumps(dict(classes=classes))}))
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if hasattr(module, 'graph') else (): node.meta.pop('stack_trace', None) # paths of this machine
+    def write(tmp):
+        with tempfile.TemporaryDirectory() as d: # the archive holds the name of its file
+            torch.export.save(program, f'{d}/model.pt2', extra_files={'fastcifar.json': json.dumps(dict(classes=classes))})
+            shutil.copyfile(f'{d}/model.pt2', tmp)
+    return write_atomic(path, write)
 
 def compare_predictions(
     one, # A `Predictor`...
@@ -160,7 +166,7 @@ def export_run(
 ) -> dict: # What was written to config.json
     "Write a finished run as a folder to share; the folder is there when it is complete, or not at all"
     run, c = Path(run), run_config(run)
-    out = Path(out) if out else run.with_name(f'{run.resolve().name}-export')
+    out = Path(out) if out else run.resolve().with_name(f'{run.resolve().name}-export')
     if not (run/'metrics.json').is_file(): raise FastcifarError(f'{run} is not finished: continue it with fastcifar train --resume {run}')
     if out.exists(): raise FastcifarError(f'{out} exists already and is left as it is: remove it, or choose another --out')
     try:

@@ -67,7 +67,11 @@ class Recipe:
         for k, known in (('optimizer', OPTIMIZERS), ('schedule', SCHEDULES), ('anneal', ('cos', 'linear')), ('decay', ('decoupled', 'l2')), ('views', VIEWS)): check_name(getattr(self, k), known, k)
         if self.policy is not None: check_name(self.policy, list_policies(), 'policy')
         for k in ('epochs', 'bs', 'step_epochs'):
-            if getattr(self, k) < 1: raise FastcifarError(f'{k} is {getattr(self, k)}: choose at least 1')
+            if not 1 <= getattr(self, k) < 1e9: raise FastcifarError(f'{k} is {str(getattr(self, k))[:20]}: choose at least 1')
+        def numbers(v, n, low, high): return isinstance(v, (tuple, list)) and len(v) == n and all(isinstance(o, number) and low <= o < high for o in v)
+        if self.mom_cycle and not numbers(self.mom_cycle, 3, 0, 1): raise FastcifarError(f'mom_cycle is {str(self.mom_cycle)[:50]}: give three numbers from 0 to below 1')
+        if self.stats and not (len(self.stats) == 2 and numbers(self.stats[0], 3, -10, 10) and numbers(self.stats[1], 3, 1e-6, 10)): raise FastcifarError(f'stats is {str(self.stats)[:50]}: give the mean and the standard deviation of three channels, in 0..1')
+        if not all(isinstance(f, (tuple, list)) and len(f) == 2 and isinstance(f[0], str) and isinstance(f[1], int) for f in self.freeze): raise FastcifarError(f'freeze is {str(self.freeze)[:50]}: give pairs of a pattern of names and a number of epochs')
         for k in ('lr_max', 'lr_min', 'lr_end'):
             v = getattr(self, k)
             if v is not None and not 0 < v < 1e3: raise FastcifarError(f'{k} is {v}: choose a learning rate above 0')

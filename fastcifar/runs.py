@@ -106,7 +106,7 @@ def environment(
 # %% ../nbs/24_runs.ipynb #f3ba0539
 class RunHistory(Callback):
     "Keep `history.csv` of the run folder up to date and print a row an epoch"
-    order = 71
+    order, afresh = 71, True # nothing of it belongs into a checkpoint
     def __init__(self,
         checkpoints:Checkpoints, # Keeps the rows
         out:Path, # Run folder
@@ -238,12 +238,17 @@ def finish_run(learn, c:Config, out:Path, lrs, history:list, say=print) -> dict:
 @contextlib.contextmanager
 def _locked(out):
     "Hold the lock of a run folder, which is made if need be; the system frees it when the process ends, however that happens"
-    write_atomic(out/'.writable', lambda tmp: None).unlink()
+    lock = FileLock(out/'.lock', timeout=0)
     try:
-        with FileLock(out/'.lock', timeout=0):
-            remove_unfinished(out)
-            yield
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
     except Timeout: raise FastcifarError(f'another process is training in {out}: wait for it, or choose another --out') from None
+    except OSError as e: raise FastcifarError(f'cannot write {out}: {e.strerror or e}; choose a folder you can write to, with free space') from e
+    try:
+        write_atomic(out/'.writable', lambda tmp: None).unlink()
+        remove_unfinished(out)
+        yield
+    finally: lock.release()
 
 @contextlib.contextmanager
 def _explained(out):

@@ -8,6 +8,7 @@ __all__ = ['checkpoint_state', 'conclude_parts', 'restore_parts', 'restore_weigh
 
 # %% ../nbs/21_state.ipynb #3dd7b940
 import contextlib, math, os, re, signal, threading, time
+from collections import Counter, deque
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +17,24 @@ from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.callback.mixup import MixHandler
 from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.learner import CastToTensor
+from fastai.optimizer import Lookahead, Optimizer
 
 from .basics import FastcifarError, remove_unfinished, rng_state, set_rng_state
 from .loop import LeanLearner
-from .train import FreezeParts
+from .train import FreezeParts, StopOnNaN
 from .weights import load_tensors, load_weights, save_tensors
 
 # %% ../nbs/21_state.ipynb #9ee4e9ac
-_afresh = (TrainEvalCallback, CastToTensor, ProgressCallback, CSVLogger, MixHandler, FreezeParts) # they make what they hold anew in each fit, epoch or batch
+_afresh = (TrainEvalCallback, CastToTensor, ProgressCallback, CSVLogger, MixHandler, FreezeParts, StopOnNaN) # they make what they hold anew in each fit, epoch or batch
+
+class _Mark:
+    "Something that JSON cannot hold, and how it is now"
+    def __init__(self, v): self.v, self.stamp = v, v._version if isinstance(v, torch.Tensor) else tuple(map(id, v.values() if isinstance(v, dict) else v)) if isinstance(v, (dict, list, tuple, set, deque)) else None
+    def __eq__(self, other): return isinstance(other, _Mark) and self.v is other.v and self.stamp == other.stamp
 
 def _own(cb):
     "What a callback holds, apart from its learner; numbers and texts as JSON has them"
-    return {} if isinstance(cb, _afresh) else {k: _copied(v) if _is_plain(v) else v for k, v in vars(cb).items() if k != 'learn'}
+    return {} if isinstance(cb, _afresh) or getattr(type(cb), 'afresh', False) else {k: _copied(v) if _is_plain(v) else _Mark(v) for k, v in vars(cb).items() if k != 'learn'}
 
 def _is_plain(v): return v is None or isinstance(v, (bool, int, float, str, np.generic)) or isinstance(v, (list, tuple)) and all(map(_is_plain, v))
 
@@ -37,13 +44,16 @@ def _copied(v):
 
 def _changed(cb, before):
     "What a callback holds now and did not hold before"
-    def same(a, b): return a == b if _is_plain(a) and _is_plain(b) else a is b
-    return {k: v for k, v in _own(cb).items() if k not in before or not same(v, before[k])}
+    return {k: v for k, v in _own(cb).items() if k not in before or v != before[k]}
 
 def _with_state(learn):
-    "The callbacks that say what they keep, and the others"
-    cbs = [cb for cb in learn.cbs if not isinstance(cb, Checkpoints)]
-    return [cb for cb in cbs if hasattr(type(cb), 'checkpoint')], [cb for cb in cbs if not hasattr(type(cb), 'checkpoint')]
+    "The callbacks that say what they keep, and the others, each by name; a second one of a name gets a number"
+    own, others, seen = {}, {}, Counter()
+    for cb in learn.cbs:
+        if isinstance(cb, Checkpoints): continue
+        seen[cb.name] += 1
+        (own if hasattr(type(cb), 'checkpoint') else others)[cb.name if seen[cb.name] == 1 else f'{cb.name}-{seen[cb.name]}'] = cb
+    return own, others
 
 def checkpoint_state(
     learn, # In the middle of a fit
@@ -57,12 +67,12 @@ def checkpoint_state(
         states.append({k: None if isinstance(v, torch.Tensor) else v for k, v in s.items()})
         tensors |= {f'opt.{i}.{k}': v for k, v in s.items() if isinstance(v, torch.Tensor)}
     own, others = _with_state(learn)
-    for cb in own:
-        kept, parts[cb.name] = cb.checkpoint()
-        tensors |= {f'{cb.name}.{k}': v for k, v in kept.items()}
-    for cb in others: parts[cb.name] = {k: v for k, v in _changed(cb, before.get(cb.name, {})).items() if _is_plain(v)}
+    for name, cb in own.items():
+        kept, parts[name] = cb.checkpoint()
+        tensors |= {f'{name}.{k}': v for k, v in kept.items()}
+    for name, cb in others.items(): parts[name] = {k: v for k, v in _changed(cb, before.get(name, {})).items() if _is_plain(v)}
     return tensors, dict(parts=parts, opt=states, hypers=[dict(h) for h in learn.opt.hypers], rng=rng_state(), epochs=[getattr(dl, 'epoch', None) for dl in learn.dls.loaders],
-                         loaders=[dl.rng.getstate() for dl in learn.dls.loaders], train_iter=learn.train_iter, pct_train=learn.pct_train)
+                         loaders=[dl.rng.getstate() for dl in learn.dls.loaders], train_iter=learn.train_iter, pct_train=learn.pct_train, n_iter=len(learn.dls.train))
 
 def _of(name, tensors):
     "The tensors whose names begin with `name`, under the rest of it"
@@ -70,34 +80,45 @@ def _of(name, tensors):
 
 def conclude_parts(learn, tensors:dict):
     "Do what callbacks do at the end of a fit with what they have kept"
-    for cb in learn.cbs:
-        if hasattr(type(cb), 'conclude'): cb.conclude(_of(cb.name, tensors))
+    for name, cb in _with_state(learn)[0].items():
+        if hasattr(type(cb), 'conclude'): cb.conclude(_of(name, tensors))
 
 def restore_parts(learn, tensors:dict, note:dict):
     "Put back what callbacks have kept"
     own, others = _with_state(learn)
-    for cb in own:
-        if cb.name in note['parts']: cb.restore(_of(cb.name, tensors), note['parts'][cb.name])
-    for cb in others:
-        for k, v in note['parts'].get(cb.name, {}).items(): setattr(cb, k, v)
+    for name, cb in own.items():
+        if name in note['parts']: cb.restore(_of(name, tensors), note['parts'][name])
+    for name, cb in others.items():
+        for k, v in note['parts'].get(name, {}).items():
+            if k == 'learn' or not _is_plain(v) or k in vars(cb) and not _is_plain(vars(cb)[k]): raise ValueError(f'it sets {k} of {name}')
+            setattr(cb, k, v)
+
+def _like(t, p):
+    "The tensor `t` of a file, with device and memory layout of the parameter `p`"
+    if t.shape != p.shape: raise ValueError(f'a tensor has shape {tuple(t.shape)} instead of {tuple(p.shape)}')
+    return torch.empty_like(p, dtype=t.dtype, requires_grad=False).copy_(t)
 
 def restore_weights(learn, tensors:dict, note:dict, where):
     "Put back weights, gradients and optimizer; the rest is put back when the epoch starts"
     load_weights(learn.model, _of('model', tensors), where)
     device = getattr(learn.dls, 'device', None) or next(learn.model.parameters()).device
     learn.model.to(device)
-    for k, p in learn.model.named_parameters(): p.grad = tensors[f'grad.{k}'].to(device) if f'grad.{k}' in tensors else None
+    for k, p in learn.model.named_parameters(): p.grad = _like(tensors[f'grad.{k}'], p) if f'grad.{k}' in tensors else None
     learn.create_opt()
-    state = [{k: tensors[f'opt.{i}.{k}'].to(device) if v is None else v for k, v in s.items()} for i, s in enumerate(note['opt'])]
+    ps = [p for p, *_ in learn.opt.all_params()]
+    state = [{k: _like(tensors[f'opt.{i}.{k}'], ps[i]) if v is None else v for k, v in s.items()} for i, s in enumerate(note['opt'])]
     learn.opt.load_state_dict(dict(state=state, hypers=note['hypers']))
 
 def restore_position(learn, note:dict):
     "Put back random generators, and where the training stands in its epoch and schedule"
+    if note['n_iter'] != len(learn.dls.train): raise ValueError(f'it was made with {note["n_iter"]} batches an epoch, now there are {len(learn.dls.train)}')
     set_rng_state(note['rng'])
+    for h, kept in zip(learn.opt.hypers, note['hypers']): h.update(kept) # a callback may have changed them; `fit` has set them anew
     for dl, epoch, (version, ints, gauss) in zip(learn.dls.loaders, note['epochs'], note['loaders']):
         if epoch is not None: dl.epoch = epoch - bool(note['batch'] and dl is learn.dls.train) # it counts when it starts
         dl.rng.setstate((version, tuple(ints), gauss))
-    learn.train_iter, learn.pct_train, learn.first_batch = note['train_iter'], note['pct_train'], note['batch']
+    learn.train_iter, learn.first_batch = note['train_iter'], note['batch']
+    if note['batch']: learn.pct_train = note['pct_train'] # at the start of an epoch fastai computes it
 
 # %% ../nbs/21_state.ipynb #15837056
 class Stopped(FastcifarError):
@@ -121,7 +142,7 @@ class StopRequest:
             return
         self.number = number
         self.__exit__()
-        self.say('stopping at the end of this batch or validation, after a checkpoint; once more: at once')
+        with contextlib.suppress(RuntimeError): self.say('stopping at the end of this batch or validation, after a checkpoint; once more: at once') # it may come while something is being printed
 
 # %% ../nbs/21_state.ipynb #258911d8
 def _is_number(v): return isinstance(v, (bool, int, float)) or v is None
@@ -131,7 +152,7 @@ def _checked_note(note):
     counts, tables = ('done', 'batch', 'train_iter', 'threads'), ('history', 'hypers', 'opt')
     ok = (all(type(note[k]) is int and 0 <= note[k] < 2**53 for k in counts) and type(note['pct_train']) is float and all(isinstance(note[k], list) for k in (*tables, 'epochs', 'loaders'))
           and all(isinstance(row, dict) and all(map(_is_number, row.values())) for k in tables for row in note[k]) and all(map(_is_number, (*note['epochs'], *note['sums'].values())))
-          and all({'epoch', 'lr', 'seconds'} <= set(row) for row in note['history']) and len(note['history']) == note['done']
+          and all({'epoch', 'lr', 'seconds'} <= set(row) for row in note['history']) and len(note['history']) == note['done'] and (note['batch'] == 0 or note['batch'] < note['n_iter'])
           and all(isinstance(row['lr'], (int, float)) and isinstance(row['wd'], (int, float)) for row in note['hypers']))
     if not ok: raise ValueError('its note has another shape')
     return note
@@ -163,11 +184,12 @@ class Checkpoints(Callback):
             try: self._tensors, note = load_tensors(f, sealed=True)
             except FastcifarError as e:
                 self.say(f'{e}; ' + ('using the checkpoint before it' if i + 1 < len(files) else 'no checkpoint is whole, so the training starts again'))
+                f.rename(f'{f}.damaged') # or it would count as the newest
                 continue
             with self._readable(f):
                 self.where, self.history, done, self.batch = f, _checked_note(note)['history'], note['done'], note['batch']
                 restore_weights(learn, self._tensors, note, f)
-                made = dict(threads=note['threads'], torch=note['torch'], device=note['device'])
+                made = {k: note[k] for k in self._machine(learn)}
             for k, now in self._machine(learn).items():
                 if made[k] != now: self.say(f'the checkpoint was made with {k} {made[k]}, now it is {now}: the result will differ in the last digits')
             self.note = note
@@ -181,7 +203,9 @@ class Checkpoints(Callback):
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError, AssertionError) as e:
             raise FastcifarError(f'{f} is no checkpoint of this version and training ({type(e).__name__}: {e}): remove the checkpoints to start again') from e
 
-    def _machine(self, learn): return dict(threads=torch.get_num_threads(), torch=str(torch.__version__), device=next(learn.model.parameters()).device.type)
+    def _machine(self, learn):
+        return dict(threads=torch.get_num_threads(), torch=str(torch.__version__), device=next(learn.model.parameters()).device.type, compiled=learn.model._compiled_call_impl is not None,
+                    deterministic=torch.are_deterministic_algorithms_enabled())
 
     def conclude(self, learn):
         "Instead of `fit`, when no epoch is left to train"
@@ -189,6 +213,7 @@ class Checkpoints(Callback):
 
     def before_fit(self):
         if self.every and not hasattr(self.dls.train, 'first_batch'): raise FastcifarError('these loaders cannot start within an epoch: make them with load_data(...).dataloaders(), or leave out `every`')
+        if not isinstance(self.opt, Optimizer) or isinstance(self.opt, Lookahead): raise FastcifarError(f'checkpoints do not keep the state of {type(self.opt).__name__}: use an optimizer of fastcifar.optim or of fastai.optimizer, without Lookahead')
         if not isinstance(self.learn, LeanLearner): raise FastcifarError('checkpoints need a learner of cifar_learner')
         if self.recorder.train_metrics and self.every: self.say('checkpoints do not keep the sums behind the metrics on training batches: in a continued epoch they count from there')
 
@@ -197,7 +222,7 @@ class Checkpoints(Callback):
 
     def before_train(self):
         self._start, self._loss, self._right, self._n = time.perf_counter(), 0., 0, 0
-        if self._before is None: self._before = {cb.name: _own(cb) for cb in _with_state(self.learn)[1]}
+        if self._before is None: self._before = {name: _own(cb) for name, cb in _with_state(self.learn)[1].items()}
         if self.note is not None:
             with self._readable(self.where):
                 restore_parts(self.learn, self._tensors, self.note)
@@ -213,17 +238,21 @@ class Checkpoints(Callback):
         self._n += len(y)
         self._loss += learn.loss.detach().to(torch.float32 if learn.loss.is_mps else torch.float64) * len(y) # stays on the device
         self._right += (learn.pred.detach().argmax(-1) == y).sum()
-        done, stop = learn.iter + 1, self.request and self.request.number
+        done, stop = learn.iter + 1, self.request and self.request.number and hasattr(learn.dls.train, 'first_batch') # other loaders cannot start within an epoch
         if done < learn.n_iter and (stop or self.every and done % self.every == 0): self._write(learn.epoch, done)
         if stop and done < learn.n_iter: self._stop(f'batch {done} of epoch {learn.epoch + 1}')
 
     def after_epoch(self):
-        valid = dict(zip(self.recorder.metric_names[2:], self.recorder.log[2:]))
+        names, log = self.recorder.metric_names[2:], self.recorder.log[2:]
+        valid = dict(zip(names, log)) if len(names) == len(log) else {} # validation may have been called off
         self.history.append(dict(epoch=self.epoch + 1, train_loss=float(self._loss) / self._n, train_accuracy=int(self._right) / self._n,
                                  **{k: float(v) for k, v in valid.items() if k != 'time'}, lr=float(self.opt.hypers[-1]['lr']),
                                  seconds=round(time.perf_counter() - self._start, 2)))
-        if not math.isfinite(self.history[-1]['valid_loss']): self._refuse(f'after epoch {self.epoch + 1}')
+        if not math.isfinite(self.history[-1].get('valid_loss', 0.)): self._refuse(f'after epoch {self.epoch + 1}', 'the validation loss is')
         self._write(self.epoch + 1, 0)
+
+    def after_cancel_fit(self):
+        if len(self.history) == self.epoch and len(self.recorder.values) > self.epoch: self.after_epoch() # stopped early, by a callback that came before
 
     def after_fit(self): self._before = None
 
@@ -237,14 +266,14 @@ class Checkpoints(Callback):
                      dict(note, done=done, batch=batch, sums=sums, history=self.history, **self._machine(self.learn)))
         for f in self.files()[self.keep:]: f.unlink()
 
-    def _refuse(self, when):
-        raise FastcifarError(f'the net holds NaN or infinite numbers {when}: the checkpoint before it is kept; use a smaller learning rate (--lr-max)')
+    def _refuse(self, when, what='the net holds'):
+        raise FastcifarError(f'{what} NaN or infinite {when}, at learning rate {self.opt.hypers[-1]["lr"]:.3g}: what checkpoints there are is kept; use a smaller learning rate (--lr-max) or --precision fp32')
 
     def _name_lost(self):
         "Say once of each callback what it has changed and cannot be kept"
-        for cb in _with_state(self.learn)[1]:
-            lost = sorted(k for k, v in _changed(cb, self._before.get(cb.name, {})).items() if not _is_plain(v))
-            if lost and cb.name not in self._named: self.say(f'checkpoints do not keep {", ".join(lost)} of the callback {type(cb).__name__}: give it checkpoint() and restore()')
-            if lost: self._named.add(cb.name)
+        for name, cb in _with_state(self.learn)[1].items():
+            lost = sorted(k for k, v in _changed(cb, self._before.get(name, {})).items() if not _is_plain(v))
+            if lost and name not in self._named: self.say(f'checkpoints do not keep {", ".join(lost)} of the callback {type(cb).__name__}: give it checkpoint() and restore()')
+            if lost: self._named.add(name)
 
     def _stop(self, when): raise Stopped(f'stopped after {when}, with a checkpoint', self.request.number)

@@ -47,7 +47,8 @@ def load_tensors(
         with safe_open(str(path), 'pt') as f: tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
         note = json.loads(meta.get('fastcifar', '{}'))
         if not isinstance(note, dict): raise ValueError('its note is no table')
-        whole = meta['sha256'] == _checksum(tensors, meta) if 'sha256' in meta else not sealed
+        if sealed and 'sha256' not in meta: raise ValueError('it has no checksum')
+        whole = 'sha256' not in meta or meta['sha256'] == _checksum(tensors, meta)
     except Exception as e: raise FastcifarError(f'{path} is not a whole safetensors file ({e}): it is damaged or of another kind') from e
     if not whole: raise FastcifarError(f'{path} is damaged: its checksum differs from what it holds')
     return tensors, note

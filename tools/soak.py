@@ -20,7 +20,7 @@ from fastcifar.runs import configure, environment, train_run
 from fastcifar.weights import load_tensors
 
 RESULTS = Path(__file__).resolve().parents[1]/'results/soak.json'
-SETTINGS = dict(batch=dict(path='batch'), item=dict(path='item', policy='crop_flip_cutout'), averaged=dict(path='batch', ema=.9, freeze=(('head.*', 2),)), bf16=dict(path='batch', precision='bf16'))
+SETTINGS = dict(batch=dict(path='batch'), item=dict(path='item', policy='crop_flip_cutout'), averaged=dict(path='batch', ema=.9, freeze=(('head.*', 2),)), bf16=dict(path='batch', precision='bf16'), fp16=dict(path='batch', precision='fp16', optimizer='adam', lr_max=2e-3))
 
 def config(kind):
     return configure('fast', 'normnet31k', **{**dict(data='digits', epochs=3, bs=128, dropout=.1, valid=100, precision='fp32'), **SETTINGS[kind]})
@@ -83,8 +83,8 @@ def equal(a, b): return a[0].keys() == b[0].keys() and all(v.equal(b[0][k]) for 
 
 def kill_once(kind, out, rng) -> str: # At which moment; None if the run came to its end before
     "Go on with a run and kill it, after a checkpoint"
-    stage = rng.choice(('half written', 'written', 'renamed', 'any moment', 'any moment', 'any moment'))
-    p = Child(lambda: train(kind, out, rng.choice((0, 1)) if kind == 'item' else 0, None if stage == 'any moment' else (rng.randint(2, 12), stage)))
+    stage, n, workers = rng.choice(('half written', 'written', 'renamed', 'any moment', 'any moment', 'any moment')), rng.randint(2, 12), rng.choice((0, 1)) if kind == 'item' else 0
+    p = Child(lambda: train(kind, out, workers, None if stage == 'any moment' else (n, stage)))
     while stage == 'any moment' and not p.wait(.002) and not list((out/'checkpoints').glob('epoch_*.safetensors')): pass
     if not p.wait(rng.uniform(0, 3) if stage == 'any moment' else 120): p.kill()
     if p.status != signal.SIGKILL and not (out/'metrics.json').exists(): raise RuntimeError(f'{out}: the run ended by itself, with status {p.status}')

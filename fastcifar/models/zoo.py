@@ -99,7 +99,7 @@ def load_model(
     try:
         with torch.device('meta'): load_weights(create_model(**note['model']), tensors, path, copy=False) # compares before anything is allocated
         model = create_model(**note['model'])
-    except (TypeError, ValueError, RuntimeError) as e: raise FastcifarError(f'{path} describes a net that cannot be built ({e})') from e
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as e: raise FastcifarError(f'{path} describes a net that cannot be built ({e})') from e
     load_weights(model, tensors, path)
     model.note = note
     return model.eval()
