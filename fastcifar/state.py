@@ -107,7 +107,7 @@ def restore_weights(learn, tensors:dict, note:dict, where):
     learn.create_opt()
     ps = [p for p, *_ in learn.opt.all_params()]
     state = [{k: _like(tensors[f'opt.{i}.{k}'], ps[i]) if v is None else v for k, v in s.items()} for i, s in enumerate(note['opt'])]
-    learn.opt.load_state_dict(dict(state=state, hypers=note['hypers']))
+    learn.opt.load_state_dict(dict(state=state, hypers=[dict(h) for h in note['hypers']])) # a copy: `fit` writes into them
 
 def restore_position(learn, note:dict):
     "Put back random generators, and where the training stands in its epoch and schedule"

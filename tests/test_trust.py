@@ -8,12 +8,19 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from fastai.callback.core import Callback
+from fastai.callback.mixup import MixUp
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau
+from fastai.callback.training import GradientAccumulation
+from fastai.optimizer import Adam
+
 from fastcifar.basics import FastcifarError
 from fastcifar.data import load_data
 from fastcifar.loaders import CifarDataLoaders
 from fastcifar.models.zoo import create_model
 from fastcifar.recipes import create_recipe, recipe_learner
 from fastcifar.runs import configure, train_run
+from fastcifar.train import cifar_learner
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'tools'))
@@ -52,6 +59,43 @@ def test_workers_range_tests_and_bars_change_nothing(tree, tmp_path, monkeypatch
     assert fitted(tree, first=lambda learn: learn.lr_range(num_it=12, show_plot=False, end_lr=.1)).equal(plain)
     assert fitted(tree, first=lambda learn: learn.lr_find(num_it=12, end_lr=.1, show_plot=False)).equal(plain)
     assert not fitted(tree, first=lambda learn: torch.rand(1)).equal(plain) # so dropout does depend on the generator
+
+class PowerFailure(Callback):
+    "After so many batches"
+    order = 90
+    def __init__(self, at): self.at = at
+    def after_batch(self):
+        if self.training and self.train_iter == self.at: raise RuntimeError('a power failure')
+
+PARTS = { # fastai's own, with what they remember
+    'Adam': dict(opt_func=Adam), 'MixUp': dict(cbs=lambda: [MixUp(.4)]), 'plateau': dict(cbs=lambda: [ReduceLROnPlateau(patience=0, factor=10, min_delta=9.)]),
+    'two trackers': dict(cbs=lambda: [EarlyStoppingCallback(patience=3), EarlyStoppingCallback('accuracy', patience=2)]), 'accumulation, fp16': dict(cbs=lambda: [GradientAccumulation(32)], precision='fp16')}
+
+@pytest.mark.parametrize('name', PARTS)
+def test_resume_with_parts_of_fastai(name, tree, tmp_path):
+    from fastcifar.state import Checkpoints
+    kw = dict(PARTS[name])
+    cbs = kw.pop('cbs', list)
+    def train(folder, at=None):
+        torch.manual_seed(0)
+        learn = cifar_learner(load_data(tree).dataloaders(bs=16, device='cpu'), create_model('normnet31k', n_out=3, dropout=.1), **{'precision': 'fp32', 'cbs': cbs(), **kw})
+        ck = Checkpoints(folder, every=1, say=lambda s: None)
+        done = ck.latest(learn)
+        try:
+            with learn.no_bar(), learn.no_logging(): learn.fit(4, 3e-3, cbs=[ck] + ([PowerFailure(at)] if at else []), start_epoch=done)
+        except RuntimeError: return
+        return torch.cat([v.double().flatten() for v in learn.model.state_dict().values()]), [dict(h, seconds=0) for h in ck.history], learn.recorder.lrs
+    whole = train(tmp_path/'whole')
+    for at in (4, 6, 13): train(tmp_path/'broken', at)
+    again = train(tmp_path/'broken')
+    assert whole[0].equal(again[0]) and whole[1:] == again[1:]
+
+def test_what_checkpoints_cannot_keep_is_refused(tree, tmp_path):
+    from fastai.optimizer import OptimWrapper, ranger
+    from fastcifar.state import Checkpoints
+    for opt in (ranger, lambda params, **kw: OptimWrapper(params, torch.optim.Adam, lr=1e-3)):
+        learn = cifar_learner(load_data(tree).dataloaders(bs=16, device='cpu'), create_model('normnet31k', n_out=3), opt_func=opt)
+        with learn.no_bar(), learn.no_logging(), pytest.raises(FastcifarError, match='do not keep the state of'): learn.fit(1, cbs=Checkpoints(tmp_path/'c'))
 
 @pytest.fixture(scope='module')
 def whole(tree, tmp_path_factory):
