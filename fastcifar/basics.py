@@ -17,6 +17,7 @@ class FastcifarError(Exception):
     "Something a user can mend; its text is one line: what is wrong, where, and what to do"
     def __init__(self, msg:str):
         self.msg = ' '.join(str(msg).split())
+        if len(self.msg) > 1500: self.msg = f'{self.msg[:1000]} … {self.msg[-490:]}' # a damaged file can put pages of its own into the line
         super().__init__(self.msg)
     def __str__(self): return self.msg # fastai rewrites `args` of what is raised inside a callback
 

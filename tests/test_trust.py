@@ -37,7 +37,7 @@ def same(a, b): return (weights(a) == weights(b)).all() and history(a).equals(hi
 # --- the same result, whatever happens
 
 def test_killed_runs_end_as_if_nothing_had_been():
-    done = subprocess.run([sys.executable, '-c', f'import sys; sys.path.insert(0, {str(ROOT/"tools")!r}); import soak; r = soak.kills(4, 7); print(r); sys.exit(not (r["bit_equal"] == 4 and not r["control_equal"]))'],
+    done = subprocess.run([sys.executable, '-c', f'import sys; sys.path.insert(0, {str(ROOT/"tools")!r}); import soak; r = soak.kills(5, 7); print(r); sys.exit(not (r["bit_equal"] == 5 and not r["control_equal"]))'],
                           capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 

@@ -262,7 +262,7 @@ def tried(use, value, folder) -> bool:
         accepted = True
     except FastcifarError as e:
         accepted = False
-        if len(str(e)) > 2000: raise Wrong(f'a line of {len(str(e))} characters') from e
+        if len(str(e)) > 1500: raise Wrong(f'a line of {len(str(e))} characters') from e
     except Hang: raise Wrong(f'it took more than {SECONDS} s') from None
     finally:
         _watch = None
