@@ -5,7 +5,7 @@ LATEST = .venv-latest/bin
 export NO_ALBUMENTATIONS_UPDATE = 1
 say = @printf '\n== %s\n'
 
-.PHONY: help demo test test-latest test-wheel soak bench readme clean
+.PHONY: help demo test test-latest test-wheel soak bench readme docs clean
 help:
 	@echo 'make demo         set up .venv, train on the embedded digits (offline), print accuracy and run folder'
 	@echo 'make test         set up .venv, check the export, run every notebook and the tests'
@@ -14,6 +14,7 @@ help:
 	@echo 'make soak         kill 50 runs and continue them, try 12,000 hostile files (about half an hour)'
 	@echo 'make bench        the CPU benchmarks into benchmarks/ (about a quarter of an hour on an idle machine)'
 	@echo 'make readme       write README.md from nbs/index.ipynb'
+	@echo 'make docs         build the documentation into _docs/ (offline)'
 
 .venv/installed: constraints.txt setup.cfg settings.ini
 	$(say) 'making .venv and installing the locked packages (some minutes, 6 GB)'
@@ -65,5 +66,10 @@ bench: .venv/installed
 readme: .venv/installed
 	@$(BIN)/python tools/readme.py
 
+docs: .venv/installed
+	$(say) 'building the documentation'
+	@$(BIN)/python tools/docs.py
+	@echo 'to look at it: $(BIN)/python -m http.server --bind 127.0.0.1 --directory _docs, then http://127.0.0.1:8000'
+
 clean:
-	rm -rf .venv .venv-latest .venv-wheel dist build
+	rm -rf .venv .venv-latest .venv-wheel dist build _docs _proc

@@ -16,7 +16,6 @@ from fastai.learner import Learner
 from fastcore.foundation import L
 from scipy import stats
 
-from .basics import FastcifarError
 from .explain import grad_cam, overlay
 
 # %% ../nbs/23_interpret.ipynb #62874b0d
@@ -62,10 +61,11 @@ class CifarInterpretation(ClassificationInterpretation):
         idxs, # Positions in the loader
     ) -> np.ndarray: # uint8 (n, height, width, 3), as the net sees them
         "Images as they are: not normalized, not augmented"
-        idxs = torch.as_tensor(np.asarray(idxs, np.int64))
+        idxs = torch.tensor(np.asarray(idxs), dtype=torch.int64)
         if not len(idxs): return np.zeros((0, 32, 32, 3), np.uint8)
-        x = self.dl.after_batch.decode((self[idxs][0],))[0]
-        return (x.float().cpu().permute(0, 2, 3, 1) * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+        x = self.dl.after_batch.decode((self[idxs][0],))[0].cpu().permute(0, 2, 3, 1)
+        if x.is_floating_point(): x = (x.float() * 255).round().clamp(0, 255) # a pipeline of fastai's gives whole numbers
+        return x.to(torch.uint8).numpy()
 
     @property
     def accuracy(self) -> float:
@@ -118,10 +118,10 @@ class CifarInterpretation(ClassificationInterpretation):
         "Images whose label is probably wrong, the likeliest first, by confident learning; the net must not have been trained on them"
         from cleanlab.filter import find_label_issues
         labels, t = self.targs.numpy(), self.predictions()
-        if len(np.unique(labels)) < 2: raise FastcifarError('likely label errors need images of at least two classes')
-        known = np.unique(labels) # a class without images has no threshold
+        known = np.unique(labels) # a class without images has no usual confidence
         p = self.preds.double().numpy()[:, known]
-        idxs = find_label_issues(np.searchsorted(known, labels), p / np.maximum(p.sum(1, keepdims=True), 1e-12), return_indices_ranked_by='self_confidence', n_jobs=1)
+        p = p / np.maximum(p.sum(1, keepdims=True), 1e-12)
+        idxs = find_label_issues(np.searchsorted(known, labels), p, return_indices_ranked_by='self_confidence', n_jobs=1) if len(known) > 1 else np.zeros(0, int)
         return t.iloc[idxs].assign(label_probability=self.preds.numpy()[idxs, labels[idxs]]).drop(columns='log_probability').reset_index(drop=True)
 
     def grad_cam(self,
@@ -130,7 +130,7 @@ class CifarInterpretation(ClassificationInterpretation):
         classes=None, # A class for each image; what was predicted if None
     ) -> np.ndarray: # (n, height, width), from 0 to 1
         "Where the net looks when it gives a class to an image"
-        idxs = torch.as_tensor(np.asarray(idxs, np.int64))
+        idxs = torch.tensor(np.asarray(idxs), dtype=torch.int64)
         device = next(self.learn.model.parameters()).device
         return grad_cam(self.learn.model, self[idxs][0].as_subclass(torch.Tensor).to(device).float(), self.decoded[idxs] if classes is None else classes, layer).numpy()
 
@@ -166,7 +166,7 @@ class CifarInterpretation(ClassificationInterpretation):
         "Images over what in them speaks for the actual and for the predicted class"
         t = (self.top_losses_table(n) if table is None else table.head(n)).reset_index(drop=True)
         layers = [layer] if layer is None or isinstance(layer, str) else list(layer)
-        images, idxs = self.images(t.image), t.image.to_numpy()
+        images, idxs = self.images(t.image), t.image.tolist()
         rows = [('image', images)]
         for name in layers:
             for kind, classes in (('actual', self.targs[idxs]), ('predicted', self.decoded[idxs])):
@@ -213,6 +213,7 @@ def plot_curves(
     for ax, name, cols, k in ((axs[0], 'loss', ('train_loss', 'valid_loss'), 1), (axs[1], 'accuracy (%)', ('train_accuracy', 'accuracy'), 100)):
         for c, label in zip(cols, ('train (while training, augmented)', valid)): ax.plot(history.epoch, history[c] * k, marker='.', label=label)
         ax.set(xlabel='epoch', ylabel=name)
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=.3)
         ax.legend()
     return fig

@@ -1,4 +1,4 @@
-import os, subprocess, sys
+import os, shutil, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,39 @@ def tree(tmp_path_factory):
                 x[8:24, 8:24, 2 - k] += 150
                 Image.fromarray(x).save(root/split/name/f'{i:02}.png')
     return root
+
+@pytest.fixture(scope='session')
+def browser():
+    "A headless Chromium, the system's own; skips without one, but fails where FASTCIFAR_BROWSER=1 says that there has to be one"
+    try:
+        from playwright.sync_api import sync_playwright
+        path = os.environ.get('CHROMIUM') or shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+        if not path: raise ImportError('there is no Chromium: apt install chromium, or name it in $CHROMIUM')
+    except ImportError as e:
+        if os.environ.get('FASTCIFAR_BROWSER') == '1': raise
+        pytest.skip(f'browser tests need playwright and a Chromium ({e})')
+    # without these the browser calls its makers
+    quiet = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']
+    with sync_playwright() as p:
+        b = p.chromium.launch(executable_path=path, args=quiet)
+        yield b
+        b.close()
+
+@pytest.fixture
+def visit(browser):
+    "Opens a page and gives it with what it did that it should not: errors in the console, and requests to elsewhere"
+    pages = []
+    def open_page(url, width=1280, dark=False):
+        page = browser.new_page(viewport=dict(width=width, height=900), color_scheme='dark' if dark else 'light')
+        pages.append(page)
+        page.faults, here = [], url.split('#')[0].rsplit('/', 1)[0]
+        page.on('console', lambda m: page.faults.append(f'{m.type}: {m.text}') if m.type in ('error', 'warning') else None)
+        page.on('pageerror', lambda e: page.faults.append(str(e)))
+        page.on('request', lambda r: None if r.url.startswith((here, 'data:', 'blob:')) else page.faults.append(f'request: {r.url}'))
+        page.goto(url)
+        return page
+    yield open_page
+    for page in pages: page.close()
 
 @pytest.fixture
 def cli(tmp_path):

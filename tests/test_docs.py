@@ -1,0 +1,243 @@
+"The documentation: every page built, linked, filled and readable, and every public name in it. Built once, as `make docs` does, into a temporary folder."
+import ast, functools, http.server, importlib, inspect, json, re, subprocess, sys, threading
+from pathlib import Path
+from urllib.parse import unquote, urljoin, urlsplit
+
+import pytest
+
+pytest.importorskip('nbdev', reason='the dev extra is not installed')
+pytest.importorskip('zensical', reason='the dev extra is not installed')
+import yaml
+from bs4 import BeautifulSoup
+
+ROOT = Path(__file__).resolve().parents[1]
+
+def run_docs(code):
+    "Python code about `docs`, in a process of its own"
+    head = f'import sys; from pathlib import Path; sys.path.insert(0, {str(ROOT/"tools")!r}); import docs\n'
+    return subprocess.run([sys.executable, '-c', head + code], capture_output=True, text=True)
+
+def tree_state():
+    "What a build must leave alone: the names of all files, and the files that nbdev likes to write"
+    names = {p for d in ('nbs', 'fastcifar', 'tools') for p in (ROOT/d).rglob('*') if not {'__pycache__', '.ipynb_checkpoints'} & {*p.parts}}
+    return names, [(ROOT/f).read_bytes() for f in ('settings.ini', 'README.md', 'pyproject.toml')]
+
+@pytest.fixture(scope='session')
+def built(tmp_path_factory):
+    folder, before = tmp_path_factory.mktemp('docs'), tree_state()
+    done = run_docs(f'folder = Path({str(folder)!r}); docs.preview(folder/"site", folder/"work"); docs.quarto_files(folder/"quarto")')
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert tree_state() == before, 'the build wrote into the work tree'
+    return folder
+
+@pytest.fixture(scope='session')
+def site(built): return built/'site'
+
+@functools.cache
+def parsed(path): return BeautifulSoup(Path(path).read_bytes(), 'html.parser')
+
+def pages(site): return sorted(p for p in site.rglob('*.html') if p.name != '404.html')
+
+def name(site, page): return page.relative_to(site).as_posix()
+
+def main_text(page): return parsed(page).find('article').get_text(' ', strip=True)
+
+# The checks, as functions of a folder, so that they can be shown something broken
+
+def broken_links(site) -> list:
+    "Links and anchors that lead nowhere within the site"
+    wrong, base = [], 'http://site/'
+    for page in sorted(site.rglob('*.html')):
+        for tag in parsed(page).find_all(['a', 'img', 'script', 'link']):
+            url = tag.get('href') or tag.get('src')
+            if not url or not (full := urljoin(base + name(site, page), url)).startswith(base): continue
+            parts = urlsplit(full)
+            target = site/unquote(parts.path[1:])
+            if target.is_dir(): target /= 'index.html'
+            if not target.is_file(): wrong.append(f'{name(site, page)}: {url}')
+            elif parts.fragment and target.suffix == '.html' and not parsed(target).find(id=unquote(parts.fragment)): wrong.append(f'{name(site, page)}: no anchor {url}')
+    return wrong
+
+def outside_resources(site) -> list:
+    "What a browser would load from elsewhere just by opening a page"
+    def foreign(url): return bool(re.match(r'(https?:)?//', url or ''))
+    wrong = []
+    for page in sorted(site.rglob('*.html')):
+        for tag in parsed(page).find_all(['script', 'img', 'iframe', 'source', 'video', 'audio', 'embed', 'object', 'link', 'style']):
+            if tag.name == 'link' and set(tag.get('rel', [])) & {'canonical', 'next', 'prev', 'alternate'}: continue
+            if any(foreign(tag.get(a)) for a in ('src', 'href', 'data')) or re.search(r'(url\(|@import)\W*(https?:)?//', tag.string or ''): wrong.append(f'{name(site, page)}: {str(tag)[:100]}')
+    for css in site.rglob('*.css'):
+        if re.search(r'(url\(|@import\s)\s*["\']?(https?:)?//', css.read_text()): wrong.append(name(site, css))
+    return wrong
+
+def empty_pages(site) -> list: return [name(site, p) for p in pages(site) if len(main_text(p)) < 100]
+
+def images_without_alt(site) -> list: return [f'{name(site, p)}: {str(i)[:80]}' for p in pages(site) for i in parsed(p).find_all('img') if not (i.get('alt') or '').strip()]
+
+def literal_markdown(site) -> list:
+    "Markup that reached the reader as it was typed"
+    wrong = []
+    for p in pages(site):
+        article = BeautifulSoup(str(parsed(p).find('article')), 'html.parser')
+        for code in article.find_all(['pre', 'code']): code.decompose()
+        wrong += [f'{name(site, p)}: {m}' for m in re.findall(r'\$\$.{0,40}|:::.{0,40}|\{[#.][\w.]+\}|\]\(.{0,40}|```.{0,20}', article.get_text())]
+    return wrong
+
+def ragged_tables(site) -> list:
+    "Tables with rows of different length"
+    wrong = []
+    for p in pages(site):
+        for table in parsed(p).find_all('table'):
+            below, lengths = {}, set() # row number -> cells that reach down into it
+            for i, row in enumerate(table.find_all('tr')):
+                cells = row.find_all(['th', 'td'])
+                lengths.add(sum(int(c.get('colspan', 1)) for c in cells) + below.get(i, 0))
+                for c in cells:
+                    for j in range(1, int(c.get('rowspan', 1))): below[i + j] = below.get(i + j, 0) + 1
+            if len(lengths) > 1: wrong.append(f'{name(site, p)}: {table.get_text(" ", strip=True)[:80]}')
+    return wrong
+
+CHECKS = broken_links, outside_resources, empty_pages, images_without_alt, literal_markdown, ragged_tables
+
+@pytest.mark.parametrize('check', CHECKS, ids=lambda f: f.__name__)
+def test_site(site, check):
+    assert len(pages(site)) > 30
+    assert check(site) == []
+
+BROKEN = {'broken_links': '<a href="gone.html">x</a>', 'outside_resources': '<script src="https://example.org/x.js"></script>', 'empty_pages': '', 'images_without_alt': '<img src="index.html">',
+          'literal_markdown': 'a formula $$x^2$$', 'ragged_tables': '<table><tr><td>1</td><td>2</td></tr><tr><td>3</td></tr></table>'}
+
+@pytest.mark.parametrize('check', CHECKS, ids=lambda f: f.__name__)
+def test_checks_can_fail(tmp_path, check):
+    good = '<article><h1 id="top">Title</h1><a href="#top">up</a> <a href="index.html#top">up</a> <a href="https://example.org">away</a> <img src="a.png" alt="a cat"> ' + 'word ' * 60
+    (tmp_path/'a.png').touch()
+    (tmp_path/'index.html').write_text(good + '</article>')
+    assert check(tmp_path) == []
+    body = '' if check is empty_pages else good
+    (tmp_path/'index2.html').write_text(f'{body or "<article>"}{BROKEN[check.__name__]}</article>')
+    assert check(tmp_path)
+
+def test_a_missing_anchor_is_a_broken_link(tmp_path):
+    (tmp_path/'index.html').write_text('<a href="#here">x</a><p id="there">')
+    assert broken_links(tmp_path) == ['index.html: no anchor #here']
+
+# The menu
+
+def leaves(nav): return [l for e in nav for v in e.values() for l in ([v] if isinstance(v, str) else leaves(v))]
+
+def test_menu_and_pages_are_the_same(built, site):
+    nav = yaml.safe_load((built/'work/mkdocs.yml').read_text())['nav']
+    assert [next(iter(e)) for e in nav] == ['Home', 'Tutorials', 'Results', 'Benchmarks', 'Methods', 'API']
+    expected = {l.replace('.md', '.html') for l in leaves(nav)}
+    assert {name(site, p) for p in pages(site)} == expected
+    for page in ('index.html', 'tutorials/speed.html'): # and the menu that is shown, on pages of two depths
+        shown = {urlsplit(urljoin(f'http://site/{page}', a['href'])).path[1:] for a in parsed(site/page).select('.md-nav--primary a.md-nav__link') if '#' not in a['href']}
+        assert shown == expected - {page} or shown == expected
+    tutorials = [l for e in nav if 'Tutorials' in e for l in leaves(e['Tutorials'])]
+    assert len(tutorials) == len([*ROOT.glob('nbs/tutorials/*.ipynb')])
+
+@pytest.mark.parametrize('notebook', ['99_new.ipynb', 'pages/new.ipynb'])
+def test_a_notebook_outside_the_menu_stops_the_build(tmp_path, notebook):
+    for p in ROOT.rglob('nbs/**/*.ipynb'):
+        (tmp_path/p.relative_to(ROOT/'nbs')).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/p.relative_to(ROOT/'nbs')).touch()
+    (tmp_path/notebook).touch()
+    done = run_docs(f'docs.menu(Path({str(tmp_path)!r}))')
+    assert done.returncode and len(done.stderr.splitlines()) == 1 and notebook in done.stderr
+
+# Every public name
+
+def modules():
+    "Module name -> its public names, as the export wrote them"
+    res = {}
+    for p in sorted((ROOT/'fastcifar').rglob('*.py')):
+        lists = re.search(r'^__all__ = (\[.*?\])$', p.read_text(), re.M | re.S)
+        if lists: res[p.relative_to(ROOT/'fastcifar').with_suffix('').as_posix().replace('/', '.').replace('__main__', 'main')] = ast.literal_eval(lists.group(1))
+    return res
+
+def undocumented(site, module, names) -> list:
+    "Public names of a module that its page does not explain, or that have no docstring"
+    article, source, wrong = parsed(site/f'{module}.html').find('article'), importlib.import_module(f'fastcifar.{module}'), []
+    for n in names:
+        heading, obj = article.find(id=n) or article.find(id=n.lower()), getattr(source, n)
+        if heading is None: wrong.append(f'{module}.{n} is not on its page')
+        elif inspect.isfunction(obj) or inspect.isclass(obj):
+            words = re.findall(r'\w+', inspect.getdoc(obj) or '')
+            entry = ' '.join(s.get_text(' ') for s in heading.find_all_next(['p', 'table', 'pre', 'div'], limit=8))
+            if not words: wrong.append(f'{module}.{n} has no docstring')
+            elif not set(words[:5]) <= set(re.findall(r'\w+', entry)): wrong.append(f'{module}.{n}: its page lacks the docstring')
+    return wrong
+
+def test_every_public_name_is_documented(site):
+    known = {k: v for k, v in modules().items() if k != 'main'}
+    assert len(known) > 25 and sum(map(len, known.values())) > 150
+    assert [w for module, names in known.items() for w in undocumented(site, module, names)] == []
+
+def test_an_undocumented_name_is_noticed(site):
+    assert undocumented(site, 'basics', ['check_name', 'json', 'Path']) == ['basics.json is not on its page', 'basics.Path is not on its page']
+
+def test_parameters_stand_in_a_table(site):
+    table = parsed(site/'basics.html').find(id='check_name').find_next('table')
+    assert 'What was asked for' in table.get_text() and 'Returns' in table.get_text()
+
+# What goes with the site
+
+def test_llms_txt_names_every_page(site):
+    text = (site/'llms.txt').read_text()
+    assert re.match(r'# fastcifar\n\n> .+\n\n## ', text)
+    entries = re.findall(r'^- \[(.+)\]\(https://[^/]+/fastcifar/(.+)\.md\): (.+)$', text, re.M)
+    assert len(entries) == text.count('\n- ') and sorted(e[1] for e in entries) == [name(site, p) for p in pages(site)]
+    for title, page, about in entries:
+        assert title and about.endswith('.'), page
+        assert (site/f'{page}.md').read_text().startswith(f'# {title}\n')
+
+def test_search_finds_a_function(site):
+    items = json.loads((site/'search.json').read_text())['items']
+    assert any('check_name' in i['location'] for i in items)
+
+def test_quarto_gets_the_same_menu(built):
+    made = yaml.safe_load((built/'quarto/_quarto.yml').read_text())
+    def hrefs(items): return [h for i in items for h in ([i] if isinstance(i, str) else [i['href']] if 'href' in i else hrefs(i['contents']))]
+    notebooks = hrefs(made['website']['sidebar']['contents'])
+    nav = leaves(yaml.safe_load((built/'work/mkdocs.yml').read_text())['nav'])
+    assert [re.sub(r'(^|/)\d+_', r'\1', n).replace('.ipynb', '.md') for n in notebooks] == nav
+    for n, page in zip(notebooks, nav):
+        head = json.loads((built/'quarto'/n).read_text())['cells'][0]
+        assert head['cell_type'] == 'raw' and yaml.safe_load(''.join(head['source']).strip('-\n'))['output-file'] == Path(page).with_suffix('.html').name
+    assert (built/'quarto/llms.txt').read_text() == (built/'site/llms.txt').read_text()
+    assert 'tools/docs.py quarto' in (ROOT/'.github/workflows/docs.yaml').read_text()
+
+# In a browser
+
+@pytest.fixture(scope='session')
+def served(site):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args): pass
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=site))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f'http://127.0.0.1:{server.server_port}'
+    server.shutdown()
+
+@pytest.mark.parametrize('width', [390, 1280])
+def test_in_a_browser(browser, served, width):
+    for scheme, page in (('light', 'index'), ('dark', 'tutorials/custom_resnet'), ('light', 'loaders'), ('dark', 'pages/results'), ('light', 'pages/methods')):
+        context = browser.new_context(viewport=dict(width=width, height=900), color_scheme=scheme)
+        tab, said, asked = context.new_page(), [], []
+        tab.on('console', lambda m: said.append(m.text) if m.type in ('error', 'warning') else None)
+        tab.on('pageerror', lambda e: said.append(str(e)))
+        tab.on('request', lambda r: asked.append(r.url))
+        tab.goto(f'{served}/{page}.html', wait_until='networkidle')
+        assert tab.locator('article h1').inner_text().strip() and tab.locator('article').bounding_box()['height'] > 800, page
+        assert tab.evaluate('document.documentElement.scrollWidth <= window.innerWidth'), f'{page} scrolls sideways at {width} px'
+        assert tab.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)"), f'{page}: a picture is missing'
+        assert tab.evaluate("document.body.dataset.mdColorScheme") == dict(light='default', dark='slate')[scheme], page
+        assert said == [] and [u for u in asked if not u.startswith((served, 'data:', 'blob:'))] == [], page
+        context.close()
+
+def test_search_works_in_a_browser(browser, served):
+    tab = browser.new_page()
+    tab.goto(f'{served}/index.html', wait_until='networkidle')
+    tab.keyboard.press('Control+k')
+    tab.keyboard.type('check_name')
+    tab.wait_for_selector('a[href*="basics.html"] mark, [role="dialog"] a[href*="basics.html"], .md-search a[href*="basics.html"]', timeout=5000)
+    tab.close()
