@@ -31,9 +31,9 @@ test: .venv/installed
 	$(say) 'notebooks and fastcifar/ hold the same code?'
 	@$(BIN)/python tools/drift.py
 	$(say) 'running every notebook'
-	@$(BIN)/nbdev_test --n_workers 2
+	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	$(say) 'running the tests'
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-latest:
 	$(say) 'making .venv-latest with the newest packages'
