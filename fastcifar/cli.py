@@ -50,7 +50,7 @@ def train_command(args) -> dict:
         c, args.out = run_config(args.resume), args.resume
         c.data = args.data or data_place(args.resume)
     else: c = configure(args.recipe, args.model, data=_data(args), norm=args.norm, seed=args.seed, valid=args.valid, precision=args.precision, path=args.path, convert=args.convert, **_given(args))
-    return train_run(c, args.out, workers=args.workers, threads=args.threads, device=args.device, bars=_bars(args), compile=args.compile, checkpoint_every=args.checkpoint_every, deterministic=args.deterministic, say=_say(args))
+    return train_run(c, args.out, workers=args.workers, threads=args.threads, device=args.device, bars=_bars(args), compile=args.compile, checkpoint_every=args.checkpoint_every, deterministic=args.deterministic, log=args.log, say=_say(args))
 
 def compare_command(args) -> dict:
     "Train models x norms x recipes x batch sizes x seeds and compare the norms"
@@ -272,6 +272,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--bs', type=int, help="batch size (default: the recipe's)")
     p.add_argument('--path', default='auto', help='how batches are made: item (Albumentations), batch (tensors on the device) or auto (default: batch, unless the policy has no such form)')
     p.add_argument('--compile', action='store_true', help='compile the net with torch.compile')
+    p.add_argument('--log', type=_names, default=(), metavar='NAME', help='also log to tensorboard, wandb (offline unless $WANDB_MODE says otherwise), or both: tensorboard,wandb')
     p.add_argument('--recipe', default='one_cycle', help='one_cycle, reference, fast or speedrun; see `fastcifar recipes` (default: %(default)s)')
     p.add_argument('--threads', type=_at_least(1), help="CPU threads (default: torch's choice)")
     p.add_argument('--out', help='run folder (default: runs/DATA-MODEL-NORM-RECIPE-EPOCHSep-seedSEED)')

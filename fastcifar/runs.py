@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 import fastcifar
 from .averages import Views
-from .basics import FastcifarError, as_json, check_name, read_json, remove_unfinished, seed_everything, write_atomic, write_json, write_text
+from .basics import FastcifarError, as_json, check_name, optional, read_json, remove_unfinished, seed_everything, write_atomic, write_json, write_text
 from .data import load_data
 from .fetch import ARCHIVES
 from .interpret import CifarInterpretation, plot_curves, plot_schedule
@@ -285,6 +285,26 @@ def _explained(out):
         if 'out of memory' in str(e) or 'allocate memory' in str(e): raise FastcifarError(f'out of memory ({str(e).splitlines()[0][:120]}): use a smaller --bs') from e
         raise
 
+@contextlib.contextmanager
+def _loggers(names, c, out):
+    "fastai's callbacks for TensorBoard and Weights & Biases, which write into the run folder"
+    cbs, wandb = [], None
+    for name in names:
+        if name == 'tensorboard':
+            optional('tensorboard', 'loggers', '--log tensorboard')
+            from fastai.callback.tensorboard import TensorBoardCallback
+            cbs.append(TensorBoardCallback(out/'tensorboard', trace_model=False, log_preds=False))
+        else:
+            os.environ.setdefault('WANDB_ERROR_REPORTING', 'false') # or it calls its makers even offline
+            wandb = optional('wandb', 'loggers', '--log wandb')
+            from fastai.callback.wandb import WandbCallback
+            wandb.init(project='fastcifar', name=out.name, dir=out, config=as_json(dataclasses.asdict(c)), mode=os.environ.get('WANDB_MODE', 'offline'), settings=wandb.Settings(silent=True))
+            cbs.append(WandbCallback(log_preds=False))
+    for cb in cbs: cb.afresh = True # a checkpoint holds nothing of them
+    try: yield cbs
+    finally:
+        if wandb: wandb.finish()
+
 def train_run(
     c:Config, # What to train
     out=None, # Run folder; `default_out` if None
@@ -295,10 +315,12 @@ def train_run(
     compile:bool=False, # Compile the net with torch.compile?
     checkpoint_every:int=None, # Write a checkpoint after so many batches, besides the one after each epoch
     deterministic:bool=False, # Refuse operations that may give other numbers each time? Those on a GPU may; on a CPU, at one number of threads, none does
+    log=(), # `'tensorboard'`, `'wandb'` (offline, unless $WANDB_MODE says otherwise), or both
     say=print, # Called with each line of the report
 ) -> dict: # The metrics
     "Train, evaluate and draw everything into a run folder; called again, continue or say that it is finished"
     c = c.checked()
+    for name in log: check_name(name, ('tensorboard', 'wandb'), 'logger')
     out = Path(out) if out else default_out(c)
     bars = sys.stdout.isatty() if bars is None else bars
     if threads is not None:
@@ -315,7 +337,8 @@ def train_run(
         write_text(out/'.data', c.data if c.data in ('digits', *ARCHIVES) else str(Path(c.data).expanduser().resolve()))
         learn = recipe_learner(dls, build_model(c, len(data.classes)), c, precision=c.precision, compile=compile)
         say(f'{data}\n{c.model} ({c.norm}): {count_parameters(learn.model):,} parameters, recipe {c.recipe}, {c.precision} on {device}, {c.path} path, seed {c.seed}\nrun folder: {out}')
-        with contextlib.nullcontext() if bars else learn.no_bar(), learn.no_logging():
+        with contextlib.nullcontext() if bars else learn.no_bar(), learn.no_logging(), _loggers(log, c, out) as loggers:
+            learn.add_cbs(loggers)
             lrs, history = _fit(learn, c, out, checkpoint_every, say)
             return finish_run(learn, c, out, lrs, history, say)
 

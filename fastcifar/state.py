@@ -34,7 +34,7 @@ class _Mark:
 
 def _own(cb):
     "What a callback holds, apart from its learner; numbers and texts as JSON has them"
-    return {} if isinstance(cb, _afresh) or getattr(type(cb), 'afresh', False) else {k: _copied(v) if _is_plain(v) else _Mark(v) for k, v in vars(cb).items() if k != 'learn'}
+    return {} if isinstance(cb, _afresh) or getattr(cb, 'afresh', False) else {k: _copied(v) if _is_plain(v) else _Mark(v) for k, v in vars(cb).items() if k != 'learn'}
 
 def _is_plain(v): return v is None or isinstance(v, (bool, int, float, str, np.generic)) or isinstance(v, (list, tuple)) and all(map(_is_plain, v))
 
