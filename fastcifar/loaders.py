@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.transforms import Categorize, IntToFloatTensor, Normalize, ToTensor
-from fastai.torch_core import TensorCategory, default_device
+from fastai.torch_core import TensorCategory, default_device, to_detach
 from fastai.vision.core import PILImage, TensorImage
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -30,6 +30,7 @@ from .twins import BatchPolicy, has_twin, image_bytes, pack_images, unpack_image
 # %% ../nbs/06_loaders.ipynb #41b29156
 class KeyedDL(TfmdDL):
     "A `TfmdDL` whose order and augmentation depend on (seed, epoch, sample) alone"
+    rank, world = 0, 1 # of the processes that share its batches
     def __init__(self, dataset, *args, seed:int=0, epoch:int=-1, **kwargs):
         super().__init__(dataset, *args, **kwargs)
         self.seed, self.epoch, self.first_batch = seed, epoch, 0
@@ -47,7 +48,36 @@ class KeyedDL(TfmdDL):
         first, self.first_batch = self.first_batch, 0
         if not (self.indexed and self.n is not None): return super().get_idxs()
         order = np.random.Generator(np.random.Philox(key=[self.seed, self.epoch])).permutation(self.n) if self.shuffle else np.arange(self.n)
-        return order[first * (self.bs or 1):].tolist()
+        return self._part(order[first * self.whole:].tolist())
+
+    @property
+    def whole(self) -> int:
+        "Images in a batch, over all processes"
+        return (self.bs or 1) * self.world
+
+    def share(self, rank:int=0, world:int=1):
+        "Give only this process's part of every batch; without arguments, whole batches again"
+        whole = self.whole
+        if whole % world: raise FastcifarError(f'a batch of {whole} images cannot be shared evenly by {world} processes: choose a batch size that {world} divides')
+        self.bs, self.rank, self.world = whole // world, rank, world
+
+    def _part(self, order):
+        if self.world == 1: return order
+        batches = [order[i:i + self.whole] for i in range(0, len(order), self.whole)]
+        if self.drop_last and batches and len(batches[-1]) < self.whole: batches.pop()
+        # every process trains on every batch, or the others would wait for its gradients; `share_weight` makes a borrowed image count nothing
+        return [i for b in batches for i in b[self.rank::self.world] or (b[:1] if self.shuffle else [])]
+
+    def share_weight(self, i:int) -> float:
+        "By what to multiply the mean loss of this process's part of batch `i`, so that the mean over all processes is that of the batch"
+        n = min(self.whole, self.n - i * self.whole)
+        return len(range(self.rank, n, self.world)) * self.world / n
+
+    def __len__(self): return super().__len__() if self.world == 1 else self.n // self.whole if self.drop_last else -(-self.n // self.whole)
+
+    def to_detach(self, b, cpu:bool=True, gather:bool=True):
+        "fastai's `to_detach`, which does not ask other processes for theirs"
+        return to_detach(b, cpu, gather=False)
 
     def randomize(self): self.rng = random.Random(f'{self.seed} {self.epoch}')
 
