@@ -12,7 +12,10 @@ from .archive import *
 from .augment import *
 from .averages import *
 from .basics import *
+from .cluster import *
 from .data import *
+from .demo import *
+from .explain import *
 from .export import *
 from .fetch import *
 from .inspect import *
@@ -29,10 +32,12 @@ from .models.zoo import *
 from .optim import *
 from .predict import *
 from .recipes import *
+from .robust import *
 from .runs import *
 from .schedule import *
 from .state import *
 from .study import *
+from .sweep import *
 from .train import *
 from .twins import *
 from .weights import *

@@ -21,7 +21,7 @@ def test_first_two_commands_are_make():
 def test_fastcifar_commands(main, tmp_path):
     shutil.copytree(ROOT/'nbs/images', tmp_path/'nbs/images')
     typed = [c for c in commands() if c[0] == 'fastcifar']
-    assert {c[1] for c in typed} == {'train', 'compare', 'find-lr', 'evaluate', 'predict', 'export', 'models', 'recipes', 'summary', 'bench'}
+    assert {c[1] for c in typed} == {'train', 'compare', 'find-lr', 'evaluate', 'report', 'predict', 'export', 'sweep', 'models', 'recipes', 'summary', 'bench'}
     for c in typed:
         code, out, err = main(*c[1:])
         assert code == 0 and out, (c, err)
