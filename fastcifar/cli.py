@@ -100,7 +100,7 @@ def summary_command(args):
     if args.json: return t.to_dict('records')
     _table(t.rename(columns=dict(kernel='k', stride='s', padding='p', dilation='d', groups='g', parameters='params')))
     print('k kernel, s stride, p padding, d dilation, g groups')
-    print(f'{t.parameters.sum():,} parameters, {t.MACs.sum():,} multiply-accumulates for an image of {args.size}x{args.size}')
+    print(f'{t.parameters.sum():,} parameters, {t.MACs.sum():,} multiply-accumulates for an image of {args.size}x{args.size}; weights of {4 * t.parameters.sum() / 1e6:.2f} MB as fp32')
 
 def recipes_command(args) -> dict:
     "Print the settings of the recipes of a net"

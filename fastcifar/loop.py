@@ -134,12 +134,21 @@ class LeanTrainEval(TrainEvalCallback):
         learn.train_iter += 1
 
 class LeanProgress(ProgressCallback):
-    "fastai's `ProgressCallback`, which asks a GPU for the loss at every twentieth step only"
+    "fastai's `ProgressCallback`, which also shows the accuracy so far, and asks a GPU for both at every twentieth step only"
     name = 'progress'
+    def before_train(self):
+        super().before_train()
+        self._right = self._n = 0
+
+    def _count(self, pred, y):
+        if pred.ndim == 2 and y.ndim == 1 and y.dtype == torch.int64: self._right, self._n = self._right + (pred.detach().argmax(-1) == y).sum(), self._n + len(y)
+
     def after_batch(self):
-        loss = getattr(self.learn, 'smooth_loss', None)
-        if getattr(loss, 'is_cuda', False) and self.learn.iter % 20: self.pbar.update(self.learn.iter + 1)
-        else: super().after_batch()
+        learn = self.learn
+        if learn.training and len(learn.yb) and isinstance(learn.pred, torch.Tensor): self._count(learn.pred, learn.yb[0])
+        if getattr(getattr(learn, 'smooth_loss', None), 'is_cuda', False) and learn.iter % 20: return self.pbar.update(learn.iter + 1)
+        super().after_batch()
+        if learn.training and self._n: self.pbar.comment += f', accuracy {int(self._right) / self._n:.1%}'
 
 class LeanCast(CastToTensor):
     "fastai's `CastToTensor`, for batches that need it"
