@@ -44,7 +44,7 @@ class NormNet41k(FeatureNet):
         net.conv(16).conv(32).conv(32).conv(16, kernel=1, padding=pad).max_pool()
         net.conv(32, padding=0).conv(32, padding=0).conv(32, padding=0)
         head = nn.Conv2d(32, n_out, 1)
-        super().__init__(net, nn.AdaptiveAvgPool2d(1), nn.Sequential(head, Dropout(dropout)) if dropout and not mended else head)
+        super().__init__(net, nn.AdaptiveAvgPool2d(1), head if mended else nn.Sequential(head, Dropout(dropout)))
 
 # %% ../../nbs/09_models.normnet.ipynb #4651e90d
 class NormNet48k(FeatureNet):
