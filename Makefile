@@ -11,7 +11,7 @@ help:
 	@echo 'make test         set up .venv, check the export, run every notebook and the tests'
 	@echo 'make test-latest  the tests with the newest fastai 2.8, fastcore and torch'
 	@echo 'make test-wheel   build the wheel, install it into an empty environment, run the demo there'
-	@echo 'make soak         kill 50 runs and continue them, try 12,000 hostile files (about half an hour)'
+	@echo 'make soak         kill 50 runs and continue them, try 12,000 hostile files, kill a node of a Ray cluster (about half an hour)'
 	@echo 'make bench        the CPU benchmarks into benchmarks/ (about a quarter of an hour on an idle machine)'
 	@echo 'make readme       write README.md from nbs/index.ipynb'
 	@echo 'make docs         build the documentation into _docs/ (offline)'
@@ -56,12 +56,15 @@ soak: .venv/installed
 	@$(BIN)/python tools/soak.py kills 50
 	$(say) 'trying 12,000 hostile files'
 	@$(BIN)/python tools/soak.py hostile 12000
+	$(say) 'killing a node of a Ray cluster in the middle of a study'
+	@OMP_NUM_THREADS=1 FASTCIFAR_SOAK=1 $(BIN)/python -m pytest tests/test_cluster.py
 
 bench: .venv/installed
 	@$(BIN)/fastcifar bench data --out benchmarks/data.json
 	@$(BIN)/fastcifar bench step --out benchmarks/step.json
 	@$(BIN)/fastcifar bench epoch --out benchmarks/epoch.json
 	@$(BIN)/fastcifar bench speedrun --device cpu --out benchmarks/cpu_speedrun.json
+	@$(BIN)/fastcifar bench parallel --rounds 3 --out benchmarks/parallel.json
 
 readme: .venv/installed
 	@$(BIN)/python tools/readme.py

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BENCHES', 'Row', 'take_turns', 'speed_row', 'seconds', 'cpu_threads', 'noise_data', 'bench_data', 'bench_step',
-           'bench_epoch', 'bench_cpu_speedrun', 'bench_gpu_speedrun', 'run_bench']
+           'bench_epoch', 'bench_cpu_speedrun', 'bench_gpu_speedrun', 'bench_parallel', 'run_bench']
 
 # %% ../nbs/35_bench.ipynb #a227a400
-import contextlib, dataclasses, functools, statistics, subprocess, sys, tempfile, time
+import contextlib, dataclasses, functools, os, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import numpy as np
@@ -361,8 +361,49 @@ def bench_gpu_speedrun(
                         f'accuracy: ours {statistics.mean(accs):.4f}, theirs {statistics.mean(v for _, v in theirs):.4f}'))
     return rows
 
+# %% ../nbs/35_bench.ipynb #cf313fb5
+_TOGETHER = '''
+import os, sys, time
+from fastai.callback.core import Callback
+from fastcifar.bench import _NoValidation, noise_data
+from fastcifar.loaders import CifarDataLoaders
+from fastcifar.models.zoo import create_model
+from fastcifar.train import cifar_learner
+import torch
+name, steps, threads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+torch.set_num_threads(threads)
+class Clock(Callback):
+    order, times = 69, []
+    def before_train(self): self.start = time.perf_counter()
+    def after_train(self): self.times.append(time.perf_counter() - self.start)
+learn = cifar_learner(noise_data(512 * steps).dataloaders(bs=512, device="cpu"), create_model(name), cbs=[Clock(), _NoValidation()])
+with learn.distrib_ctx(), learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-3)
+if not int(os.environ.get("RANK", 0)): print("seconds", min(Clock.times[1:])) # the first epoch builds caches
+'''
+
+def _together(name, steps, processes, threads):
+    "Seconds of an epoch, with the processes and threads of each that are given"
+    with tempfile.TemporaryDirectory() as d:
+        script = Path(d)/'together.py'
+        script.write_text(_TOGETHER)
+        launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)] if processes > 1 else []
+        done = subprocess.run([sys.executable, *launcher, str(script), name, str(steps), str(threads)], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': str(threads)})
+    told = [l.split()[1] for l in done.stdout.splitlines() if l.startswith('seconds ')]
+    if done.returncode or not told: raise FastcifarError(f'{processes} processes could not be timed: {(done.stderr.strip().splitlines() or ["they said nothing"])[-1][:200]}')
+    return float(told[0])
+
+def bench_parallel(
+    nets:tuple=('normnet31k', 'sepnet178k'), # Which
+    rounds:int=3, # Rounds of each
+    steps:int=10, # Steps of 512 images in an epoch
+    n:int=2, # Processes, and threads of the alternative
+) -> list: # Of `Row`
+    "One training in several processes of one thread against one process of several threads"
+    return [speed_row(f'parallel/{name}', take_turns(lambda: _together(name, steps, n, 1), lambda: _together(name, steps, 1, n), rounds), per=f'{steps} steps',
+                      note=f'{n} processes of one thread against one of {n}') for name in nets]
+
 # %% ../nbs/35_bench.ipynb #4af0c5a6
-BENCHES = ('data', 'step', 'epoch', 'speedrun')
+BENCHES = ('data', 'step', 'epoch', 'speedrun', 'parallel')
 
 def run_bench(
     name:str, # One of `BENCHES`
@@ -380,6 +421,6 @@ def run_bench(
     gpu = device.type == 'cuda'
     if gpu and name != 'speedrun': raise FastcifarError(f'{name} has CPU rows only: leave --device out')
     if name == 'speedrun' and gpu: rows = bench_gpu_speedrun(data, device, n, airbench)
-    else: rows = dict(data=lambda: bench_data(rounds), step=lambda: bench_step(rounds), epoch=lambda: bench_epoch(rounds=rounds), speedrun=lambda: bench_cpu_speedrun(rounds))[name]()
+    else: rows = dict(data=lambda: bench_data(rounds), step=lambda: bench_step(rounds), epoch=lambda: bench_epoch(rounds=rounds), parallel=lambda: bench_parallel(rounds=rounds), speedrun=lambda: bench_cpu_speedrun(rounds))[name]()
     e = environment(device)
     return dict(rows=[dict(dataclasses.asdict(r), met=r.met) for r in rows], machine={k: e[k] for k in ('system', 'device_name', 'threads', 'cores')}, versions=dict(e['versions'], python=e['python']), commit=e['commit'])

@@ -54,7 +54,7 @@ def train_command(args) -> dict:
         settings = read_recipe(args.recipe) if args.recipe.endswith('.json') else dict(recipe=args.recipe)
         settings |= {k: v for k in ('model', 'norm') if (v := getattr(args, k))}
         c = configure(**{**settings, **dict(data=_data(args), seed=args.seed, valid=args.valid, precision=args.precision, path=args.path, convert=args.convert), **_given(args)})
-    return train_run(c, args.out, workers=args.workers, threads=args.threads, device=args.device, bars=_bars(args), compile=args.compile, checkpoint_every=args.checkpoint_every, deterministic=args.deterministic, log=args.log, say=_say(args))
+    return train_run(c, args.out, workers=args.workers, threads=args.threads, device=args.device, bars=_bars(args), compile=args.compile, checkpoint_every=args.checkpoint_every, deterministic=args.deterministic, pictures=not args.no_pictures, log=args.log, say=_say(args))
 
 def compare_command(args) -> dict:
     "Train models x norms x recipes x batch sizes x seeds and compare the norms"
@@ -68,7 +68,7 @@ def compare_command(args) -> dict:
         from fastcifar.cluster import RayTasks
         tasks = RayTasks(args.address, args.threads or 1, args.gpus)
     elif args.address or args.gpus: raise FastcifarError('--address and --gpus are for studies on a cluster: add --on ray')
-    r = s.run(args.jobs, args.threads, args.device, tasks, _bars(args), _say(args))
+    r = s.run(args.jobs, args.threads, args.device, not args.no_pictures, tasks, _bars(args), _say(args))
     summary, answer = study_summary(r).reset_index(), study_answer(r)
     if args.json: return dict(runs=_records(r), summary=_records(summary), differences=_records(paired_differences(r)), answer=answer, out=args.out)
     _table(summary.round(2).rename(columns=dict(mean='mean %', epochs_to_60='epochs to 60 %', epochs_to_70='to 70 %')))
@@ -291,6 +291,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--bs', type=int, help="batch size (default: the recipe's)")
     p.add_argument('--path', default='auto', help='how batches are made: item (Albumentations), batch (tensors on the device) or auto (default: batch, unless the policy has no such form)')
     p.add_argument('--compile', action='store_true', help='compile the net with torch.compile')
+    p.add_argument('--no-pictures', action='store_true', help='leave out pictures and report.html, which take some seconds; fastcifar report writes the page later')
     p.add_argument('--log', type=_names, default=(), metavar='NAME', help='also log to tensorboard, wandb (offline unless $WANDB_MODE says otherwise), or both: tensorboard,wandb')
     p.add_argument('--recipe', default='one_cycle', help='one_cycle, reference, fast or speedrun, see `fastcifar recipes`; or a recipe.json of fastcifar sweep (default: %(default)s)')
     p.add_argument('--threads', type=_at_least(1), help="CPU threads (default: torch's choice)")
@@ -307,6 +308,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--bs', type=_whole, help="batch sizes, separated by commas; learning rates are scaled along (default: the recipe's)")
     p.add_argument('--jobs', type=_at_least(1), help='runs at a time (default: one for each core, or three for each GPU)')
     p.add_argument('--threads', type=_at_least(1), default=1, help='CPU threads of each run (default: %(default)s)')
+    p.add_argument('--no-pictures', action='store_true', help='leave out pictures and report.html of each run')
     p.add_argument('--on', choices=('local', 'ray'), default='local', help='this machine, or a Ray cluster that shares a file system with it (default: %(default)s)')
     p.add_argument('--address', help="of the Ray cluster, such as auto or ray://host:10001 (default: a new one on this machine)")
     p.add_argument('--gpus', type=float, default=0., metavar='SHARE', help='GPUs of each run on Ray; .25 lets four runs share one (default: none)')
@@ -352,7 +354,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--pt2', action='store_true', help='also write model.pt2, a torch.export program; opening it needs trust')
     p.add_argument('--data', help='where the data of the run lies, if it has moved')
     p = add('bench', bench_command, 'time the library against its alternatives, in turns')
-    p.add_argument('name', help='data, step, epoch or speedrun')
+    p.add_argument('name', help='data, step, epoch, speedrun or parallel')
     p.add_argument('--rounds', type=_at_least(1), default=5, help='rounds of each pair (default: %(default)s)')
     p.add_argument('--device', help='cuda for the GPU rows, cpu for the others (default: for speedrun a GPU if there is one)')
     p.add_argument('--data', help="for the GPU rows: 'cifar10', a folder or an archive (default: $FASTCIFAR_DATA, else cifar10)")

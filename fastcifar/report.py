@@ -150,7 +150,7 @@ def write_run_report(
 # %% ../nbs/27_report.ipynb #b7bb0bcf
 def write_study_report(
     out, # Study folder
-    runs:pd.DataFrame, # A row for each run, with its folder in `folder`
+    runs:pd.DataFrame, # A row for each run, with its folder in `folder` if it has a page
     summary:pd.DataFrame, # A row for each cell
     differences:pd.DataFrame, # A row for each pair
     answer:list, # Lines of text
@@ -160,7 +160,7 @@ def write_study_report(
     n = runs.status.value_counts()
     points = {k: '{:.2f}' for k in ('mean', 'sd', 'low', 'high', 'difference')} | {k: '{:.3g}' for k in ('p', 'p_holm')} | {k: '{:.2%}' for k in ('test_accuracy', 'train_accuracy')}
     shown = runs.drop(columns='folder')
-    links = {'model': [f'{f}/report.html' if s == 'finished' else None for f, s in zip(runs.folder, runs.status)]}
+    links = {'model': [f'{f}/report.html' if isinstance(f, str) else None for f in runs.folder]}
     write_text(Path(out)/'report.html', render('study.html', title=f'Study: {", ".join(dict.fromkeys(runs.model))}', counts=f'{len(runs)} runs: ' + ', '.join(f'{v} {k}' for k, v in n.items()), answer=answer, figures=figures,
         differences=table_cells(differences, points), summary=table_cells(summary, points), runs=table_cells(shown, points, links)))
     return Path(out)/'report.html'

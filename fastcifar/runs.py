@@ -247,20 +247,20 @@ def _report(interp, out, lrs, c, history, metrics):
 
 def _views(c): return [Views(c.views)] if c.views != 'none' else []
 
-def finish_run(learn, c:Config, out:Path, lrs, history:list, say=print) -> dict:
+def finish_run(learn, c:Config, out:Path, lrs, history:list, say=print, pictures:bool=True) -> dict:
     "Evaluate the last epoch, draw, save weights, and write `metrics.json` last of all"
     say('evaluating')
     with learn.added_cbs(_views(c)): test = CifarInterpretation.from_learner(learn, len(learn.dls.loaders) - 1)
     train, data = CifarInterpretation.from_learner(learn, 0), learn.dls.data
     save_model(learn.model, out/'model.safetensors', classes=list(data.classes), mean=learn.dls.stats[0], std=learn.dls.stats[1], data=data.name, data_sha256=data.source, views=c.views)
-    draw_run(test, out, lrs, c, history)
+    if pictures: draw_run(test, out, lrs, c, history)
     m = dict(test_accuracy=test.accuracy, test_loss=test.loss, test_images=len(test.targs), wrong=len(test.wrong()), train_accuracy=train.accuracy, train_loss=train.loss,
              valid_accuracy=history[-1]['accuracy'] if c.valid else None, valid_images=c.valid, epochs=c.epochs, seed=c.seed, lr_min=lrs.lr_min, lr_max=lrs.lr_max,
              model=c.model, norm=c.norm, recipe=c.recipe, bs=c.bs, views=c.views, parameters=count_parameters(learn.model), data=data.name, data_sha256=data.source, precision=c.precision,
              seconds=round(sum(h['seconds'] for h in history), 1))
-    _report(test, out, lrs, c, history, m)
+    if pictures: _report(test, out, lrs, c, history, m)
     write_json(out/'metrics.json', m)
-    say(f'test accuracy {m["test_accuracy"]:.2%} ({m["test_images"] - m["wrong"]:,} of {m["test_images"]:,} images of {data.name}, last epoch, seed {c.seed}{", test-time views" if c.views != "none" else ""})\nrun folder: {out}\nto read: {out}/report.html')
+    say(f'test accuracy {m["test_accuracy"]:.2%} ({m["test_images"] - m["wrong"]:,} of {m["test_images"]:,} images of {data.name}, last epoch, seed {c.seed}{", test-time views" if c.views != "none" else ""})\nrun folder: {out}' + (f'\nto read: {out}/report.html' if pictures else ''))
     return m
 
 # %% ../nbs/28_runs.ipynb #f3ac882e
@@ -318,6 +318,7 @@ def train_run(
     compile:bool=False, # Compile the net with torch.compile?
     checkpoint_every:int=None, # Write a checkpoint after so many batches, besides the one after each epoch
     deterministic:bool=False, # Refuse operations that may give other numbers each time? Those on a GPU may; on a CPU, at one number of threads, none does
+    pictures:bool=True, # Draw pictures and write report.html at the end? That takes some seconds
     wait:float=0, # Seconds to wait for the folder if another process trains in it
     log=(), # `'tensorboard'`, `'wandb'` (offline, unless $WANDB_MODE says otherwise), or both
     say=print, # Called with each line of the report
@@ -337,9 +338,9 @@ def train_run(
     with process_group(device):
         with first_process_first(): data = load_data(c.data, c.convert) # the first prepares the cache
         with contextlib.nullcontext() if rank() else _locked(out, wait), _explained(out), deterministic_only(device) if deterministic else contextlib.nullcontext():
-            return _train(c, data, out, workers, device, bars, compile, checkpoint_every, deterministic, log, say)
+            return _train(c, data, out, workers, device, bars, compile, checkpoint_every, deterministic, log, say, pictures)
 
-def _train(c, data, out, workers, device, bars, compile, checkpoint_every, deterministic, log, say):
+def _train(c, data, out, workers, device, bars, compile, checkpoint_every, deterministic, log, say, pictures):
     "What `train_run` does while the folder is its own"
     with first_process_first(): c = _settle(c, data, out, device)
     seed_everything(c.seed)
@@ -352,7 +353,7 @@ def _train(c, data, out, workers, device, bars, compile, checkpoint_every, deter
     with contextlib.nullcontext() if bars else learn.no_bar(), learn.no_logging(), _loggers(log, c, out) as loggers:
         learn.add_cbs(loggers)
         lrs, history = _fit(learn, c, out, checkpoint_every, say)
-        return finish_run(learn, c, out, lrs, history, say) if not rank() else {}
+        return finish_run(learn, c, out, lrs, history, say, pictures) if not rank() else {}
 
 # %% ../nbs/28_runs.ipynb #89f89ab2
 def run_config(out) -> Config:

@@ -75,7 +75,7 @@ def _die_with(parent):
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
-def _one_run(c, out, threads, device, parent=None, wait=0):
+def _one_run(c, out, threads, device, parent=None, wait=0, pictures=True):
     "Train one configuration; returns None, or why it failed"
     if os.getpid() != parent: # a single run needs no process of its own
         import matplotlib; matplotlib.use('agg')
@@ -84,7 +84,7 @@ def _one_run(c, out, threads, device, parent=None, wait=0):
     out.mkdir(parents=True, exist_ok=True)
     (out/'failure.txt').unlink(missing_ok=True)
     with open(out/'log.txt', 'a', encoding='utf-8') as log:
-        try: train_run(c, out, threads=threads, device=device, bars=False, wait=wait, say=lambda s: print(s, file=log, flush=True))
+        try: train_run(c, out, threads=threads, device=device, bars=False, wait=wait, pictures=pictures, say=lambda s: print(s, file=log, flush=True))
         except Stopped: raise
         except Exception as e:
             reason = str(getattr(e, 'msg', e)).strip().splitlines()[0] if str(e).strip() else type(e).__name__
@@ -125,6 +125,7 @@ class Study:
         jobs:int=None, # Runs at a time on this machine; None: a run for each core, or three for each GPU
         threads:int=1, # CPU threads of each run
         device=None, # fastai's default device if None; several GPUs are used in turn
+        pictures:bool=True, # Draw pictures and write report.html of each run?
         tasks:RayTasks=None, # A Ray cluster to run on, instead of this machine; it needs a shared file system
         bars:bool=None, # A progress bar? None: if this is a terminal
         say=print, # Called with a line for each run
@@ -139,8 +140,8 @@ class Study:
         todo = [c for c in self.grid if not (self.out/'runs'/run_name(c)/'metrics.json').exists()]
         if tasks: gpus = ['cuda' if tasks.gpus else 'cpu'] # Ray says which
         say(f'{len(self.grid)} runs, {len(self.grid) - len(todo)} finished; {min(tasks.at_a_time() if tasks else jobs, len(todo))} at a time on {"a Ray cluster" if tasks else ", ".join(gpus)}')
-        folder, work = self.out/'runs', self._on_ray(tasks, todo, threads, gpus[0]) if tasks else None
-        work = work or Parallel(n_jobs=min(jobs, len(todo)) or 1, return_as='generator_unordered')(delayed(_numbered)(i, c, folder/run_name(c), threads, gpus[i % len(gpus)], os.getpid()) for i, c in enumerate(todo))
+        folder, work = self.out/'runs', self._on_ray(tasks, todo, threads, gpus[0], pictures) if tasks else None
+        work = work or Parallel(n_jobs=min(jobs, len(todo)) or 1, return_as='generator_unordered')(delayed(_numbered)(i, c, folder/run_name(c), threads, gpus[i % len(gpus)], os.getpid(), 0, pictures) for i, c in enumerate(todo))
         bars = sys.stdout.isatty() if bars is None else bars
         try:
             for k, (i, failed) in enumerate(tqdm(work, total=len(todo), disable=not bars, unit='run')):
@@ -152,10 +153,10 @@ class Study:
         except BrokenProcessPool as e: raise FastcifarError('the system ended a run, most likely for want of memory: give the same command with fewer --jobs; finished runs are kept') from e
         return self.write()
 
-    def _on_ray(self, tasks, todo, threads, device):
+    def _on_ray(self, tasks, todo, threads, device, pictures):
         "(position, None or why it failed) of each run, in the order in which they are ready"
         folder = self.out.resolve()/'runs'
-        calls = [(dataclasses.replace(c, data=everywhere(c.data)), folder/run_name(c), threads, device, None, LOST_WAIT) for c in todo]
+        calls = [(dataclasses.replace(c, data=everywhere(c.data)), folder/run_name(c), threads, device, None, LOST_WAIT, pictures) for c in todo]
         for i, back in tasks(_one_run, calls):
             if isinstance(back, Exception): # it died each time
                 back = f'{type(back).__name__}: {str(back).strip().splitlines()[0][:200]}'
@@ -186,7 +187,7 @@ def _write(out, grid):
         fig = plot(t)
         write_atomic(out/f'{name}.png', lambda tmp: fig.savefig(tmp, dpi=110, bbox_inches='tight'))
         svgs[name] = panel_svgs(fig, name)
-    write_study_report(out, r.assign(folder=[f'runs/{f.name}' for f in folders]), tables['summary'], tables['differences'], answer, svgs)
+    write_study_report(out, r.assign(folder=[f'runs/{f.name}' if (f/'report.html').exists() else None for f in folders]), tables['summary'], tables['differences'], answer, svgs)
     return r
 
 def report_study(

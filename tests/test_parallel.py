@@ -10,7 +10,7 @@ import torch
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
-SETTINGS = ['--data', 'digits', '--model', 'normnet31k', '--norm', 'gn', '--precision', 'fp32', '--epochs', '2', '--bs', '128', '--lr-max', '1e-2', '--threads', '1', '--device', 'cpu']
+SETTINGS = ['--data', 'digits', '--model', 'normnet31k', '--norm', 'gn', '--precision', 'fp32', '--epochs', '2', '--bs', '128', '--lr-max', '1e-2', '--threads', '1', '--device', 'cpu', '--no-pictures']
 
 def torchrun(*args, n=2):
     return [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(n), *args]

@@ -5,7 +5,7 @@ import pandas as pd
 import psutil
 import pytest
 
-QUICK = ('--models', 'normnet31k', '--norms', 'bn,gn', '--seeds', 2, '--epochs', 2, '--bs', '20')
+QUICK = ('--models', 'normnet31k', '--norms', 'bn,gn', '--seeds', 2, '--epochs', 2, '--bs', '20', '--no-pictures')
 
 def compare(tree, out, *more): return ['compare', '--data', tree, *QUICK, '--out', out, *more]
 

@@ -175,7 +175,7 @@ def weights(tmp):
 
 def run_folders(tmp):
     run, copy_ = tmp/'run', tmp/'copy'
-    train_run(configure('fast', 'normnet31k', data='digits', epochs=1, bs=500), run, bars=False, say=lambda s: None)
+    train_run(configure('fast', 'normnet31k', data='digits', epochs=1, bs=500), run, bars=False, pictures=False, say=lambda s: None)
     files = {f: json.loads((run/f).read_text()) for f in ('config.json', 'metrics.json', 'environment.json')}
     c, folder = run_config(run), tmp/'export'
     def use(what):
@@ -185,7 +185,7 @@ def run_folders(tmp):
         for f in (*files, 'model.safetensors', '.data'): os.link(run/f, copy_/f)
         (copy_/name).unlink()
         (copy_/name).write_bytes(value) if isinstance(value, bytes) else (copy_/name).write_text(json.dumps(value))
-        for f in (lambda: load_run(copy_), lambda: train_run(c, copy_, bars=False, say=lambda s: None), lambda: export_run(copy_, folder, onnx=False)):
+        for f in (lambda: load_run(copy_), lambda: train_run(c, copy_, bars=False, pictures=False, say=lambda s: None), lambda: export_run(copy_, folder, onnx=False)):
             with contextlib.suppress(FastcifarError): f()
         run_config(copy_).checked()
         return True

@@ -72,7 +72,7 @@ def die_while_writing(n, stage):
 
 def train(kind, out, workers=0, prepare=None):
     if prepare: die_while_writing(*prepare)
-    train_run(config(kind), out, workers=workers, threads=1, device='cpu', bars=False, checkpoint_every=2, say=lambda s: None)
+    train_run(config(kind), out, workers=workers, threads=1, device='cpu', bars=False, checkpoint_every=2, pictures=False, say=lambda s: None)
 
 def outcome(out):
     "What has to be equal: weights, history and metrics without their times"
