@@ -66,7 +66,7 @@ def test_mistakes_by_pair(demo, visit):
     page = visit(demo[0])
     page.get_by_role('tab', name='Mistakes').click()
     count = int(re.search(r'([\d,]+) of 300 test images', page.locator('text=test images are classified wrongly').inner_text()).group(1))
-    assert page.locator('.pixels button img').count() == min(count, 48)
+    page.wait_for_function(f'document.querySelectorAll(".pixels button img").length == {min(count, 48)}')
     page.get_by_label('Actual class').click()
     option = page.get_by_role('option').nth(1)
     a, b, n = re.match(r'.*?(\d) -> (\d)\s+\((\d+)\)', option.inner_text(), re.S).groups()
