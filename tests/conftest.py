@@ -78,3 +78,7 @@ def main(tmp_path, monkeypatch, capfd):
         code = main([str(a) for a in args])
         return code, *capfd.readouterr()
     return run
+
+def pytest_collection_modifyitems(items):
+    "The longest test first, or one of two processes would wait for it at the end"
+    items.sort(key=lambda i: i.name != 'test_demo')
