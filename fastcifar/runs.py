@@ -350,6 +350,7 @@ def _train(c, data, out, workers, device, bars, compile, checkpoint_every, deter
         write_text(out/'.data', c.data if c.data in ('digits', *ARCHIVES) else str(Path(c.data).expanduser().resolve()))
     learn = recipe_learner(dls, build_model(c, len(data.classes)), c, precision=c.precision, compile=compile)
     say(f'{data}\n{c.model} ({c.norm}): {count_parameters(learn.model):,} parameters, recipe {c.recipe}, {c.precision} on {device}{f" in {world_size()} processes" if world_size() > 1 else ""}, {c.path} path, seed {c.seed}\nrun folder: {out}')
+    if c.epochs * len(dls.train) < 50: say(f'{c.epochs} epochs of {len(dls.train)} batches are few steps to learn in: a smaller --bs makes more')
     with contextlib.nullcontext() if bars else learn.no_bar(), learn.no_logging(), _loggers(log, c, out) as loggers:
         learn.add_cbs(loggers)
         lrs, history = _fit(learn, c, out, checkpoint_every, say)
