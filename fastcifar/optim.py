@@ -99,9 +99,9 @@ def orthogonalize(
     return x.mT if tall else x
 
 # %% ../nbs/16_optim.ipynb #2672a150
-def _is_matrix(p, least):
+def _is_matrix(p, least, nets):
     "Is this a weight that Muon should train?"
-    return p.ndim in (2, 4) and min(len(p), p[0].numel()) >= least
+    return p.ndim in (2, 4) and min(len(p) // nets, p[0].numel()) >= least
 
 class Muon(ListAdam):
     "Orthogonalized updates for weight matrices, Adam for the rest"
@@ -115,24 +115,26 @@ class Muon(ListAdam):
         least:int=10, # Fewest rows and columns that make a parameter a matrix
         spectral:float=0., # The norm of a matrix's update, in learning rates; 0: such that its numbers have a root mean square of 0.2, like Adam's
         decay:str='decoupled', # `'decoupled'`, or `'l2'`: added to the gradient
-    ): super().__init__(params, decay, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, least=least, spectral=spectral)
+        nets:int=1, # Matrices that lie below each other in a parameter, those of nets [side by side](together.html)
+    ): super().__init__(params, decay, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, least=least, spectral=spectral, nets=nets)
 
-    def update(self, ps, grads, states, least, **hypers):
+    def update(self, ps, grads, states, least, nets, **hypers):
         kinds = {True: [], False: []}
-        for i, p in enumerate(ps): kinds[_is_matrix(p, least)].append(i)
+        for i, p in enumerate(ps): kinds[_is_matrix(p, least, nets)].append(i)
+        hypers['nets'] = nets
         for matrices, chosen in kinds.items():
             if chosen: (self._orthogonal if matrices else super().update)(*([l[i] for i in chosen] for l in (ps, grads, states)), **hypers)
 
-    def _orthogonal(self, ps, grads, states, lr, mom, spectral, **hypers):
+    def _orthogonal(self, ps, grads, states, lr, mom, spectral, nets, **hypers):
         avgs = _kept(states, 'grad_avg', ps)
         torch._foreach_lerp_(avgs, grads, 1 - mom)
         ahead = torch._foreach_lerp(grads, avgs, mom) # Nesterov's look ahead
         shapes = {}
-        for p, g in zip(ps, ahead): shapes.setdefault((len(p), p[0].numel()), []).append((p, g))
+        for p, g in zip(ps, ahead): shapes.setdefault((len(p) // nets, p[0].numel()), []).append((p, g))
         for shape, pairs in shapes.items():
-            stack = torch.stack([g.reshape(shape) for _, g in pairs])
+            stack = torch.cat([g.reshape(nets, *shape) for _, g in pairs])
             stack = orthogonalize(stack.bfloat16() if stack.is_cuda else stack.float())
-            for (p, _), u in zip(pairs, stack): p.add_(u.reshape(p.shape).to(p.dtype), alpha=-lr * (spectral or 0.2 * math.sqrt(max(shape))))
+            for (p, _), u in zip(pairs, stack.split(nets)): p.add_(u.reshape(p.shape).to(p.dtype), alpha=-lr * (spectral or 0.2 * math.sqrt(max(shape))))
 
 # %% ../nbs/16_optim.ipynb #a5807af3
 OPTIMIZERS = ('adam', 'sgd', 'muon')
@@ -144,10 +146,11 @@ def optimizer(
     eps:float=1e-5, # Added to Adam's denominator
     decay:str='decoupled', # `'decoupled'`, or `'l2'`: added to the gradient
     spectral:float=0., # Norm of Muon's updates, in learning rates; 0: the size of Adam's
+    nets:int=1, # Nets whose weights lie below each other in each parameter
 ): # What `Learner` takes as `opt_func`
     "An optimizer function for a fastai `Learner`"
     check_name(name, OPTIMIZERS, 'optimizer')
     check_name(decay, ('decoupled', 'l2'), 'kind of weight decay')
     if name == 'sgd': return partial(ListSGD, decay=decay, mom=mom, wd=0.)
     adam = dict(decay=decay, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=0.)
-    return partial(Muon, spectral=spectral, **adam) if name == 'muon' else partial(ListAdam, **adam)
+    return partial(Muon, spectral=spectral, nets=nets, **adam) if name == 'muon' else partial(ListAdam, **adam)

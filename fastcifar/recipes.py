@@ -166,7 +166,7 @@ def recipe_learner(
     **kwargs, # What else `cifar_learner` takes
 ): # A `CifarLearner`
     "A learner with the loss, optimizer and penalties of a recipe"
-    opt = optimizer(recipe.optimizer, recipe.mom, recipe.sqr_mom, recipe.eps, recipe.decay, recipe.spectral)
+    opt = optimizer(recipe.optimizer, recipe.mom, recipe.sqr_mom, recipe.eps, recipe.decay, recipe.spectral, getattr(model, 'n_nets', 1))
     cbs = ([L1(recipe.l1)] if recipe.l1 else []) + ([FreezeParts(recipe.freeze)] if recipe.freeze else []) + ([EMA(recipe.ema)] if recipe.ema else [])
     return cifar_learner(dls, model, lr=recipe.lr_max or 1e-3, wd=recipe.wd or 0., opt_func=opt, wd_bn_bias=recipe.decay_all, cbs=cbs,
                          loss_func=CrossEntropy(label_smoothing=recipe.label_smoothing), **kwargs)

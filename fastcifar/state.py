@@ -243,8 +243,8 @@ class Checkpoints(Callback):
         learn = self.learn
         if not learn.training: return
         y = learn.yb[0]
-        self._n += len(y)
-        self._loss += learn.loss.detach().to(torch.float32 if learn.loss.is_mps else torch.float64) * len(y) # stays on the device
+        self._n += y.numel()
+        self._loss += learn.loss.detach().to(torch.float32 if learn.loss.is_mps else torch.float64) * y.numel() # stays on the device
         self._right += (learn.pred.detach().argmax(-1) == y).sum()
         done, stop = learn.iter + 1, self._asked_to_stop(learn.iter) and hasattr(learn.dls.train, 'first_batch') # other loaders cannot start within an epoch
         if done < learn.n_iter and (stop or self.every and done % self.every == 0): self._write(learn.epoch, done)
