@@ -65,6 +65,7 @@ bench: .venv/installed
 	@$(BIN)/fastcifar bench epoch --out benchmarks/epoch.json
 	@$(BIN)/fastcifar bench speedrun --device cpu --out benchmarks/cpu_speedrun.json
 	@$(BIN)/fastcifar bench parallel --rounds 3 --out benchmarks/parallel.json
+	@$(BIN)/fastcifar bench together --device cpu --rounds 3 --out benchmarks/together.json
 
 readme: .venv/installed
 	@$(BIN)/python tools/readme.py

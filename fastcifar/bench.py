@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BENCHES', 'Row', 'take_turns', 'speed_row', 'seconds', 'cpu_threads', 'noise_data', 'bench_data', 'bench_step',
-           'bench_epoch', 'bench_cpu_speedrun', 'bench_gpu_speedrun', 'bench_parallel', 'run_bench']
+           'bench_epoch', 'bench_cpu_speedrun', 'bench_gpu_speedrun', 'bench_parallel', 'bench_together', 'run_bench']
 
 # %% ../nbs/36_bench.ipynb #a227a400
 import contextlib, dataclasses, functools, os, statistics, subprocess, sys, tempfile, time
@@ -37,8 +37,9 @@ from .loaders import CifarDataLoaders, checked_device, make_resident
 from .loop import LeanScheduler, piecewise
 from .models.zoo import create_model
 from .recipes import create_recipe, fit_recipe, recipe_learner
-from .runs import environment
+from .runs import build_model, configure, environment
 from .state import Checkpoints
+from .together import together_learner
 from .train import best_precision, cifar_learner, some_images
 
 # %% ../nbs/36_bench.ipynb #cbd7188b
@@ -56,6 +57,7 @@ class Row:
     must:float = None # The figure that it has to reach
     goal:float = None # The figure that it is meant to reach
     note:str = '' # What else there is to say
+    images:int = None # How many images the times are for, where throughput is asked for
 
     @property
     def met(self):
@@ -362,7 +364,7 @@ def bench_gpu_speedrun(
     return rows
 
 # %% ../nbs/36_bench.ipynb #cf313fb5
-_TOGETHER = '''
+_PROCESSES = '''
 import os, sys, time
 from fastai.callback.core import Callback
 from fastcifar.bench import _NoValidation, noise_data
@@ -381,11 +383,11 @@ with learn.distrib_ctx(), learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-3)
 if not int(os.environ.get("RANK", 0)): print("seconds", min(Clock.times[1:])) # the first epoch builds caches
 '''
 
-def _together(name, steps, processes, threads):
+def _in_processes(name, steps, processes, threads):
     "Seconds of an epoch, with the processes and threads of each that are given"
     with tempfile.TemporaryDirectory() as d:
-        script = Path(d)/'together.py'
-        script.write_text(_TOGETHER)
+        script = Path(d)/'train.py'
+        script.write_text(_PROCESSES)
         launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)] if processes > 1 else []
         done = subprocess.run([sys.executable, *launcher, str(script), name, str(steps), str(threads)], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': str(threads)})
     told = [l.split()[1] for l in done.stdout.splitlines() if l.startswith('seconds ')]
@@ -399,16 +401,40 @@ def bench_parallel(
     n:int=2, # Processes, and threads of the alternative
 ) -> list: # Of `Row`
     "One training in several processes of one thread against one process of several threads"
-    return [speed_row(f'parallel/{name}', take_turns(lambda: _together(name, steps, n, 1), lambda: _together(name, steps, 1, n), rounds), per=f'{steps} steps',
+    return [speed_row(f'parallel/{name}', take_turns(lambda: _in_processes(name, steps, n, 1), lambda: _in_processes(name, steps, 1, n), rounds), per=f'{steps} steps of 512', images=512 * steps,
                       note=f'{n} processes of one thread against one of {n}') for name in nets]
 
+# %% ../nbs/36_bench.ipynb #24825e5b
+def bench_together(
+    nets:tuple=('normnet31k', 'normnet48k', 'groupnet'), # Which
+    rounds:int=3, # Rounds of each
+    steps:int=10, # Steps of the recipe's batch size
+    n:int=None, # Seeds; None: four, or ten on a GPU
+    device='cpu', # Where
+) -> list: # Of `Row`
+    "Seeds of a net in one pass against one after another"
+    device, rows = checked_device(device), []
+    n = n or (10 if device.type == 'cuda' else 4)
+    for name in nets:
+        configs = [configure('fast', name, seed=s) for s in range(n)]
+        data = noise_data(configs[0].bs * steps)
+        alone = [recipe_learner(data.dataloaders(bs=c.bs, policy=c.policy, seed=c.seed, device=device), build_model(c, 10), c) for c in configs]
+        def fit(*learners):
+            for learn in learners:
+                with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=_NoValidation())
+        with cpu_threads(1):
+            all_of_them = together_learner(data, configs, device)
+            pairs = take_turns(lambda: seconds(lambda: fit(all_of_them)), lambda: seconds(lambda: fit(*alone)), rounds)
+        rows.append(speed_row(f'together/{name}', pairs, per=f'{steps} steps of {configs[0].bs} for {n} seeds', images=n * len(data.y['train']), note=f'{n} seeds in one pass against one after another, on {device.type}'))
+    return rows
+
 # %% ../nbs/36_bench.ipynb #4af0c5a6
-BENCHES = ('data', 'step', 'epoch', 'speedrun', 'parallel')
+BENCHES = ('data', 'step', 'epoch', 'speedrun', 'parallel', 'together')
 
 def run_bench(
     name:str, # One of `BENCHES`
     rounds:int=5, # Rounds of each pair; fewer for whole epochs
-    device=None, # `'cuda'` for the GPU rows; None: a GPU if there is one, for `speedrun`
+    device=None, # `'cuda'` for the GPU rows; None: a GPU if there is one, for `speedrun` and `together`
     data:str='cifar10', # Needed for accuracies on a GPU
     n:int=10, # Runs of each on a GPU
     airbench=None, # Path of airbench94_muon.py
@@ -416,11 +442,11 @@ def run_bench(
     "Run a benchmark"
     check_name(name, BENCHES, 'benchmark')
     if (str(device).startswith('cuda') or airbench) and not torch.cuda.is_available(): raise FastcifarError('the GPU rows need a CUDA device, and there is none here: leave --device and --airbench out for the CPU rows')
-    if device is None: device = 'cuda' if name == 'speedrun' and torch.cuda.is_available() else 'cpu'
+    if device is None: device = 'cuda' if name in ('speedrun', 'together') and torch.cuda.is_available() else 'cpu'
     device = checked_device(device)
     gpu = device.type == 'cuda'
-    if gpu and name != 'speedrun': raise FastcifarError(f'{name} has CPU rows only: leave --device out')
+    if gpu and name not in ('speedrun', 'together'): raise FastcifarError(f'{name} has CPU rows only: leave --device out')
     if name == 'speedrun' and gpu: rows = bench_gpu_speedrun(data, device, n, airbench)
-    else: rows = dict(data=lambda: bench_data(rounds), step=lambda: bench_step(rounds), epoch=lambda: bench_epoch(rounds=rounds), parallel=lambda: bench_parallel(rounds=rounds), speedrun=lambda: bench_cpu_speedrun(rounds))[name]()
+    else: rows = dict(data=lambda: bench_data(rounds), step=lambda: bench_step(rounds), epoch=lambda: bench_epoch(rounds=rounds), parallel=lambda: bench_parallel(rounds=rounds), together=lambda: bench_together(rounds=rounds, device=device), speedrun=lambda: bench_cpu_speedrun(rounds))[name]()
     e = environment(device)
     return dict(rows=[dict(dataclasses.asdict(r), met=r.met) for r in rows], machine={k: e[k] for k in ('system', 'device_name', 'threads', 'cores')}, versions=dict(e['versions'], python=e['python']), commit=e['commit'])
