@@ -355,7 +355,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--pt2', action='store_true', help='also write model.pt2, a torch.export program; opening it needs trust')
     p.add_argument('--data', help='where the data of the run lies, if it has moved')
     p = add('bench', bench_command, 'time the library against its alternatives, in turns')
-    p.add_argument('name', help='data, step, epoch, speedrun or parallel')
+    p.add_argument('name', help='data, step, epoch, speedrun, parallel or together')
     p.add_argument('--rounds', type=_at_least(1), default=5, help='rounds of each pair (default: %(default)s)')
     p.add_argument('--device', help='cuda for the GPU rows, cpu for the others (default: for speedrun a GPU if there is one)')
     p.add_argument('--data', help="for the GPU rows: 'cifar10', a folder or an archive (default: $FASTCIFAR_DATA, else cifar10)")
