@@ -176,7 +176,7 @@ class Study:
         finished, todo = {run_name(c) for c in self.grid if (folder/run_name(c)/'metrics.json').exists()}, _passes(self.grid, folder, together)
         for cs in todo: alike(cs)
         if tasks: gpus = ['cuda' if tasks.gpus else 'cpu'] # Ray says which
-        say(f'{len(self.grid)} runs, {len(finished)} finished; {min(tasks.at_a_time() if tasks else jobs, len(todo))} {"at a time" if together == 1 else f"passes of up to {together} seeds at a time"} on {"a Ray cluster" if tasks else ", ".join(gpus)}')
+        say(f'{len(self.grid)} runs, {len(finished)} finished; {min(tasks.at_a_time() if tasks else jobs, len(todo))} at a time{"" if together == 1 else f", each up to {together} seeds in one pass,"} on {"a Ray cluster" if tasks else ", ".join(gpus)}')
         work = self._on_ray(tasks, todo, threads, gpus[0], pictures) if tasks else None
         work = work or Parallel(n_jobs=min(jobs, len(todo)) or 1, return_as='generator_unordered')(delayed(_numbered)(i, cs, folder, threads, gpus[i % len(gpus)], os.getpid(), 0, pictures) for i, cs in enumerate(todo))
         bars = sys.stdout.isatty() if bars is None else bars

@@ -150,6 +150,7 @@ class TogetherDL(GetAttr):
             yield torch.cat([x.as_subclass(torch.Tensor) for x in xs], 1), torch.stack([y.as_subclass(torch.Tensor) for y in ys], 1).expand(-1, self.n)
     def to(self, device):
         for dl in self.dls: dl.to(device)
+    def share(self, *args): raise FastcifarError('nets side by side are trained by one process: start it without torchrun')
     def _set(self, name, v):
         for dl in self.dls: setattr(dl, name, v)
     epoch = property(lambda self: self.first.epoch, lambda self, v: self._set('epoch', v))
