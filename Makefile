@@ -25,7 +25,7 @@ help:
 
 demo: .venv/installed
 	$(say) 'training the custom ResNet on scikit-learn digits'
-	@$(BIN)/fastcifar train --data digits --epochs 5 --bs 64 --out runs/demo
+	@$(BIN)/fastcifar train --data digits --epochs 3 --bs 64 --out runs/demo
 
 test: .venv/installed
 	$(say) 'notebooks and fastcifar/ hold the same code?'

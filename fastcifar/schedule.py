@@ -80,9 +80,10 @@ def read_range(
     rates, losses = np.asarray(rates, float)[ok], np.asarray(losses, float)[ok]
     if len(losses) < 10: raise FastcifarError(f'the range test gave {len(losses)} finite losses, too few to read: start lower, or check data and model')
     s = smooth(losses)
-    low = max(int(s.argmin()), 1)
+    start, least = s[:max(len(s) // 10, 3)].mean(), np.minimum.accumulate(s)
+    lost = np.flatnonzero((s - least > 0.5 * (start - least)) & (start - least > 0.1 * (start - s.min())))
+    low = max(int(s[:lost[0] if len(lost) else None].argmin()), 1)
     steep = int(np.diff(s[:low + 1]).argmin())
-    start = s[:max(len(s) // 10, 3)].mean()
     if s[low] > start - 0.01 * abs(start): raise FastcifarError('the loss does not fall anywhere in the range test: check data and model, or choose --lr-max')
     within = np.flatnonzero(s[:steep + 1] >= start - 0.02 * (start - s[low]))
     lr_max = float(rates[steep])

@@ -233,8 +233,8 @@ def test_the_lock_goes_with_its_process(tree, tmp_path, main):
     code = f'''
 import os, sys, time
 from pathlib import Path
-from fastcifar.runs import _locked
-with _locked(Path({str(out)!r})):
+from fastcifar.runs import run_folder
+with run_folder(Path({str(out)!r})):
     if os.fork() == 0: time.sleep(60); os._exit(0) # as a worker would
     print('locked', flush=True); time.sleep(60)
 '''
