@@ -8,7 +8,7 @@ __all__ = ['CELL', 'LOST_WAIT', 'run_name', 'study_grid', 'Study', 'report_study
            'plot_differences']
 
 # %% ../nbs/33_study.ipynb #b70ee399
-import contextlib, dataclasses, itertools, math, os, shutil, sys, threading, time
+import contextlib, dataclasses, itertools, math, os, sys, threading, time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -103,9 +103,7 @@ def _one_pass(cs, folder, threads, device, parent=None, wait=0, pictures=True):
         with _log(outs[0]) as say:
             try: train_together(cs, outs, work, threads, device, pictures=pictures, wait=wait, say=say)
             except Stopped: raise
-            except Exception as e: # one of them may be at fault, which is then said of that one
-                say(f'{type(e).__name__}: {e}; now each by itself')
-                shutil.rmtree(work, ignore_errors=True)
+            except Exception as e: say(f'{type(e).__name__}: {e}; now each by itself') # one of them may be at fault, which is then said of that one; checkpoints stay, they may be another process's
     return [None if (out/'metrics.json').exists() else _one_run(c, out, threads, device, wait, pictures) for c, out in zip(cs, outs)]
 
 def _cell(c): return run_name(c).rpartition('-seed')[0]

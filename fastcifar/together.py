@@ -7,7 +7,7 @@ __all__ = ['Streams', 'EachDropout', 'EachLinear', 'EachLayerNorm', 'SideBySide'
            'alike', 'together_learner', 'train_together']
 
 # %% ../nbs/29_together.ipynb #49167abf
-import contextlib, copy, dataclasses, shutil, time
+import contextlib, copy, dataclasses, shutil
 from pathlib import Path
 
 import pandas as pd

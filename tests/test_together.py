@@ -1,9 +1,11 @@
 "Several seeds in one pass, as a person runs them: the same folders, killed and continued, and one that fails."
 import json, os, signal, subprocess, sys, time
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 
 SETTINGS = ('--data', 'digits', '--models', 'groupnet', '--norms', 'gn', '--seeds', 2, '--epochs', 2, '--bs', '128', '--precision', 'fp32', '--no-pictures', '--jobs', 1)
@@ -70,3 +72,13 @@ def test_a_pass_that_fails_says_which_run_does(main):
 def test_one_rate_for_all(main):
     code, _, err = main('compare', *SETTINGS, '--recipes', 'one_cycle', '--together', 2, '--out', 's')
     assert code == 2 and 'give lr_max (--lr-max)' in err and err.count('\n') == 1
+
+def test_a_pass_of_another_process_is_left_alone(main):
+    "Its checkpoints stay when this process cannot have the folder; the runs are then trained one by one"
+    work = Path('s/together/groupnet-gn-fast-bs128-seeds0_1')
+    work.mkdir(parents=True)
+    (work/'kept').write_text('theirs')
+    with FileLock(work/'.lock'): code, _, err = main('compare', *SETTINGS, '--epochs', 1, '--together', 2, '--out', 's')
+    assert code == 0, err
+    assert (work/'kept').read_text() == 'theirs' and pd.read_csv('s/results.csv').status.tolist() == ['finished', 'finished']
+    assert 'another process is training' in next(Path('s/runs').glob('*seed0/log.txt')).read_text()
