@@ -98,7 +98,7 @@ def stratified_holdout(
     "Split indices so that the held-out part has every class in the proportion of `y`"
     classes, counts = np.unique(y, return_counts=True)
     if not len(classes) <= n <= len(y) - len(classes):
-        raise FastcifarError(f'cannot hold out {n} of {len(y)} images in {len(classes)} classes: choose a number from {len(classes)} to {len(y) - len(classes)}')
+        raise FastcifarError(f'cannot hold out {n} of {len(y)} images in {len(classes)} classes: choose a number (--valid) from {len(classes)} to {len(y) - len(classes)}')
     share = n * counts / len(y)
     take = np.floor(share).astype(int)
     order = np.argsort(take - share, kind='stable')[:n - take.sum()] # the largest remainders get one more

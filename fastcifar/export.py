@@ -127,7 +127,7 @@ def _onnx_part(onnx):
     image = np.asarray(Image.open('PICTURE.png').convert('RGB').resize((32, 32), Image.Resampling.BILINEAR))
     probabilities, = onnxruntime.InferenceSession('model.onnx').run(None, {{'images': image[None]}})
 
-On {onnx['images']:,} images it gave the predictions of the PyTorch module, and its probabilities by at most {onnx['max_difference']:.1g} different.
+On {onnx['images']:,} images it gave the predictions of the PyTorch module, and its probabilities differ by at most {onnx['max_difference']:.1g}.
 """
 
 # %% ../nbs/31_export.ipynb #63734178

@@ -54,13 +54,14 @@ class Row:
     groups:int=None
     parameters:int=0 # Parameters of this layer; counted where they are used first
     macs:int=0 # Multiply-accumulates for one image
-    before:tuple=None # Fields of the input, (rows, columns)
+    before:tuple=None # Fields of the input, (rows, columns); None if it is not known
     after:tuple=None # Fields of the output
 
 def _pair(v): return (v[0], v[-1]) if isinstance(v, (list, tuple)) and len(v) else (v, v)
 
 _same = {'view', '_unsafe_view', 'reshape', 'flatten', 'squeeze', 'unsqueeze', 'clone', 'detach', 'alias', 't', 'transpose', 'permute', 'expand', '_to_copy', 'contiguous'} # not worth a row
 _over_map = {'mean', 'amax', 'amin', 'sum'}
+_mixing = ('bmm', 'baddbmm', 'upsample', 'pixel_', 'scaled_dot_product', 'multi_head', 'grid_sampler', 'roll', 'flip', 'rot90') # whatever position by whatever rule
 
 def _given(args, *defaults):
     "The first arguments of an operation, with the defaults that PyTorch leaves out"
@@ -102,7 +103,7 @@ class _Trace(TorchDispatchMode):
         ins = [self.known[id(a)] for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor) and id(a) in self.known]
         if not ins or not outs: return out
         before = ins[0][1]
-        for _, f in ins[1:]: before = tuple(a.joined(b) for a, b in zip(before, f))
+        for _, f in ins[1:]: before = tuple(a.joined(b) for a, b in zip(before, f)) if before and f else None
         inside = self.stack and self.stack[-1][2] is not None
         row = self.rows[self.stack[-1][2]] if inside else Row('.'.join(filter(None, (self.stack[-1][0] if self.stack else '', op))), op, [])
         fields = self._fields(op, args, outs[0], before, row)
@@ -117,8 +118,9 @@ class _Trace(TorchDispatchMode):
         return out
 
     def _fields(self, op, args, out, before, row):
-        "The fields after an operation; notes window and multiplications in its row"
+        "The fields after an operation, None where they cannot be told; notes window and multiplications in its row"
         x = args[0]
+        if any(m in op for m in _mixing) or op in ('view', '_unsafe_view', 'reshape') and x.ndim == 4 < out.ndim and x.shape[2:] != out.shape[-2:]: before = None
         if op == 'convolution':
             _, w, b, stride, padding, dilation, transposed, _, groups = args
             if transposed: raise FastcifarError(f'{row.layer} is a transposed convolution, which has no receptive field of this kind')
@@ -128,17 +130,22 @@ class _Trace(TorchDispatchMode):
             kernel, stride, padding, dilation = _given(args[1:5] if op.startswith('max') else args[1:4], (), (), 0, 1)
             row.kernel, row.stride, row.padding, row.dilation = map(_pair, (kernel, stride or kernel, padding, dilation))
         elif op in ('_adaptive_avg_pool2d', 'adaptive_max_pool2d') or op in _over_map and x.ndim == 4:
-            if op in _over_map and not {2, 3} <= {d % 4 for d in _given(args[1:2], None)[0] or (2, 3)}: return before
-            n_out = out.shape[2:] if out.ndim == 4 else (1, 1)
+            over = {d % 4 for d in _given(args[1:2], None)[0] or (2, 3)} & {2, 3} if op in _over_map else {2, 3}
+            if not over: return before
+            n_out = out.shape[2:] if op not in _over_map else tuple(1 if d in over else x.shape[d] for d in (2, 3))
             row.kernel = tuple(-(-i // o) for i, o in zip(x.shape[2:], n_out))
             row.stride, row.padding, row.dilation = tuple(1 if o == 1 else i // o for i, o in zip(x.shape[2:], n_out)), (0, 0), (1, 1)
+        elif op == 'slice' and x.ndim == 4 and before:
+            dim, start, _, step = _given(args[1:5], 0, None, None, 1)
+            return tuple(f.window(1, step, -((start or 0) % x.shape[dim])) if d == dim % 4 else f for d, f in zip((2, 3), before))
         else:
+            if op in _over_map and x.ndim == 3 and -1 in {d if d < 0 else d - 3 for d in _given(args[1:2], None)[0] or (-1,)}: return None # its last axis may be rows, columns or both
             if op in ('addmm', 'mm', 'bmm', 'linear'): row.macs += out.numel() * args[1 if op == 'addmm' else 0].shape[-1]
-            if op in ('view', '_unsafe_view', 'reshape') and x.ndim == 4 and out.ndim == 2: # what was side by side becomes one vector
+            if before and op in ('view', '_unsafe_view', 'reshape') and x.ndim == 4 and out.ndim == 2 and len(out) == len(x): # what was side by side becomes one vector
                 return tuple(f.window(n) for f, n in zip(before, x.shape[2:]))
             return before
-        windows = zip(before, row.kernel, row.stride, row.padding, row.dilation)
-        return tuple(f.window(*w) for f, *w in windows)
+        windows = zip(before or (), row.kernel, row.stride, row.padding, row.dilation)
+        return tuple(f.window(*w) for f, *w in windows) or None
 
 def trace(
     module:nn.Module, # Anything that takes a batch of images
@@ -147,22 +154,26 @@ def trace(
 ) -> list: # A `Row` for each layer, in the order in which they run
     "Run a module on one image of zeros and record what happens"
     first = next(module.parameters(), torch.zeros(()))
-    x = torch.zeros(1, n_in, size, size, device=first.device, dtype=first.dtype)
-    t, hooks, training = _Trace(x), [], module.training
-    for name, m in module.named_modules():
-        hooks.append(m.register_forward_pre_hook(lambda m, a, name=name: t.enter(name, m)))
-        hooks.append(m.register_forward_hook(lambda m, a, out: t.leave(a, out)))
+    hooks, training = [], {m: m.training for m in module.modules()}
     try:
+        x = torch.zeros(1, n_in, size, size, device=first.device, dtype=first.dtype)
+        t = _Trace(x)
+        for name, m in module.named_modules():
+            hooks.append(m.register_forward_pre_hook(lambda m, a, name=name: t.enter(name, m)))
+            hooks.append(m.register_forward_hook(lambda m, a, kw, out: t.leave((a, kw), out), with_kwargs=True))
         module.eval()
         with torch.no_grad(), t: module(x)
-    except RuntimeError as e: raise FastcifarError(f'{type(module).__name__} does not take images of shape {n_in}x{size}x{size}: {str(e).splitlines()[0]}') from e
+    except FastcifarError: raise
+    except Exception as e: raise FastcifarError(f'{type(module).__name__} does not take images of shape {n_in}x{size}x{size}: {type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ""}') from e
     finally:
         for h in hooks: h.remove()
-        module.train(training)
+        for m, mode in training.items(): m.training = mode # some may have been frozen
     return t.rows
 
 # %% ../nbs/15_inspect.ipynb #d012599b
 def _short(v): return '' if v is None else str(v[0]) if v[0] == v[1] else f'{v[0]}x{v[1]}'
+
+def _size(fields, of='size'): return '?' if fields is None else _short([getattr(f, of) for f in fields])
 
 def summarize(
     module:nn.Module, # Anything that takes a batch of images, such as a net of `create_model`
@@ -170,29 +181,29 @@ def summarize(
     size:int=32, # Their height and width
     details:bool=False, # Also list what neither has parameters nor changes shape or field, such as activations?
 ) -> pd.DataFrame: # A row for each layer in the order in which they run
-    "Layer, output shape, window, parameters, multiply-accumulates and receptive field of every layer"
+    "Layer, output shape, window, parameters, multiply-accumulates and receptive field of every layer; `?` where positions are mixed by another rule than windows, as in attention"
     rows = trace(module, n_in, size)
-    show = [r for r in rows if r.after and (details or r.parameters or r.kernel or r.macs or len(r.inputs) > 1)]
+    show = [r for r in rows if r.output and (details or r.parameters or r.kernel or r.macs or len(r.inputs) > 1)]
     return pd.DataFrame([dict(layer=r.layer, kind=r.kind.rstrip('_'), output='x'.join(map(str, r.output)), kernel=_short(r.kernel), stride=_short(r.stride), padding=_short(r.padding),
                          dilation=_short(r.dilation), groups=r.groups or '', parameters=r.parameters, MACs=r.macs, **{
-                         'field in': _short([f.size for f in r.before]), 'field': _short([f.size for f in r.after]),
-                         'jump in': _short([f.jump for f in r.before]), 'jump': _short([f.jump for f in r.after])})for r in show])
+                         'field in': _size(r.before), 'field': _size(r.after), 'jump in': _size(r.before, 'jump'), 'jump': _size(r.after, 'jump')}) for r in show])
 
 # %% ../nbs/15_inspect.ipynb #5386f95a
 def gradient_field(
     module:nn.Module, # What maps images to a map
     n_in:int=3, # Channels of the images
     size:int=32, # Their height and width
-    positive:bool=False, # Look at a copy with positive weights and average pools, in which nothing cancels or is left out?
+    positive:bool=False, # Look at a copy with positive weights, average pools and no norms, in which nothing cancels or is left out?
 ) -> np.ndarray: # (size, size): |d centre of the map / d pixel|, summed over channels
     "How strongly the middle of the output depends on each pixel"
     import copy
-    module = copy.deepcopy(module).eval()
+    module = copy.deepcopy(module).cpu().float().eval()
     if positive:
         for p in module.parameters(): p.data = torch.full_like(p, 1e-2)
         for m in list(module.modules()):
             for name, child in m.named_children():
                 if isinstance(child, nn.MaxPool2d): setattr(m, name, nn.AvgPool2d(child.kernel_size, child.stride, child.padding))
+                elif 'Norm' in type(child).__name__ and not list(child.children()): setattr(m, name, nn.Identity()) # some look at the whole map
     x = torch.ones(1, n_in, size, size, requires_grad=True)
     y = module(x)
     mid = y[..., y.shape[2] // 2, y.shape[3] // 2] if y.ndim == 4 else y
@@ -230,14 +241,14 @@ def plot_graph(
     texts, parents, fields = _collapse(trace(module, n_in, size))
     children = [[c for c, p in enumerate(parents) if i in p] for i in range(len(texts))]
     column = [0] * len(texts)
-    for i in range(1, len(texts)): # the first child goes on below its parent; a later one that meets it again stands beside it
+    for i in range(1, len(texts)): # the first child goes on below its parent; later ones that meet it again stand beside it
         p = parents[i]
-        column[i] = min(column[q] for q in p) if len(p) > 1 else column[p[0]] + (children[p[0]].index(i) > 0)
+        column[i] = min(column[q] for q in p) if len(p) > 1 else column[p[0]] + [c for c in children[p[0]] if len(parents[c]) == 1].index(i)
     h = 0.62
     fig, ax = plt.subplots(figsize=(4.2 + 3 * max(column), h * len(texts)))
     for i, t in enumerate(texts):
         head = f'input  {n_in}x{size}x{size}' if i == 0 else t[0] + (f'\n{", ".join(t[1])}' if t[1] else '')
-        side = '' if i == 0 else f'  {t[2]}\n  field {_short([f.size for f in fields[i]])}'
+        side = '' if i == 0 else f'  {t[2]}\n  field {_size(fields[i])}'
         kind = 'input' if i == 0 else t[0]
         color = '#eeeeee' if kind.startswith('input') else '#fde9c8' if kind in ('add', 'cat') else '#d7e8f7' if 'Conv' in kind else '#dff2df'
         x, y = 3.6 * column[i], -i * h
@@ -263,9 +274,11 @@ def plot_field(
     module:nn.Module, # Anything `summarize` takes
     image:np.ndarray=None, # uint8 (H, W, 3); grey if None
     size:int=32, # Height and width of the images
+    n_in:int=3, # Channels of the images
 ):
     "Draw receptive fields as squares over an image, beside the gradient of the middle of the last map; returns the matplotlib figure"
-    rows = [r for r in trace(module, size=size) if r.kernel]
+    rows = [r for r in trace(module, n_in, size) if r.kernel and r.after]
+    if not rows: raise FastcifarError(f'{type(module).__name__} has no convolution or pool whose field is known: there is nothing to draw')
     maps = [r for r in rows if len(r.output) == 3 and r.output[1] > 1] or rows[:1]
     sizes = sorted({r.after[0].size for r in maps})
     picked = sorted({sizes[i] for i in np.linspace(0, len(sizes) - 1, min(5, len(sizes))).astype(int)})
@@ -279,7 +292,7 @@ def plot_field(
     lim = max(size, picked[-1]) / 2 + 3
     axs[0].set(xlim=(size / 2 - lim, size / 2 + lim), ylim=(size / 2 + lim, size / 2 - lim), title='receptive fields (pixels)')
     last = max(maps, key=lambda r: r.after[0].size).layer
-    g = gradient_field(_Until(module, last), size=size)
+    g = gradient_field(_Until(module, last), n_in, size)
     axs[1].imshow(g / (g.max() or 1), cmap='magma', vmin=0, vmax=1)
     axs[1].set(title=f'gradient of the middle of {last}')
     return fig

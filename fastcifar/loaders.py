@@ -271,7 +271,7 @@ def best_path(
     "How batches are made: the batch path on every device, but for pipelines that have no twin"
     check_name(path, ('auto', 'item', 'batch'), 'path')
     if path == 'item' or has_twin(policy): return 'item' if path == 'item' else 'batch'
-    if path == 'batch': warnings.warn('this policy has no twin for whole batches: the item path makes them')
+    warnings.warn('this policy has no twin for whole batches: the item path makes them')
     return 'item'
 
 @patch

@@ -90,13 +90,13 @@ def orthogonalize(
     steps:int=5, # Newton-Schulz steps
 ) -> torch.Tensor: # The same shape; singular values near 1 (0.7 to 1.2)
     "Move all singular values of a matrix towards 1, keeping its singular vectors"
-    x = m / (m.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = (m / (m.norm(dim=(-2, -1), keepdim=True) + 1e-7)).reshape(-1, *m.shape[-2:])
     tall = m.shape[-2] > m.shape[-1]
     if tall: x = x.mT
-    for _ in range(steps):
+    for _ in range(steps): # 3.4445 x + (2.0315 a a - 4.7750 a) x, in as few operations as a GPU has to be told of
         a = x @ x.mT
-        x = 3.4445 * x + (2.0315 * a @ a - 4.7750 * a) @ x
-    return x.mT if tall else x
+        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return (x.mT if tall else x).reshape(m.shape)
 
 # %% ../nbs/16_optim.ipynb #2672a150
 def _is_matrix(p, least, nets):
@@ -115,7 +115,7 @@ class Muon(ListAdam):
         least:int=10, # Fewest rows and columns that make a parameter a matrix
         spectral:float=0., # The norm of a matrix's update, in learning rates; 0: such that its numbers have a root mean square of 0.2, like Adam's
         decay:str='decoupled', # `'decoupled'`, or `'l2'`: added to the gradient
-        nets:int=1, # Matrices that lie below each other in a parameter, those of nets [side by side](together.html)
+        nets:int=1, # Matrices that lie below each other in a parameter, those of nets side by side, see `fastcifar.together`
     ): super().__init__(params, decay, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, least=least, spectral=spectral, nets=nets)
 
     def update(self, ps, grads, states, least, nets, **hypers):

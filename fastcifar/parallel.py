@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from fastai.callback.core import Callback
 from fastai.learner import AvgLoss, AvgMetric
+from fastai.torch_core import default_device
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -49,11 +50,10 @@ def process_group(
     finally: dist.destroy_process_group()
 
 def rank_device(
-    device, # What was asked for
-) -> torch.device: # With the GPU of this process
+    device=None, # What was asked for; fastai's default device if None
+): # With the GPU of this process; what was asked for if that is one already, or no GPU
     "The device of this process among those of its machine"
-    device = torch.device(device)
-    if world_size() == 1 or device.type != 'cuda' or device.index is not None: return device
+    if world_size() == 1 or str(default_device().type if device is None else device) != 'cuda': return device
     local = int(os.environ.get('LOCAL_RANK') or 0)
     if local >= torch.cuda.device_count(): raise FastcifarError(f'process {local} has no GPU of its own, there are {torch.cuda.device_count()}: start as many processes as there are GPUs')
     torch.cuda.set_device(local)
@@ -135,7 +135,8 @@ class ShareTraining(Callback):
 
     def after_train(self):
         smooth, *rest = self.recorder._train_mets
-        smooth.val = type(smooth.val)(total(smooth.val)[0] / world_size())
+        mean = total(smooth.val)[0] / world_size()
+        smooth.val = smooth.val.new_tensor(mean) if isinstance(smooth.val, torch.Tensor) else type(smooth.val)(mean) # a tensor on a GPU, a NumPy number on a CPU
         self._add_up(rest)
 
     def after_validate(self): self._add_up(self.recorder._valid_mets)

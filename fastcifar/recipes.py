@@ -114,7 +114,7 @@ _speedrun = Recipe(8, 1000, 'small_crop_altflip', 'muon', lr_max=0.02, lr_min=0.
                    freeze=(('whiten.bias', 3),), views='crops')
 _reference['speednet'] = _fast_recipes['speednet'] = _speedrun # it is made for it
 
-RECIPES = {'one_cycle': 'rates found by a range test, Adam, one cycle without annihilation', 'reference': 'as the authors of the net trained it',
+RECIPES = {'one_cycle': 'rates found by a range test, Adam, one cycle without annihilation', 'reference': 'as the authors of the net trained it (groupnet: as normnet41k, fastnet200k: as sepnet178k)',
            'fast': 'Muon and one cycle, in as many epochs as the reference or fewer; tuned for normnet48k and groupnet on a validation split (results/tuning.csv), carried over to the rest',
            'speedrun': 'speednet, as quickly as possible; see the tutorial on speed'}
 

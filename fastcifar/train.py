@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'best_precision', 'NumberFormat', 'MemoryFormat', 'best_channels_last', 'keep_freed_memory',
-           'compile_net', 'FreezeParts', 'StopOnNaN', 'deterministic_only', 'UnpicklingWarning', 'CifarLearner',
-           'some_images', 'cifar_learner']
+           'compile_net', 'FreezeParts', 'StopOnNaN', 'deterministic_only', 'cpu_threads', 'UnpicklingWarning',
+           'CifarLearner', 'some_images', 'cifar_learner']
 
 # %% ../nbs/20_train.ipynb #785e6f28
 import contextlib, ctypes, fnmatch, math, os, platform, sys, warnings
@@ -126,7 +126,7 @@ def compile_net(
     except Exception as e:
         why = ' '.join(str(e).split()) or type(e).__name__
         raise FastcifarError(f'compile=True does not work on this machine ({why[:200]}): install a C++ compiler (for a GPU: triton), or leave it out') from e
-    model.compile()
+    model.compile(dynamic=False) # one program for whole batches and one for the last of an epoch; a dynamic one would serve both, but slower
     return model
 
 # %% ../nbs/20_train.ipynb #b847d7be
@@ -190,6 +190,17 @@ def deterministic_only(device):
     finally:
         torch.use_deterministic_algorithms(old[0])
         torch.backends.cudnn.benchmark = old[1]
+
+@contextlib.contextmanager
+def cpu_threads(
+    n:int=None, # None: as many as there are now
+):
+    "Context that runs with `n` CPU threads"
+    if n is not None and n < 1: raise FastcifarError(f'the number of threads is {n}: give at least 1')
+    before = torch.get_num_threads()
+    if n: torch.set_num_threads(n)
+    try: yield
+    finally: torch.set_num_threads(before)
 
 # %% ../nbs/20_train.ipynb #ad58d3c3
 class UnpicklingWarning(UserWarning):
@@ -257,6 +268,7 @@ def cifar_learner(
     device = getattr(dls, 'device', None) or torch.device('cpu')
     if precision == 'auto': precision = best_precision(device)
     if torch.device(device).type == 'cpu': keep_freed_memory()
+    if torch.device(device).type == 'cuda' and not torch.are_deterministic_algorithms_enabled(): torch.backends.cudnn.benchmark = True # all batches but the last have one shape
     if channels_last is None: channels_last = best_channels_last(model, device)
     model.to(device) # fastai does it when a fit starts, too late for predictions and for the optimizer of a resumed run
     if hasattr(model, 'prepare') and not model.prepared: model.prepare(some_images(dls))

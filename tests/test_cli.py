@@ -51,6 +51,8 @@ def test_finished_run_is_left_alone(run, main, tree):
     before = snapshot(out)
     code, said, _ = main('train', '--data', tree, *QUICK, '--out', out)
     assert code == 0 and 'is finished' in said
+    code, _, err = main('train', '--resume', out, '--epochs', 5, '--model', 'groupnet')
+    assert code == 2 and 'leave out --epochs, --model' in err and err.count('\n') == 1
     code, _, err = main('train', '--data', tree, *QUICK, '--seed', 1, '--out', out)
     assert code == 2 and 'seed=0, not 1' in err and err.count('\n') == 1
     assert main('train', '--resume', out)[0] == 0
@@ -85,6 +87,13 @@ def test_found_range_is_used(main, tree, tmp_path):
     m = json.loads(main('train', '--data', tree, '--epochs', 1, '--bs', 4, '--valid', 12, '--out', 'r', '--json')[1])
     r = json.loads((tmp_path/'r/lr_range.json').read_text())
     assert (m['lr_min'], m['lr_max']) == (r['lr_min'], r['lr_max']) and m['valid_images'] == 12 and (tmp_path/'r/lr_range.png').exists()
+
+def test_refused_command_leaves_the_folder_free(main, tree, tmp_path):
+    assert main('train', '--data', tree, *QUICK, '--valid', 60, '--out', 'q')[0] == 2
+    code, said, err = main('train', '--data', tree, '--epochs', 1, '--bs', 20, '--lr-max', '1e-3', '--model', 'normnet31k', '--model-args', 'mended=true', '--valid', 12, '--no-pictures', '--out', 'q')
+    assert code == 0, err
+    assert json.loads((tmp_path/'q/config.json').read_text())['model_args'] == {'mended': True}
+    assert main('evaluate', 'q')[0] == 0
 
 def test_killed_and_continued(run, cli, tree, tmp_path):
     "SIGKILL between two epochs; the same command goes on and ends bit-equal"
@@ -132,6 +141,12 @@ BAD = {
     'plot': (['find-lr', '--data', '{tree}', '--plot', 'x.foo'], '.png'),
     'long name': (['train', '--data', 'x' * 400], 'no path'),
     'epochs': (['train', '--data', '{tree}', '--epochs', '0'], 'at least 1'),
+    'groups of no group norm': (['train', '--data', '{tree}', '--groups', '4'], 'groups are for group norm'),
+    'layer of no picture': (['evaluate', '{tree}', '--layer', 'x'], 'add --plots'),
+    'port': (['demo', 'groupnet', '--port', '99999'], 'at most 65535'),
+    'huge image': (['summary', 'groupnet', '--size', '1000000'], 'does not take images'),
+    'no image': (['summary', 'groupnet', '--field', 'f.png', '--image', '{tree}/none.png'], 'cannot read'),
+    'sweep': (['sweep', '--data', '{tree}', '--model', 'normnet31k', '--bs', '20', '--out', 'sw'], 'cannot hold out 5000'),
 }
 
 @pytest.mark.parametrize('name', BAD)

@@ -1,11 +1,17 @@
 "A study as a person runs it: killed, continued, with a run that fails, with a folder that holds another one."
-import json, os, signal, subprocess, sys, time
+import json, os, shutil, signal, subprocess, sys, time
 
 import pandas as pd
 import psutil
 import pytest
 
 QUICK = ('--models', 'normnet31k', '--norms', 'bn,gn', '--seeds', 2, '--epochs', 2, '--bs', '20', '--no-pictures')
+
+def _ends_itself(name, parent):
+    "What a run is to a pool; one of them kills its process, as the system does when memory is short"
+    if name == 'ends' and os.getpid() != parent: os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(.2)
+    return f'{name} is done'
 
 def compare(tree, out, *more): return ['compare', '--data', tree, *QUICK, '--out', out, *more]
 
@@ -65,9 +71,40 @@ def test_another_study_is_refused(study, main, tree, change):
 
 def test_failed_run_does_not_stop_the_rest(main, tree):
     code, said, _ = main('compare', '--data', tree, '--models', 'normnet31k', '--norms', 'bn', '--seeds', 1, '--epochs', 1, '--bs', '20,64', '--jobs', 1, '--out', 's')
-    assert code == 0 and 'failed: a batch of 64 is larger' in said and said.count('failed: normnet31k') == 1
+    assert code == 1 and 'failed: a batch of 64 is larger' in said and said.count('failed: normnet31k') == 1
     r = pd.read_csv('s/results.csv')
     assert r.status.tolist() == ['finished', 'failed'] and 'larger than the training split' in r.reason[1]
+
+def test_process_that_the_system_ends():
+    "Each time, or once: the others are finished, and only the culprit is blamed"
+    from fastcifar.study import _on_pool
+    said = []
+    calls = {k: (k, os.getpid()) for k in ('ends', 'a', 'b', 'c')}
+    back = dict(_on_pool(_ends_itself, calls, 2, said.append))
+    assert {k: back[k] for k in 'abc'} == dict(a='a is done', b='b is done', c='c is done') and 'the system ended' in back['ends']
+    assert said and all('most likely for want of memory' in s for s in said)
+
+def test_other_runs_in_the_folder_are_refused(study, tmp_path):
+    "Finished runs of another configuration are not taken for those of this study"
+    from fastcifar.basics import FastcifarError
+    from fastcifar.study import Study
+    c = json.loads((study[0]/'study.json').read_text())['runs']['normnet31k-bn-fast-bs20-seed0']
+    shutil.copytree(study[0]/'runs/normnet31k-bn-fast-bs20-seed0', tmp_path/'s/runs/normnet31k-bn-fast-bs20-seed0')
+    data = (study[0]/'runs/normnet31k-bn-fast-bs20-seed0/.data').read_text()
+    with pytest.raises(FastcifarError, match='holds a run with epochs=2, not 1'):
+        Study(tmp_path/'s', 'normnet31k', data, 'bn', seeds=1, batch_sizes=c['bs'], epochs=1).run(bars=False)
+
+def test_study_of_an_older_version_continues(study, tmp_path):
+    "Settings that did not exist when it was begun are as they were then"
+    from fastcifar.study import Study
+    shutil.copytree(study[0], tmp_path/'s')
+    saved = json.loads((tmp_path/'s/study.json').read_text())
+    for c in saved['runs'].values(): del c['views'], c['model_args'], c['path']
+    (tmp_path/'s/study.json').write_text(json.dumps(saved))
+    data = (study[0]/'runs/normnet31k-bn-fast-bs20-seed0/.data').read_text()
+    said = []
+    Study(tmp_path/'s', 'normnet31k', data, ('bn', 'gn'), seeds=2, batch_sizes=20, epochs=2).run(bars=False, say=said.append)
+    assert '4 runs, 4 finished' in said[0]
 
 def test_same_run_in_and_out_of_a_study(study, main, tree):
     "A run of a study is the run that `train` makes: same numbers"
@@ -85,6 +122,10 @@ BAD = {
     'twice': (['--norms', 'bn,bn'], 'the same run twice'),
     'none': (['--norms', ','], 'at least one'),
     'batch sizes': (['--bs', 'big'], 'not a list of whole numbers'),
+    'batch size': (['--bs', '0'], 'at least 1'),
+    'device': (['--device', 'xyz'], "no device 'xyz'"),
+    'argument': (['--model-args', 'shared=true'], 'no argument of normnet31k'),
+    'arguments': (['--model-args', 'mended'], 'mended=true'),
     'seeds': (['--seeds', '0'], 'at least 1'),
     'data': (['--data', 'cifra10'], "did you mean 'cifar10'"),
 }

@@ -66,7 +66,7 @@ def test_finished_runs_stay_and_seeds_join(studies, main):
 def test_a_pass_that_fails_says_which_run_does(main):
     "A learning rate at which every net explodes: each run has its own reason"
     code, said, _ = main('compare', *SETTINGS, '--seeds', 2, '--epochs', 1, '--optimizer', 'sgd', '--lr-max', 900, '--lr-min', 900, '--together', 2, '--out', 's')
-    assert code == 0 and said.count('failed: groupnet') == 2 and 'NaN or infinite' in said
+    assert code == 1 and said.count('failed: groupnet') == 2 and 'NaN or infinite' in said
     assert pd.read_csv('s/results.csv').status.tolist() == ['failed', 'failed']
 
 def test_one_rate_for_all(main):

@@ -225,7 +225,7 @@ def _noted(norm):
 def studies(tmp):
     f = tmp/'study/study.json'
     f.parent.mkdir()
-    s = Study(f.parent, ['normnet31k'], 'digits', epochs=1, bs=500)
+    s = Study(f.parent, ['normnet31k'], 'digits', epochs=1, batch_sizes=500)
     s._settle()
     good = json.loads(f.read_text())
     def use(value):

@@ -50,11 +50,11 @@ class CompactNet(FeatureNet):
 
 # %% ../../nbs/11_models.compact.ipynb #e1b6bca1
 class GroupNet(CompactNet):
-    "Ours, at most 41,026 parameters: depthwise blocks between grouped, strided convolutions"
+    "Ours, at most 41,026 parameters with every norm but ln_chw: depthwise blocks between grouped, strided convolutions"
     def __init__(self, n_out:int=10, n_in:int=3, norm:str='bn', groups:int=8, dropout:float=0.):
         super().__init__(16, ((32, 64, (1, 1, 1)), (48, 96, (1, 1))), n_out, n_in, norm, groups, dropout)
 
 class FastNet200k(CompactNet):
-    "Ours, at most 200,000 parameters: depthwise blocks, dilated in the last stage, between grouped, strided convolutions"
+    "Ours, at most 200,000 parameters with every norm but ln_chw: depthwise blocks, dilated in the last stage, between grouped, strided convolutions"
     def __init__(self, n_out:int=10, n_in:int=3, norm:str='bn', groups:int=8, dropout:float=0.):
         super().__init__(32, ((64, 128, (1, 1, 1, 1)), (112, 224, (2, 2))), n_out, n_in, norm, groups, dropout)

@@ -51,9 +51,14 @@ def _load_pretrained(model, name, norm):
     f = _folder/f'{key}.safetensors'
     if file_sha256(f) != index[key]['sha256']: raise FastcifarError(f'{f} is damaged (its hash differs from the one in index.json): install fastcifar again')
     tensors, note = load_tensors(f)
-    if model.config['n_out'] != note['model']['n_out']: tensors |= {k: v for k, v in model.state_dict().items() if k.startswith('head.')}
+    default = {k: p.default for k, p in inspect.signature(type(model)).parameters.items()}
+    for k in sorted(default.keys() - {'n_out', 'dropout', *(() if norm == 'gn' else ('groups',))}): # what the weights depend on
+        was, now = (c.get(k, default[k]) for c in (note['model'], model.config))
+        if was != now: raise FastcifarError(f'the weights of {key} were trained with {k}={was!r}, not {now!r}: leave it out, or leave out pretrained')
+    classes = model.config['n_out'] == note['model']['n_out']
+    if not classes: tensors |= {k: v for k, v in model.state_dict().items() if k.startswith('head.')}
     load_weights(model, tensors, f)
-    model.note = note
+    model.note = note if classes else {k: v for k, v in note.items() if 'accuracy' not in k and k != 'classes'} # another head has neither
 
 # %% ../../nbs/14_models.zoo.ipynb #09c24a58
 def create_model(
@@ -73,8 +78,9 @@ def create_model(
     return model
 
 def model_table() -> pd.DataFrame:
-    "Every model with its number of parameters and what it is"
-    return pd.DataFrame([dict(model=n, parameters=count_parameters(create_model(n)), what=inspect.getdoc(c)) for n, c in _models.items()]).set_index('model')
+    "Every model with its trainable parameters, the norms for which trained weights are in the package, and what it is"
+    weights = lambda n: ', '.join(k.rpartition('-')[2] for k in _pretrained() if k.rpartition('-')[0] == n)
+    return pd.DataFrame([dict(model=n, parameters=count_parameters(create_model(n)), weights=weights(n), what=inspect.getdoc(c)) for n, c in _models.items()]).set_index('model')
 
 # %% ../../nbs/14_models.zoo.ipynb #7669166c
 def save_model(
