@@ -15,6 +15,7 @@ from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner
 from fastcore.foundation import L
 from scipy import stats
+from torch.nn import functional as F
 
 from .explain import grad_cam, overlay
 
@@ -44,6 +45,10 @@ def _mosaic(lines, title, cols):
     fig.suptitle(title)
     return fig
 
+def _smoothing(loss_func):
+    "The label smoothing of a loss; what a net is trained with is no measure to compare recipes by"
+    return getattr(getattr(loss_func, 'func', loss_func), 'label_smoothing', 0.)
+
 class CifarInterpretation(ClassificationInterpretation):
     "fastai's `ClassificationInterpretation`, with predictions computed once, and more to see"
     def __init__(self, learn:Learner, dl, losses, preds, targs):
@@ -60,6 +65,7 @@ class CifarInterpretation(ClassificationInterpretation):
         if dl is None: dl = learn.dls.evaluation(ds_idx) if hasattr(learn.dls, 'evaluation') else learn.dls[ds_idx].new(shuffle=False, drop_last=False)
         learn.model.to(getattr(dl, 'device', None) or 'cpu') # fastai moves it when a fit starts, not before
         with learn.no_logging(): preds, targs, losses = learn.get_preds(dl=dl, with_loss=True)
+        if _smoothing(learn.loss_func): losses = F.nll_loss(preds.float().clamp_min(torch.finfo(torch.float32).tiny).log(), targs.long(), reduction='none')
         return cls(learn, dl, losses, preds.float(), targs)
 
     def __getitem__(self, idxs):
@@ -90,7 +96,7 @@ class CifarInterpretation(ClassificationInterpretation):
 
     @property
     def loss(self) -> float:
-        "Mean cross-entropy"
+        "Mean cross-entropy, without the label smoothing that the net may have been trained with"
         return float(self.losses.double().mean())
 
     def predictions(self) -> pd.DataFrame:

@@ -233,10 +233,11 @@ class BatchDL(ArrayDL):
         pixels, labels = make_resident(rows.data, device)
         twin = self.twin if self.twin and self._augments() else BatchPolicy('none')
         items, epoch = torch.from_numpy(items).to(device), max(self.epoch, 0)
+        numbers = twin.numbers(torch.arange(len(items), device=device), epoch)
         def make(samples):
             samples = torch.from_numpy(samples).to(device, non_blocking=True)
             at = items[samples]
-            x = twin(pixels[at], samples, epoch)
+            x = twin.augment(pixels[at], numbers[samples], epoch)
             return unpack_images(x, *stats, self.dtype) if stats else image_bytes(x).permute(0, 3, 1, 2), labels[at]
         return make
 

@@ -75,8 +75,8 @@ def unpack_images(
 # %% ../nbs/05_twins.ipynb #a83de696
 class _Batch:
     "Packed images on their way through the steps of a policy"
-    def __init__(self, source, samples, u, fill, seed, epoch):
-        self.source, self.samples, self.fill, self.seed, self.epoch = source, samples, fill, seed, epoch
+    def __init__(self, source, u, fill, epoch):
+        self.source, self.fill, self.epoch = source, fill, epoch
         self._u, self._used, self._pixels, self.device = u, 0, None, source.device
         self._start()
 
@@ -86,6 +86,10 @@ class _Batch:
         "The next random number of each image, (N,)"
         self._used += 1
         return self._u[:, self._used - 1]
+
+    def lasting(self):
+        "A random number of each image that is the same in every epoch, (N,)"
+        return self._u[:, -1]
 
     def choose(self, n):
         "A whole number from 0 to n - 1 for each image"
@@ -134,7 +138,7 @@ def _mirrored(b, which):
 
 def _flip(step, b): _mirrored(b, b.uniform() < step.p)
 
-def _alternating_flip(step, b): _mirrored(b, (keyed_uniform(b.seed, 2**32 - 1, b.samples, 1)[:, 0] < 0.5) ^ (b.epoch % 2 == 1))
+def _alternating_flip(step, b): _mirrored(b, (b.lasting() < 0.5) ^ (b.epoch % 2 == 1))
 
 def _hole(step, b):
     top, left, p = b.choose(SIDE - step.side + 1), b.choose(SIDE - step.side + 1), b.uniform()
@@ -173,7 +177,7 @@ class BatchPolicy:
     ):
         if not has_twin(policy): raise FastcifarError(f'the policy {policy!r} has no twin for whole batches: use path="item"')
         self.steps, self.fill, self.seed = POLICIES[policy], tuple(int(round(f)) for f in fill), seed
-        self.n = sum(_TWINS[type(s)][1] for s in self.steps)
+        self.n, self.alternates = sum(_TWINS[type(s)][1] for s in self.steps), any(isinstance(s, AlternatingFlipStep) for s in self.steps)
 
     def __call__(self,
         packed:torch.Tensor, # int32 (N, 1089), from `pack_images`
@@ -181,7 +185,24 @@ class BatchPolicy:
         epoch:int, # Number of the epoch
     ) -> torch.Tensor: # int32 (N, 32, 32)
         "The augmented images"
-        b = _Batch(packed, samples, keyed_uniform(self.seed, epoch, samples, self.n) if self.n else None, self.fill, self.seed, epoch)
+        return self.augment(packed, self.numbers(samples, epoch), epoch)
+
+    def numbers(self,
+        samples:torch.Tensor, # int64 (N,): which images they are
+        epoch:int, # Number of the epoch
+    ) -> torch.Tensor: # (N, as many as the steps need)
+        "All that is random about some images; for a whole epoch at once it is a few operations instead of a few for each batch"
+        u = [keyed_uniform(self.seed, epoch, samples, self.n)] if self.n else []
+        if self.alternates: u.append(keyed_uniform(self.seed, 2**32 - 1, samples, 1))
+        return torch.cat(u, 1) if u else torch.empty(len(samples), 0, device=samples.device)
+
+    def augment(self,
+        packed:torch.Tensor, # int32 (N, 1089), from `pack_images`
+        numbers:torch.Tensor, # Theirs, of `numbers`
+        epoch:int, # Number of the epoch
+    ) -> torch.Tensor: # int32 (N, 32, 32)
+        "The images, augmented with given random numbers"
+        b = _Batch(packed, numbers, self.fill, epoch)
         for s in self.steps: _TWINS[type(s)][0](s, b)
         return b.pixels()
 
