@@ -324,7 +324,8 @@ def _airbench(script, data, n, device):
         (folder := Path(tmp)/'cifar10').mkdir()
         for s in ('train', 'test'):
             torch.save(dict(images=torch.from_numpy(np.array(data.x[s])), labels=torch.from_numpy(data.y[s]), classes=list(data.classes)), folder/f'{s}.pt')
-        same_gpu = {'CUDA_VISIBLE_DEVICES': str(torch.device(device).index)} if torch.device(device).index and 'CUDA_VISIBLE_DEVICES' not in os.environ else {}
+        visible, index = os.environ.get('CUDA_VISIBLE_DEVICES'), torch.device(device).index or 0
+        same_gpu = {'CUDA_VISIBLE_DEVICES': visible.split(',')[index] if visible else str(index)}
         p = subprocess.Popen([sys.executable, '-u', str(Path(script).resolve())], cwd=tmp, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **same_gpu})
         runs, tail = [], []
         try:

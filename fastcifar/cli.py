@@ -264,8 +264,11 @@ def _names(text): return [n for n in text.split(',') if n]
 
 def _arguments(text):
     "`mended=true,scale=0.2` as a dict"
-    try: return {k: json.loads(v) for k, v in (part.split('=') for part in text.split(','))}
+    try: given = {k: json.loads(v) for k, v in (part.split('=') for part in text.split(','))}
     except ValueError: raise argparse.ArgumentTypeError(f'{text!r} is not a list such as mended=true,scale=0.2') from None
+    own = [k for k in given if k in ('name', 'n_out', 'norm', 'groups', 'dropout', 'pretrained')]
+    if own: raise argparse.ArgumentTypeError(f'{own[0]} is not given here: the name of the net, --norm, --groups and --dropout are options of their own')
+    return given
 
 def _whole(text):
     try: return [int(n) for n in text.split(',')]
@@ -331,7 +334,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--resume', metavar='RUN', help='continue the run in this folder with the configuration it was begun with')
     p = add('compare', compare_command, 'train models x norms x recipes x batch sizes x seeds and compare them; exit code 1 if a run failed')
     _data_options(p), _net_options(p), _loss_options(p), _schedule_options(p), _valid_option(p, 'none', 'curves are then those of the held-out images')
-    p.add_argument('--models', type=_names, required=True, help='separated by commas')
+    p.add_argument('--models', '--model', type=_names, required=True, help='separated by commas')
     p.add_argument('--norms', type=_names, default=['bn', 'ln', 'gn'], help='separated by commas (default: bn,ln,gn)')
     p.add_argument('--recipes', type=_names, default=['fast'], help='separated by commas (default: fast)')
     p.add_argument('--seeds', type=_at_least(1), default=3, help='how many runs of each (default: %(default)s)')
@@ -388,7 +391,7 @@ def parser() -> argparse.ArgumentParser:
     p = add('bench', bench_command, 'time the library against its alternatives, in turns')
     p.add_argument('name', help='data, step, epoch, speedrun, parallel or together')
     p.add_argument('--rounds', type=_at_least(1), default=5, help='rounds of each pair (default: %(default)s)')
-    p.add_argument('--device', help='cuda for the GPU rows, cpu for the others (default: for speedrun a GPU if there is one)')
+    p.add_argument('--device', help='cuda for the GPU rows, cpu for the others (default: for speedrun and together a GPU if there is one)')
     p.add_argument('--data', help="for the GPU rows: 'cifar10', a folder or an archive (default: $FASTCIFAR_DATA, else cifar10)")
     p.add_argument('--runs', type=_at_least(1), default=10, help='whole trainings of each on a GPU (default: %(default)s)')
     p.add_argument('--airbench', metavar='FILE', help='airbench94_muon.py, to be run beside ours on the same GPU and images')

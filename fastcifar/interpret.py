@@ -47,7 +47,8 @@ def _mosaic(lines, title, cols):
 
 def _smoothing(loss_func):
     "The label smoothing of a loss; what a net is trained with is no measure to compare recipes by"
-    return getattr(getattr(loss_func, 'func', loss_func), 'label_smoothing', 0.)
+    f = getattr(loss_func, 'func', None) # fastai's losses, whose predictions are probabilities
+    return getattr(f, 'label_smoothing', 0.) or getattr(f, 'eps', 0.) if getattr(f, 'weight', None) is None else 0.
 
 class CifarInterpretation(ClassificationInterpretation):
     "fastai's `ClassificationInterpretation`, with predictions computed once, and more to see"

@@ -137,13 +137,13 @@ def create_recipe(
 
 def read_recipe(
     path, # A file as `fastcifar sweep` writes it
-) -> dict: # recipe, model, norm, and fields of `Recipe`: what `fastcifar.runs.configure` takes
+) -> dict: # recipe, model, norm, groups, model_args, and fields of `Recipe`: what `fastcifar.runs.configure` takes
     "The recipe in a file"
     r = read_json(Path(path))
     if not isinstance(r, dict) or not isinstance(r.get('settings'), dict): raise FastcifarError(f'{path} holds no recipe: give one that fastcifar sweep has written, or a name of {", ".join(RECIPES)}')
     try: create_recipe(r.get('recipe'), r.get('model'), **r['settings'])
     except FastcifarError as e: raise FastcifarError(f'{path}: {e}') from e
-    return {'recipe': r['recipe'], 'model': r['model'], **({'norm': r['norm']} if r.get('norm') else {}), **r['settings']}
+    return {k: r[k] for k in ('recipe', 'model', 'norm', 'groups', 'model_args') if r.get(k) is not None} | r['settings']
 
 def recipe_table(name:str) -> pd.DataFrame:
     "The settings of a recipe for every net; those that all share with the defaults are left out"

@@ -83,7 +83,7 @@ def build_model(
 ) -> torch.nn.Module:
     "The net of a configuration"
     own = {k: getattr(c, k) for k in ('groups', 'dropout') if getattr(c, k) is not None}
-    twice = {'n_out', 'norm', 'pretrained', 'groups', 'dropout'} & set(c.model_args or {})
+    twice = {'name', 'n_out', 'norm', 'pretrained', 'groups', 'dropout'} & set(c.model_args or {})
     if twice: raise FastcifarError(f'model_args has {", ".join(sorted(twice))}, which a training sets by itself: leave it out')
     return create_model(c.model, n_out=n_out, norm=c.norm, **own, **(c.model_args or {}))
 
@@ -151,15 +151,16 @@ def settle_config(
     data, # Its `ImageData`
     out:Path, # Run folder
     device, # Where it is trained
+    begun:bool=False, # Has it begun elsewhere, so that the configuration in the folder holds?
 ) -> Config: # With precision and path settled
     "Compare with the configuration in the folder, or write it there; the data set goes by its hash, wherever it lies and however it is called"
     f, new = out/'config.json', as_json(dict(dataclasses.asdict(c), data=data.name, data_sha256=data.source))
     settled = dict(precision=best_precision(device), path='batch' if has_twin(data.policy if c.policy is None else c.policy) else 'item')
-    begun = [n for n in ('checkpoints/*', 'lr_range.json', 'history.csv', 'metrics.json') if any(out.glob(n))] # a refused command leaves a configuration alone
-    if not f.exists() or not begun: write_json(f, {**new, **{k: v for k, v in settled.items() if new[k] == 'auto'}})
-    old = read_json(f)
-    if not isinstance(old, dict): raise FastcifarError(f'{f} does not hold a configuration: choose another --out')
-    old = complete_config(old)
+    old = read_json(f) if f.exists() else None
+    if f.exists() and not (isinstance(old, dict) and {'data', 'data_sha256', 'model', 'epochs', 'seed'} <= set(old)): raise FastcifarError(f'{f} does not hold the configuration of a run: choose another --out')
+    begun = begun or any(any(out.glob(n)) for n in ('checkpoints/*', 'lr_range.json', 'history.csv', 'model.safetensors', 'metrics.json')) # a refused command leaves a configuration alone
+    if not rank() and (old is None or not begun): write_json(f, {**new, **{k: v for k, v in settled.items() if new[k] == 'auto'}})
+    old = complete_config(read_json(f))
     for k in settled:
         if new[k] == 'auto': new[k] = old.get(k)
     for k in sorted(set(old) | set(new)):
@@ -179,10 +180,12 @@ def write_surroundings(
 def check_same(
     c:Config, # What is asked for
     out:Path, # A finished run folder
+    source:str=None, # Hash of the data that are asked for; None: they go by their name, and are not looked at
 ):
-    "Raise an error if the run in a folder is another one; no data are loaded"
-    old = run_config(out)
-    for f in dataclasses.fields(Config):
+    "Raise an error if the run in a folder is another one"
+    old, sha = run_config(out), read_json(Path(out)/'config.json').get('data_sha256')
+    if source and source != sha: raise FastcifarError(f'{out} holds a run on other data: choose another --out')
+    for f in (f for f in dataclasses.fields(Config) if not (source and f.name == 'data')):
         was, now = (as_json(getattr(o, f.name)) for o in (old, c))
         if f.name == 'data': now = now if now in ARCHIVES else Path(now).expanduser().resolve().name
         if was != now and not (f.name in ('precision', 'path') and now == 'auto'): raise FastcifarError(f'{out} holds a run with {f.name}={was!r}, not {now!r}: choose another --out')

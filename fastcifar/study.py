@@ -34,7 +34,7 @@ from .together import alike, train_together
 def _scaled(c, bs, given):
     "The configuration with another batch size and the learning rates that go with it, but for those that were given"
     k = bs / c.bs if c.optimizer == 'sgd' else math.sqrt(bs / c.bs)
-    rates = [f for f in ('lr_max', 'lr_min', 'lr_end') if f not in given and getattr(c, f) is not None]
+    rates = [] if 'lr_max' in given else [f for f in ('lr_max', 'lr_min', 'lr_end') if f not in given and getattr(c, f) is not None]
     return dataclasses.replace(c, bs=bs, **{f: getattr(c, f) * k for f in rates})
 
 def run_name(c) -> str:
@@ -58,6 +58,7 @@ def study_grid(
     for values, known, kind in ((one(models), list_models(), 'model'), (one(norms), NORMS, 'norm'), (one(recipes), list_recipes(), 'recipe')):
         if not values: raise FastcifarError(f'the study has no {kind}: give at least one')
         for v in values: check_name(v, known, kind)
+    if settings.get('groups') is not None and 'gn' not in one(norms): raise FastcifarError('groups are for group norm, which the study does not have: leave them out, or add the norm gn')
     seeds = range(seeds) if isinstance(seeds, int) else seeds
     if not len(seeds): raise FastcifarError('the study has no seeds: give at least 1')
     res = []
@@ -151,6 +152,9 @@ class Study:
             cells = lambda runs: {k.rpartition('-seed')[0] for k in runs}
             same = cells(old['runs']) == cells(new) and set(old['runs']) <= set(new) and all(isinstance(c, dict) and new[k] == complete_config({'path': 'auto', **c}) for k, c in old['runs'].items())
             if not same: raise FastcifarError(f'{self.out} holds a study of another configuration ({len(old["runs"])} runs): give the same one (seeds may be added), or choose another --out')
+        for c in self.grid:
+            folder = self.out/'runs'/run_name(c)
+            if (folder/'metrics.json').exists(): check_same(c, folder, source)
         write_json(f, dict(runs=new))
 
     def run(self,
@@ -166,16 +170,14 @@ class Study:
         "Run what is not finished yet, and write tables and plots"
         for n, v in (('jobs', jobs), ('threads', threads), ('together', together)):
             if v is not None and v < 1: raise FastcifarError(f'{n} is {v}: give at least 1')
-        if not tasks: checked_device(device)
-        self._settle()
+        if not tasks and not (torch.cuda.is_available() and str(device or default_device()).startswith('cuda')): checked_device(device) # a context on a GPU would take its memory
         device = default_device().type if device is None else str(device)
         gpus = [f'cuda:{i}' for i in range(torch.cuda.device_count())] if device == 'cuda' or device.startswith('cuda') and ':' not in device else [device]
         jobs = jobs or (max(1, (os.cpu_count() or 1) // threads) if device == 'cpu' else 3 * len(gpus))
         folder = self.out.resolve()/'runs'
         finished, todo = {run_name(c) for c in self.grid if (folder/run_name(c)/'metrics.json').exists()}, _passes(self.grid, folder, together)
         for cs in todo: alike(cs)
-        for c in self.grid:
-            if run_name(c) in finished: check_same(c, folder/run_name(c))
+        self._settle()
         if tasks: gpus = ['cuda' if tasks.gpus else 'cpu'] # Ray says which
         say(f'{len(self.grid)} runs, {len(finished)} finished; {min(tasks.at_a_time() if tasks else jobs, len(todo))} at a time{"" if together == 1 else f", each up to {together} seeds in one pass,"} on {"a Ray cluster" if tasks else ", ".join(gpus)}')
         work = self._on_ray(tasks, todo, threads, gpus[0], pictures) if tasks else None
@@ -250,21 +252,30 @@ def _numbered(i, work, args): return i, work(*args)
 
 def _on_pool(work, calls, jobs, say):
     "(key, what `work` gives) of each call, in the order in which they are ready; a string where the system ended the process each time"
-    left, jobs = dict(calls), min(jobs, len(calls))
+    left, jobs, broken = dict(calls), min(jobs, len(calls)), False
     while left:
-        try:
-            for i, back in Parallel(n_jobs=jobs, return_as='generator_unordered')([delayed(_numbered)(i, work, args) for i, args in left.items()]):
-                left.pop(i)
-                yield i, back
-        except BrokenProcessPool: # it does not say which process, and the others went with it
-            jobs //= 2
-            say(f'the system ended a run, most likely for want of memory: going on with {jobs or 1} at a time')
-            if jobs < 2: break
-    for i, args in left.items(): # each in a process of its own, which tells whose fault it is
-        with ProcessPoolExecutor(1) as pool:
-            try: back = pool.submit(work, *args).result()
-            except BrokenProcessPool: back = 'the system ended its process, most likely for want of memory: use a smaller --bs'
-        yield i, back
+        alone = list(left)
+        if not broken or jobs > 1:
+            try:
+                for i, back in Parallel(n_jobs=jobs, return_as='generator_unordered')([delayed(_numbered)(i, work, args) for i, args in left.items()]):
+                    left.pop(i)
+                    yield i, back
+                return
+            except BrokenProcessPool: # it does not say which process, and the others went with it
+                broken, alone = True, list(left)[:jobs]
+                say('the system ended a run, most likely for want of memory: those that were under way go on one at a time')
+        backs = []
+        for i in alone:
+            backs.append(_by_itself(work, left.pop(i)))
+            yield i, backs[-1]
+        if not any(isinstance(back, str) for back in backs): jobs //= 2 # none of them is too large, they were too many
+
+def _by_itself(work, args):
+    "What `work` gives in a process of its own; a string if the system ends that"
+    pool = ProcessPoolExecutor(1)
+    try: return pool.submit(work, *args).result()
+    except BrokenProcessPool: return 'the system ended its process, most likely for want of memory: use a smaller --bs'
+    finally: pool.shutdown(kill_workers=True)
 
 # %% ../nbs/34_study.ipynb #95f68a70
 def _epochs_to(history, accuracy):

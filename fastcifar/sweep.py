@@ -18,7 +18,7 @@ from .basics import FastcifarError, as_json, check_name, optional, read_json, se
 from .data import load_data
 from .loaders import CifarDataLoaders, checked_device # with this import an ImageData has its dataloaders
 from .recipes import fit_recipe, recipe_learner
-from .runs import build_model, configure
+from .runs import build_model, complete_config, configure
 from .state import Stopped, StopRequest
 from .train import cpu_threads
 
@@ -80,7 +80,8 @@ class Sweep:
     def _settle(self, source):
         "Write what the sweep is, or compare with what is there"
         f, new = self.out/'sweep.json', as_json(dict(dataclasses.asdict(self.base), data=source, tune=sorted(self.tune)))
-        if f.exists() and read_json(f) != new: raise FastcifarError(f'{self.out} holds a sweep of another configuration: give the same one, or choose another --out')
+        old = read_json(f) if f.exists() else new
+        if not isinstance(old, dict) or complete_config({'path': 'auto', **old}) != new: raise FastcifarError(f'{self.out} holds a sweep of another configuration: give the same one, or choose another --out')
         write_json(f, new)
 
     def _storage(self):
@@ -149,7 +150,7 @@ class Sweep:
         found = dict(trials=len(t), complete=len(done), valid_accuracy=best.value, valid_images=self.base.valid, data=data.name, data_sha256=data.source, epochs=self.base.epochs, seed=self.base.seed)
         settings = {f.name: getattr(self.base, f.name) for f in dataclasses.fields(self.base) if f.name not in ('data', 'model', 'norm', 'groups', 'model_args', 'recipe', 'seed', 'valid', 'precision', 'path', 'convert')}
         settings |= suggest_settings(_again(best), self.base, self.tune)
-        res = as_json(dict(recipe=self.base.recipe, model=self.base.model, norm=self.base.norm, settings=settings, found=found))
+        res = as_json(dict({k: getattr(self.base, k) for k in ('recipe', 'model', 'norm', 'groups', 'model_args')}, settings=settings, found=found))
         write_json(self.out/'recipe.json', res)
         fig = plot_sweep(t)
         write_atomic(self.out/'sweep.png', lambda tmp: fig.savefig(tmp, dpi=110, bbox_inches='tight'))

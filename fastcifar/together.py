@@ -263,7 +263,7 @@ def train_together(
     device, data = checked_device(device), load_data(c.data, c.convert)
     with contextlib.ExitStack() as folders, explained(work), cpu_threads(threads):
         for out in (work, *outs): folders.enter_context(run_folder(out, wait))
-        configs = [settle_config(c, data, out, device) for c, out in zip(configs, outs)]
+        configs = [settle_config(c, data, out, device, any((work/'checkpoints').glob('*'))) for c, out in zip(configs, outs)]
         for c, out in zip(configs, outs): write_surroundings(c, out, device, together=len(configs))
         learn = together_learner(data, configs, device, compile)
         say(f'{data}\n{len(configs)} nets {c.model} ({c.norm}) in one pass, recipe {c.recipe}, {c.precision} on {device}, seeds {", ".join(str(c.seed) for c in configs)}')

@@ -16,6 +16,8 @@ def place_in_table(run):
 if __name__ == '__main__':
     out, runs = Path(sys.argv[1]), [Path(r) for r in sys.argv[2:] if (Path(r)/'metrics.json').exists()]
     runs.sort(key=place_in_table)
+    names = [run_name(run_config(r)) for r in runs]
+    if twice := {n for n in names if names.count(n) > 1}: raise SystemExit(f'two runs of {", ".join(sorted(twice))}: leave one out')
     out.mkdir(parents=True, exist_ok=True)
     for name, table in (('results', collect_runs(runs)), ('curves', collect_curves(runs))): write_atomic(out/f'{name}.csv', lambda tmp: table.to_csv(tmp, index=False))
     place = lambda e: {k: v for k, v in e.items() if k != 'command'} # which names folders of the machine
