@@ -257,7 +257,7 @@ def _on_pool(work, calls, jobs, say):
         alone = list(left)
         if not broken or jobs > 1:
             try:
-                for i, back in Parallel(n_jobs=jobs, return_as='generator_unordered')([delayed(_numbered)(i, work, args) for i, args in left.items()]):
+                for i, back in Parallel(n_jobs=jobs, return_as='generator_unordered', idle_worker_timeout=5)([delayed(_numbered)(i, work, args) for i, args in left.items()]): # or workers would keep their memory for minutes
                     left.pop(i)
                     yield i, back
                 return
