@@ -97,7 +97,7 @@ def summary_command(args):
     from fastcifar.basics import write_atomic
     from fastcifar.inspect import plot_field, plot_graph, summarize
     from fastcifar.models.zoo import create_model
-    model = create_model(args.model, norm=args.norm, **({} if args.groups is None else dict(groups=args.groups)), **(args.model_args or {}))
+    model = create_model(**{'name': args.model, 'norm': args.norm, **({} if args.groups is None else dict(groups=args.groups)), **(args.model_args or {})})
     image = _square(args.image, args.size) if args.image else None
     t = summarize(model, size=args.size, details=args.details)
     for f, plot in ((args.graph, lambda: plot_graph(model, size=args.size)), (args.field, lambda: plot_field(model, image, args.size))):
@@ -264,11 +264,8 @@ def _names(text): return [n for n in text.split(',') if n]
 
 def _arguments(text):
     "`mended=true,scale=0.2` as a dict"
-    try: given = {k: json.loads(v) for k, v in (part.split('=') for part in text.split(','))}
+    try: return {k: json.loads(v) for k, v in (part.split('=') for part in text.split(','))}
     except ValueError: raise argparse.ArgumentTypeError(f'{text!r} is not a list such as mended=true,scale=0.2') from None
-    own = [k for k in given if k in ('name', 'n_out', 'norm', 'groups', 'dropout', 'pretrained')]
-    if own: raise argparse.ArgumentTypeError(f'{own[0]} is not given here: the name of the net, --norm, --groups and --dropout are options of their own')
-    return given
 
 def _whole(text):
     try: return [int(n) for n in text.split(',')]

@@ -126,7 +126,7 @@ BAD = {
     'device': (['--device', 'xyz'], "no device 'xyz'"),
     'argument': (['--model-args', 'shared=true'], 'no argument of normnet31k'),
     'arguments': (['--model-args', 'mended'], 'mended=true'),
-    'own option': (['--model-args', 'norm="gn"'], 'options of their own'),
+    'own option': (['--model-args', 'norm="gn"'], 'which a training sets by itself'),
     'no group norm': (['--norms', 'bn', '--groups', '4'], 'groups are for group norm'),
     'seeds': (['--seeds', '0'], 'at least 1'),
     'data': (['--data', 'cifra10'], "did you mean 'cifar10'"),
