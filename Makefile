@@ -5,7 +5,7 @@ LATEST = .venv-latest/bin
 export NO_ALBUMENTATIONS_UPDATE = 1
 say = @printf '\n== %s\n'
 
-.PHONY: help demo test test-latest test-wheel soak bench readme docs clean
+.PHONY: help demo test test-latest test-wheel soak bench bench-gpu readme docs clean
 help:
 	@echo 'make demo         set up .venv, train on the embedded digits (offline), print accuracy and run folder'
 	@echo 'make test         set up .venv, check the export, run every notebook and the tests'
@@ -13,6 +13,7 @@ help:
 	@echo 'make test-wheel   build the wheel, install it into an empty environment, run the demo there'
 	@echo 'make soak         kill 50 runs and continue them, try 12,000 hostile files, kill a node of a Ray cluster (about half an hour)'
 	@echo 'make bench        the CPU benchmarks into benchmarks/ (about a quarter of an hour on an idle machine)'
+	@echo 'make bench-gpu AIRBENCH=airbench94_muon.py   the GPU benchmarks into benchmarks/'
 	@echo 'make readme       write README.md from nbs/index.ipynb'
 	@echo 'make docs         build the documentation into _docs/ (offline)'
 
@@ -63,9 +64,14 @@ bench: .venv/installed
 	@$(BIN)/fastcifar bench data --out benchmarks/data.json
 	@$(BIN)/fastcifar bench step --out benchmarks/step.json
 	@$(BIN)/fastcifar bench epoch --out benchmarks/epoch.json
-	@$(BIN)/fastcifar bench speedrun --device cpu --out benchmarks/cpu_speedrun.json
+	@$(BIN)/fastcifar bench speedrun --device cpu --results results/norms/results.csv --out benchmarks/cpu_speedrun.json
 	@$(BIN)/fastcifar bench parallel --rounds 3 --out benchmarks/parallel.json
 	@$(BIN)/fastcifar bench together --device cpu --rounds 3 --out benchmarks/together.json
+
+bench-gpu: .venv/installed
+	@$(BIN)/fastcifar bench epoch --device cuda --out benchmarks/gpu_epoch.json
+	@$(BIN)/fastcifar bench speedrun --device cuda $(if $(AIRBENCH),--airbench $(AIRBENCH)) --out benchmarks/gpu_speedrun.json
+	@$(BIN)/fastcifar bench together --device cuda --out benchmarks/gpu_together.json
 
 readme: .venv/installed
 	@$(BIN)/python tools/readme.py

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['BENCHES', 'Row', 'take_turns', 'speed_row', 'seconds', 'noise_data', 'bench_data', 'bench_step', 'bench_epoch',
-           'bench_cpu_speedrun', 'bench_gpu_speedrun', 'bench_parallel', 'bench_together', 'run_bench']
+           'read_accuracies', 'bench_cpu_speedrun', 'bench_gpu_speedrun', 'bench_parallel', 'bench_together',
+           'run_bench']
 
 # %% ../nbs/37_bench.ipynb #a227a400
 import contextlib, dataclasses, functools, os, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from albumentations import Compose, Normalize
 from albumentations.pytorch import ToTensorV2
@@ -31,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .augment import create_policy
 from .averages import Views
-from .basics import FastcifarError, check_name, seed_everything
+from .basics import FastcifarError, check_name, read_json, seed_everything
 from .data import Arrays, ImageData, load_data
 from .loaders import CifarDataLoaders, checked_device, make_resident
 from .loop import LeanScheduler, piecewise
@@ -234,13 +236,13 @@ class _NoValidation(Callback):
         if not (self.last and self.epoch == self.n_epoch - 1): raise CancelValidException()
 
 def _our_steps(name, recipe, steps, device, data=None, cbs=()):
-    "A function that times `steps` training steps of ours, and the loader that knows how long they waited"
+    "A function that times `steps` training steps of ours, the loader that knows how long they waited, and the learner"
     dls = (data or noise_data(max(recipe.bs * steps, 5000))).dataloaders(bs=recipe.bs, policy=recipe.policy, device=device)
     dls.loaders[0] = dl = _Waiting(dls.loaders[0], steps)
     learn = recipe_learner(dls, create_model(name), recipe)
     def run():
         with learn.no_bar(), learn.no_logging(): fit_recipe(learn, dataclasses.replace(recipe, epochs=1), cbs=[_NoValidation(), *cbs])
-    return (lambda: seconds(run, device)), dl
+    return (lambda: seconds(run, device)), dl, learn
 
 class _TimedCheckpoints(Checkpoints):
     "Checkpoints within an epoch, and how long they took"
@@ -254,7 +256,7 @@ def _checkpoint_row(rounds, steps, every=50):
     with tempfile.TemporaryDirectory() as d:
         for _ in range(rounds):
             ck = _TimedCheckpoints(d, every=-(-steps // 2))
-            run, _ = _our_steps('normnet31k', create_recipe('fast', 'normnet31k', bs=512), steps, 'cpu', cbs=[ck])
+            run, *_ = _our_steps('normnet31k', create_recipe('fast', 'normnet31k', bs=512), steps, 'cpu', cbs=[ck])
             whole = run()
             shares.append(ck.spent / ((whole - ck.spent) / steps * every))
     return Row('checkpoint/normnet31k', statistics.median(shares), min(shares), max(shares), 'share', must=0.02, per=f'{every} batches of 512')
@@ -271,7 +273,7 @@ def bench_epoch(
         k = (steps or {}).get(name, 100 if gpu else 4 if name == 'custom_resnet' else 20)
         recipe = create_recipe('reference', name)
         data = noise_data(max(recipe.bs * k, 5000))
-        ours, dl = _our_steps(name, recipe, k, device, data)
+        ours, dl, _ = _our_steps(name, recipe, k, device, data)
         shares = []
         def measured():
             dl.waited = 0.
@@ -287,18 +289,50 @@ def bench_epoch(
     return rows
 
 # %% ../nbs/37_bench.ipynb #4d9178f9
+def _whole(name, recipe, k):
+    "A function that gives the seconds of a whole training with one evaluation at its end, from `k` steps and the evaluation of some images"
+    steps, _, learn = _our_steps(name, recipe, k, 'cpu')
+    views = [Views(recipe.views)] if recipe.views != 'none' else []
+    def evaluation():
+        with learn.no_bar(), learn.no_logging(): learn.validate(cbs=views)
+    return lambda: steps() / k * recipe.epochs * -(-50_000 // recipe.bs) + seconds(evaluation) * 10_000 / len(learn.dls.valid_ds)
+
+def read_accuracies(
+    files, # results.csv of studies, metrics.json of runs
+) -> pd.DataFrame: # model, recipe, epochs, test_accuracy; a row a run
+    "The accuracies of finished runs"
+    rows = []
+    for f in map(Path, files):
+        try: t = pd.read_csv(f) if f.suffix == '.csv' else pd.DataFrame([read_json(f)])
+        except (OSError, ValueError) as e: raise FastcifarError(f'cannot read {f} ({str(e)[:80]}): give a results.csv or a metrics.json') from e
+        columns = ['model', 'recipe', 'epochs', 'test_accuracy']
+        if not set(columns) <= set(t): raise FastcifarError(f'{f} has no accuracies of runs: give the results.csv of a study or the metrics.json of a run')
+        rows.append(t[columns].dropna())
+    return pd.concat(rows, ignore_index=True)
+
+def _rivals(runs):
+    "(epochs of the speedrun, recipe of the custom ResNet, whether the first is no worse, what to say of it)"
+    def means(model): return runs[runs.model == model].groupby(['recipe', 'epochs']).test_accuracy.agg(['mean', 'size'])
+    ours, theirs = means('speednet').loc['speedrun':'speedrun'], means('custom_resnet').loc[lambda t: t.index.get_level_values('epochs') == 24]
+    if not len(ours) or not len(theirs): raise FastcifarError('these results have no whole speedrun, or no custom ResNet of 24 epochs: leave --results out to compare times alone')
+    (recipe, _), goal = theirs['mean'].idxmax(), theirs['mean'].max()
+    enough = [e for (_, e), m in ours['mean'].items() if m >= goal]
+    epochs = min(enough) if enough else max(e for _, e in ours.index)
+    m = ours.loc['speedrun', epochs]
+    return int(epochs), recipe, bool(enough), f'accuracy: speedrun, {epochs:g} epochs, {m["mean"]:.2%} (n = {m["size"]:g}); custom ResNet, {recipe}, {goal:.2%} (n = {theirs["size"][recipe, 24]:g})'
+
 def bench_cpu_speedrun(
     rounds:int=3, # Rounds of each
     k:int=3, # Steps a round
+    results=(), # Files with the accuracies of whole trainings, see `read_accuracies`; without them times alone are compared, and nothing is judged
 ) -> list: # Of `Row`
     "The time of a whole speedrun over that of the custom ResNet's 24 epochs"
-    recipes = [create_recipe(r, name) for name, r in (('speednet', 'speedrun'), ('custom_resnet', 'reference'))]
-    (ours, _), (theirs, _) = (_our_steps(name, r, k, 'cpu') for name, r in zip(('speednet', 'custom_resnet'), recipes))
-    n, m = (r.epochs * -(-50_000 // r.bs) for r in recipes) # steps of a whole training
-    pairs = [(a / k * n, b / k * m) for a, b in take_turns(ours, theirs, rounds)]
+    epochs, recipe, counts, note = _rivals(read_accuracies(results)) if results else (8, 'reference', True, 'accuracies are not compared')
+    ours, theirs = _whole('speednet', create_recipe('speedrun', 'speednet', epochs=epochs), k), _whole('custom_resnet', create_recipe(recipe, 'custom_resnet', epochs=24), k)
+    pairs = take_turns(ours, theirs, rounds)
     shares = [a / b for a, b in pairs]
     a, b = (statistics.median(t) for t in zip(*pairs))
-    return [Row('cpu/speedrun_vs_custom_resnet', statistics.median(shares), min(shares), max(shares), 'share', a, b, 'whole training, from steps', 0.3, 0.15, f'{best_precision("cpu")}; training steps only, without validation; accuracies are those of whole trainings, in results/')]
+    return [Row('cpu/speedrun_vs_custom_resnet', statistics.median(shares), min(shares), max(shares), 'share', a, b, 'whole training and evaluation, from parts', *((0.3, 0.15) if results else (None, None)), f'{best_precision("cpu")}; {note}', counts=counts)]
 
 # %% ../nbs/37_bench.ipynb #7681b8a6
 def _timed_fit(name, recipe, data, seed, device):
@@ -341,7 +375,7 @@ def _airbench(script, data, n, device):
 
 def _against(times, accs, their_times, their_accs):
     "The row of two sets of trainings; a time counts only if the accuracy is no worse than chance explains"
-    low, high = (stats.ttest_ind(accs, their_accs, equal_var=False).confidence_interval() if len(accs) > 1 else [float(accs[0] - their_accs[0])] * 2)
+    low, high = (stats.ttest_ind(accs, their_accs, equal_var=False).confidence_interval() if len({*accs}) + len({*their_accs}) > 2 and len(accs) > 1 else [statistics.mean(accs) - statistics.mean(their_accs)] * 2)
     rng = np.random.default_rng(0)
     medians = [np.median(rng.choice(t, (10_000, len(t))), axis=1) for t in (times, their_times)]
     a, b = statistics.median(times), statistics.median(their_times)
@@ -357,9 +391,9 @@ def bench_gpu_speedrun(
     "Seconds of whole trainings on a GPU"
     if airbench and not Path(airbench).is_file(): raise FastcifarError(f'there is no file {airbench}: give the path of airbench94_muon.py')
     data, rows = load_data(data), []
-    theirs = _airbench(airbench, data, n, device) if airbench else () # first, since what can fail here is not ours
-    warm = _random_labels(data)
-    for name, recipe, bounds in (('custom_resnet', 'fast', (15, 8)), ('speednet', 'speedrun', (None, None))):
+    def airbench_runs(k): return _airbench(airbench, data, k, device) if airbench and k else []
+    theirs, warm = airbench_runs(n - n // 2), _random_labels(data)
+    for name, recipe, bounds in (('speednet', 'speedrun', (None, None)), ('custom_resnet', 'fast', (15, 8))):
         r = create_recipe(recipe, name, **({} if name == 'speednet' else dict(epochs=24)))
         _timed_fit(name, r, warm, 0, device)
         runs = [_timed_fit(name, r, data, s, device) for s in range(n)]
@@ -367,8 +401,7 @@ def bench_gpu_speedrun(
         _, _, low, high = mean_interval(accs)
         rows.append(Row(f'gpu/{name}_s', statistics.median(times), min(times), max(times), 's', must=bounds[0], goal=bounds[1], per=f'{r.epochs} epochs, n = {n}',
                         note=f'accuracy {statistics.mean(accs):.4f} (95 % interval {low:.4f} to {high:.4f}) on {data.name}'))
-    if airbench:
-        rows.append(_against(times, accs, *zip(*theirs)))
+        if airbench and name == 'speednet': rows.append(_against(times, accs, *zip(*theirs, *airbench_runs(n // 2))))
     return rows
 
 # %% ../nbs/37_bench.ipynb #cf313fb5
@@ -446,6 +479,7 @@ def run_bench(
     data:str='cifar10', # Needed for accuracies on a GPU
     n:int=10, # Runs of each on a GPU
     airbench=None, # Path of airbench94_muon.py
+    results=(), # For `speedrun` on a CPU: files with the accuracies of whole trainings
 ) -> dict: # rows, machine, versions
     "Run a benchmark"
     check_name(name, BENCHES, 'benchmark')
@@ -453,8 +487,10 @@ def run_bench(
     if device is None: device = 'cuda' if name in ('speedrun', 'together') and torch.cuda.is_available() else 'cpu'
     device = checked_device(device)
     gpu = device.type == 'cuda'
+    if airbench and not (gpu and name == 'speedrun'): raise FastcifarError('--airbench is for the speedrun on a GPU: leave it out')
+    if results and (gpu or name != 'speedrun'): raise FastcifarError('--results is for the speedrun on a CPU: leave it out')
     if gpu and name not in ('epoch', 'speedrun', 'together'): raise FastcifarError(f'{name} has CPU rows only: leave --device out')
     if name == 'speedrun' and gpu: rows = bench_gpu_speedrun(data, device, n, airbench)
-    else: rows = dict(data=lambda: bench_data(rounds), step=lambda: bench_step(rounds), epoch=lambda: bench_epoch(rounds=rounds, device=device), parallel=lambda: bench_parallel(rounds=rounds), together=lambda: bench_together(rounds=rounds, device=device), speedrun=lambda: bench_cpu_speedrun(rounds))[name]()
+    else: rows = dict(data=lambda: bench_data(rounds), step=lambda: bench_step(rounds), epoch=lambda: bench_epoch(rounds=rounds, device=device), parallel=lambda: bench_parallel(rounds=rounds), together=lambda: bench_together(rounds=rounds, device=device), speedrun=lambda: bench_cpu_speedrun(rounds, results=results))[name]()
     e = environment(device)
     return dict(rows=[dict(dataclasses.asdict(r), met=r.met) for r in rows], machine={k: e[k] for k in ('system', 'device', 'device_name', 'threads', 'cores')}, versions=dict(e['versions'], python=e['python']), commit=e['commit'])

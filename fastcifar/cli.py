@@ -26,7 +26,9 @@ def _bars(args): return sys.stdout.isatty() and not args.json
 
 def _given(args):
     "The settings of a recipe that were given on the command line"
-    return {k: v for k in SETTINGS if (v := getattr(args, k, None)) is not None}
+    named, more = {k: v for k in SETTINGS if (v := getattr(args, k, None)) is not None}, args.set or {}
+    if twice := {'seed', 'model', 'norm', 'recipe', 'data', 'valid', *SETTINGS} & set(more): raise FastcifarError(f'--set {next(iter(twice))}=... has an option of its own: --{next(iter(twice)).replace("_", "-")}')
+    return named | more
 
 def _records(t):
     "A table as JSON has it, with null where there is no number"
@@ -51,7 +53,7 @@ def train_command(args) -> dict:
     from fastcifar.runs import configure, data_place, run_config, train_run
     if args.resume:
         usual = vars(parser().parse_args(['train']))
-        other = [k for k in (*SETTINGS, 'model', 'norm', 'recipe', 'seed', 'valid', 'precision', 'path', 'convert', 'out') if getattr(args, k) != usual[k]]
+        other = [k for k in (*SETTINGS, 'set', 'model', 'norm', 'recipe', 'seed', 'valid', 'precision', 'path', 'convert', 'out') if getattr(args, k) != usual[k]]
         if other: raise FastcifarError(f'--resume goes on with the settings of the run: leave out {", ".join("--" + k.replace("_", "-") for k in other)}')
         c, args.out = run_config(args.resume), args.resume
         c.data = args.data or data_place(args.resume)
@@ -98,9 +100,9 @@ def summary_command(args):
     from fastcifar.inspect import plot_field, plot_graph, summarize
     from fastcifar.models.zoo import create_model
     model = create_model(**{'name': args.model, 'norm': args.norm, **({} if args.groups is None else dict(groups=args.groups)), **(args.model_args or {})})
-    image = _square(args.image, args.size) if args.image else None
-    t = summarize(model, size=args.size, details=args.details)
-    for f, plot in ((args.graph, lambda: plot_graph(model, size=args.size)), (args.field, lambda: plot_field(model, image, args.size))):
+    image, n_in = _square(args.image, args.size) if args.image else None, model.config.get('n_in', 3)
+    t = summarize(model, n_in, args.size, args.details)
+    for f, plot in ((args.graph, lambda: plot_graph(model, n_in, args.size)), (args.field, lambda: plot_field(model, image, args.size, n_in))):
         if f is None: continue
         if Path(f).suffix not in PICTURES: raise FastcifarError(f'cannot draw {f}: give a name that ends in {", ".join(PICTURES)}')
         write_atomic(Path(f), lambda tmp: plot().savefig(tmp, dpi=150, bbox_inches='tight'))
@@ -118,16 +120,29 @@ def _square(file, size):
     except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as e: raise FastcifarError(f'cannot read {file} as an image ({str(e)[:80]}): give a PNG or JPEG file') from e
 
 def recipes_command(args) -> dict:
-    "Print the settings of the recipes of a net"
+    "Print the settings of the recipes of a net, or save one to be changed and trained with"
     import dataclasses
     import pandas as pd
     from fastcifar.recipes import RECIPES, create_recipe
+    if args.save: return _save_recipe(args)
+    if args.recipe: raise FastcifarError('--recipe is the one to save: add --save FILE.json')
     res = {n: create_recipe(n, args.model) for n in RECIPES if n != 'speedrun' or args.model == 'speednet'}
     res = {n: dataclasses.asdict(r) for n, r in res.items()}
     if not args.json:
         t = pd.DataFrame(res, dtype=object)
         _table(t.map(lambda v: '-' if v is None else str(v)).reset_index(names='setting'))
         print('\n'.join(['', *(f'{n}: {RECIPES[n]}' for n in res)]), flush=True)
+    return res
+
+def _save_recipe(args):
+    "Write a recipe as a file that is not there yet"
+    from pathlib import Path
+    from fastcifar.recipes import create_recipe, write_recipe
+    name, file = args.recipe or 'fast', Path(args.save)
+    if file.suffix != '.json': raise FastcifarError(f'cannot save as {file}: give a name that ends in .json')
+    if file.exists(): raise FastcifarError(f'{file} is there already: choose another name')
+    res = write_recipe(file, create_recipe(name, args.model), name, args.model)
+    _say(args)(f'{file}: change what you like, then: fastcifar train --recipe {file}')
     return res
 
 def find_lr_command(args) -> dict:
@@ -228,7 +243,7 @@ def bench_command(args) -> dict:
     import pandas as pd
     from fastcifar.basics import write_json
     from fastcifar.bench import run_bench
-    r = run_bench(args.name, args.rounds, args.device, _data(args), args.runs, args.airbench)
+    r = run_bench(args.name, args.rounds, args.device, _data(args), args.runs, args.airbench, args.results)
     if args.out: write_json(Path(args.out), r)
     if not args.json:
         t = pd.DataFrame(r['rows'])
@@ -264,7 +279,10 @@ def _names(text): return [n for n in text.split(',') if n]
 
 def _arguments(text):
     "`mended=true,scale=0.2` as a dict"
-    try: return {k: json.loads(v) for k, v in (part.split('=') for part in text.split(','))}
+    def value(v):
+        try: return json.loads(v)
+        except ValueError: return v # a word
+    try: return {k: value(v) for k, v in (part.split('=') for part in text.split(','))}
     except ValueError: raise argparse.ArgumentTypeError(f'{text!r} is not a list such as mended=true,scale=0.2') from None
 
 def _whole(text):
@@ -295,12 +313,13 @@ def _loss_options(p):
     p.add_argument('--dropout', type=float, help="dropout of the net, 0 to 1 (default: the recipe's, or the net's)")
     p.add_argument('--label-smoothing', type=float, help="share of the target that is spread over all classes, 0 to 1 (default: the recipe's)")
     p.add_argument('--l1', type=float, help="weight of the parameters' absolute values in the loss (default: the recipe's)")
+    p.add_argument('--set', type=_arguments, metavar='NAME=VALUE', help='any other setting that `fastcifar recipes` lists, such as anneal=linear,mom=0.8 or step_epochs=5')
 
 def _schedule_options(p):
     "What overrides a recipe and belongs to a whole training"
     p.add_argument('--epochs', type=_at_least(1), help="passes over the training split (default: the recipe's)")
     p.add_argument('--lr-max', type=float, help="peak learning rate (default: the recipe's, or found by a range test)")
-    p.add_argument('--lr-min', type=float, help='first and last learning rate (default: found, or a fiftieth of --lr-max)')
+    p.add_argument('--lr-min', type=float, help="first learning rate (default: the recipe's share of --lr-max, or found, or a fiftieth of --lr-max)")
     p.add_argument('--schedule', help="one_cycle, constant or steps (default: the recipe's)")
 
 def _valid_option(p, default, then): p.add_argument('--valid', type=_at_least(1), metavar='N', help=f'hold out N training images, the same share of each class (default: {default}); {then}')
@@ -323,7 +342,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--compile', action='store_true', help='compile the net with torch.compile')
     p.add_argument('--no-pictures', action='store_true', help='leave out pictures and report.html, which take some seconds; fastcifar report writes the page later')
     p.add_argument('--log', type=_names, default=(), metavar='NAME', help='also log to tensorboard, wandb (offline unless $WANDB_MODE says otherwise), or both: tensorboard,wandb')
-    p.add_argument('--recipe', default='one_cycle', help='one_cycle, reference, fast or speedrun, see `fastcifar recipes`; or a recipe.json of fastcifar sweep (default: %(default)s)')
+    p.add_argument('--recipe', default='one_cycle', help='one_cycle, reference, fast or speedrun, see `fastcifar recipes`; or a .json file of fastcifar recipes --save or fastcifar sweep (default: %(default)s)')
     p.add_argument('--threads', type=_at_least(1), help="CPU threads (default: torch's choice)")
     p.add_argument('--out', help='run folder (default: runs/DATA-MODEL-NORM-RECIPE-EPOCHSep-seedSEED)')
     p.add_argument('--checkpoint-every', type=_at_least(1), metavar='N', help='write a checkpoint every N batches (default: only after each epoch)')
@@ -392,10 +411,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--data', help="for the GPU rows: 'cifar10', a folder or an archive (default: $FASTCIFAR_DATA, else cifar10)")
     p.add_argument('--runs', type=_at_least(1), default=10, help='whole trainings of each on a GPU (default: %(default)s)')
     p.add_argument('--airbench', metavar='FILE', help='airbench94_muon.py, to be run beside ours on the same GPU and images')
+    p.add_argument('--results', metavar='FILE', nargs='+', default=(), help='for the speedrun on a CPU: results.csv of studies or metrics.json of runs, which say how accurate whole trainings are')
     p.add_argument('--out', metavar='FILE', help='also write the result to this JSON file')
     p = add('models', models_command, 'list the nets')
     p = add('recipes', recipes_command, 'print the settings of the recipes of a net')
     p.add_argument('model', nargs='?', default='custom_resnet', help='see `fastcifar models` (default: %(default)s)')
+    p.add_argument('--save', metavar='FILE', help='write the settings of one recipe as a .json file, to be changed and given to `fastcifar train --recipe FILE`')
+    p.add_argument('--recipe', help='which one to save (default: fast)')
     p = add('summary', summary_command, 'every layer of a net: shapes, parameters, multiplications, receptive field')
     p.add_argument('model', help='see `fastcifar models`')
     p.add_argument('--norm', default='bn', help='bn, ln, gn, ln_chw, in or none (default: %(default)s)')

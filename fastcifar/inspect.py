@@ -63,6 +63,11 @@ _same = {'view', '_unsafe_view', 'reshape', 'flatten', 'squeeze', 'unsqueeze', '
 _over_map = {'mean', 'amax', 'amin', 'sum'}
 _mixing = ('bmm', 'baddbmm', 'upsample', 'pixel_', 'scaled_dot_product', 'multi_head', 'grid_sampler', 'roll', 'flip', 'rot90') # whatever position by whatever rule
 
+def _merges(old, new):
+    "Does a view of a batch of maps mix rows, columns and channels? A vector for each image and a list of pixels do not"
+    if len(old) != 4 or old[2:].numel() == 1: return False
+    return old[2:] != new[-2:] if len(new) > 4 else old[-1] != new[-1] and not (len(new) == 2 and new[0] == old[0])
+
 def _given(args, *defaults):
     "The first arguments of an operation, with the defaults that PyTorch leaves out"
     return (*args, *defaults[len(args):])
@@ -120,7 +125,7 @@ class _Trace(TorchDispatchMode):
     def _fields(self, op, args, out, before, row):
         "The fields after an operation, None where they cannot be told; notes window and multiplications in its row"
         x = args[0]
-        if any(m in op for m in _mixing) or op in ('view', '_unsafe_view', 'reshape') and x.ndim == 4 < out.ndim and x.shape[2:] != out.shape[-2:]: before = None
+        if any(m in op for m in _mixing) or op in ('view', '_unsafe_view', 'reshape') and _merges(x.shape, out.shape) or op == 'convolution' and args[1].ndim != 4: before = None
         if op == 'convolution':
             _, w, b, stride, padding, dilation, transposed, _, groups = args
             if transposed: raise FastcifarError(f'{row.layer} is a transposed convolution, which has no receptive field of this kind')
@@ -171,7 +176,7 @@ def trace(
     return t.rows
 
 # %% ../nbs/15_inspect.ipynb #d012599b
-def _short(v): return '' if v is None else str(v[0]) if v[0] == v[1] else f'{v[0]}x{v[1]}'
+def _short(v): return '' if v is None else str(v[0]) if len(set(v)) == 1 else 'x'.join(map(str, v))
 
 def _size(fields, of='size'): return '?' if fields is None else _short([getattr(f, of) for f in fields])
 
@@ -223,7 +228,7 @@ def _collapse(rows):
             texts[p[0]][1].append(r.kind)
             box_of[i] = p[0]
             continue
-        window = f'{_short(r.kernel)}x{_short(r.kernel)} ' if r.kernel and 'x' not in _short(r.kernel) else f'{_short(r.kernel)} ' if r.kernel else ''
+        window = 'x'.join(map(str, r.kernel)) + ' ' if r.kernel else ''
         extra = [f'{n} {_short(v)}' for n, v in (('stride', r.stride), ('dilation', r.dilation)) if v and v != (1, 1) and 'Conv' in r.kind]
         if r.groups and r.groups > 1: extra.append('depthwise' if r.groups == r.output[0] else f'{r.groups} groups')
         box_of[i] = len(texts)

@@ -22,7 +22,7 @@ from fasttransform import Transform
 from PIL import Image
 
 from .archive import SIDE, decode_image
-from .augment import AlbumentationsTransform, policy_transform
+from .augment import AlbumentationsTransform, list_policies, policy_transform
 from .basics import FastcifarError, check_name
 from .data import ImageData, stratified_holdout
 from .twins import BatchPolicy, has_twin, image_bytes, pack_images, unpack_images
@@ -226,7 +226,7 @@ class BatchDL(ArrayDL):
         super().__init__(dataset, *args, **kwargs)
 
     def new(self, dataset=None, cls=None, **kwargs):
-        return super().new(dataset, cls, **{**dict(twin=self.twin, dtype=self.dtype), **kwargs})
+        return super().new(dataset, cls, **{**dict(twin=self.twin, dtype=self.dtype), **kwargs, 'num_workers': 0}) # workers have nothing to do, and could not use the GPU of their parent
 
     def _maker(self, rows, items):
         device, stats = self.device or torch.device('cpu'), self._stats()
@@ -271,6 +271,7 @@ def best_path(
 ) -> str: # `'item'` or `'batch'`
     "How batches are made: the batch path on every device, but for pipelines that have no twin"
     check_name(path, ('auto', 'item', 'batch'), 'path')
+    if isinstance(policy, str): check_name(policy, list_policies(), 'policy')
     if path == 'item' or has_twin(policy): return 'item' if path == 'item' else 'batch'
     warnings.warn('this policy has no twin for whole batches: the item path makes them')
     return 'item'

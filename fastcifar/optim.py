@@ -116,14 +116,17 @@ class Muon(ListAdam):
         spectral:float=0., # The norm of a matrix's update, in learning rates; 0: such that its numbers have a root mean square of 0.2, like Adam's
         decay:str='decoupled', # `'decoupled'`, or `'l2'`: added to the gradient
         nets:int=1, # Matrices that lie below each other in a parameter, those of nets side by side, see `fastcifar.together`
-    ): super().__init__(params, decay, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, least=least, spectral=spectral, nets=nets)
+        bias_rate:float=1., # Learning rate of what Adam trains, biases above all, in learning rates
+    ): super().__init__(params, decay, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, least=least, spectral=spectral, nets=nets, bias_rate=bias_rate)
 
-    def update(self, ps, grads, states, least, nets, **hypers):
+    def update(self, ps, grads, states, lr, least, nets, bias_rate=1., **hypers): # a checkpoint from before `bias_rate` has none
         kinds = {True: [], False: []}
         for i, p in enumerate(ps): kinds[_is_matrix(p, least, nets)].append(i)
-        hypers['nets'] = nets
         for matrices, chosen in kinds.items():
-            if chosen: (self._orthogonal if matrices else super().update)(*([l[i] for i in chosen] for l in (ps, grads, states)), **hypers)
+            if not chosen: continue
+            part = [[l[i] for i in chosen] for l in (ps, grads, states)]
+            if matrices: self._orthogonal(*part, lr=lr, nets=nets, **hypers)
+            else: super().update(*part, lr=lr * bias_rate, **hypers)
 
     def _orthogonal(self, ps, grads, states, lr, mom, spectral, nets, **hypers):
         avgs = _kept(states, 'grad_avg', ps)
@@ -147,10 +150,11 @@ def optimizer(
     decay:str='decoupled', # `'decoupled'`, or `'l2'`: added to the gradient
     spectral:float=0., # Norm of Muon's updates, in learning rates; 0: the size of Adam's
     nets:int=1, # Nets whose weights lie below each other in each parameter
+    bias_rate:float=1., # Muon: learning rate of biases and whatever else Adam trains, in learning rates
 ): # What `Learner` takes as `opt_func`
     "An optimizer function for a fastai `Learner`"
     check_name(name, OPTIMIZERS, 'optimizer')
     check_name(decay, ('decoupled', 'l2'), 'kind of weight decay')
     if name == 'sgd': return partial(ListSGD, decay=decay, mom=mom, wd=0.)
     adam = dict(decay=decay, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=0.)
-    return partial(Muon, spectral=spectral, nets=nets, **adam) if name == 'muon' else partial(ListAdam, **adam)
+    return partial(Muon, spectral=spectral, nets=nets, bias_rate=bias_rate, **adam) if name == 'muon' else partial(ListAdam, **adam)

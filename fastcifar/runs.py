@@ -45,7 +45,6 @@ class Config(Recipe):
     model:str = 'custom_resnet' # One of `list_models()`
     norm:str = 'bn' # One of `fastcifar.layers.NORMS`
     groups:int = None # Groups of `gn`; None: the net's own
-    model_args:dict = None # What else the net's class takes, such as `mended` or `shared`
     recipe:str = 'one_cycle' # The recipe that the settings started from
     seed:int = 0 # Of everything random
     valid:int = None # Training images held out for validation; None: the test split is watched while training
@@ -55,7 +54,7 @@ class Config(Recipe):
 
     def checked(self) -> 'Config':
         "This configuration, if its names and numbers make sense"
-        kinds = dict(data=str, model=str, norm=str, groups=(int, type(None)), model_args=(dict, type(None)), recipe=str, precision=str, path=str, seed=int, valid=(int, type(None)), convert=bool)
+        kinds = dict(data=str, model=str, norm=str, groups=(int, type(None)), recipe=str, precision=str, path=str, seed=int, valid=(int, type(None)), convert=bool)
         for k, kind in kinds.items():
             if not isinstance(getattr(self, k), kind): raise FastcifarError(f'{k} is {getattr(self, k)!r}, which is not the right kind of value')
         check_name(self.model, list_models(), 'model')
@@ -376,16 +375,17 @@ def train_run(
     device = checked_device(rank_device(device)) # each process looks at its own GPU alone
     with cpu_threads(threads), process_group(device):
         with first_process_first(): data = load_data(c.data, c.convert) # the first prepares the cache
+        seed_everything(c.seed)
+        net = build_model(c, len(data.classes)) # before there is a folder: arguments of a net can be refused
         with contextlib.nullcontext() if rank() else run_folder(out, wait), explained(out), deterministic_only(device) if deterministic else contextlib.nullcontext():
-            return _train(c, data, out, workers, device, bars, compile, checkpoint_every, deterministic, log, say, pictures)
+            return _train(c, net, data, out, workers, device, bars, compile, checkpoint_every, deterministic, log, say, pictures)
 
-def _train(c, data, out, workers, device, bars, compile, checkpoint_every, deterministic, log, say, pictures):
+def _train(c, net, data, out, workers, device, bars, compile, checkpoint_every, deterministic, log, say, pictures):
     "What `train_run` does while the folder is its own"
     with first_process_first(): c = settle_config(c, data, out, device)
-    seed_everything(c.seed)
     dls = data.dataloaders(bs=c.bs, policy=c.policy, num_workers=workers, seed=c.seed, valid=c.valid, device=device, stats=c.stats, path=c.path)
     if not rank(): write_surroundings(c, out, device, deterministic=deterministic)
-    learn = recipe_learner(dls, build_model(c, len(data.classes)), c, precision=c.precision, compile=compile)
+    learn = recipe_learner(dls, net, c, precision=c.precision, compile=compile)
     say(f'{data}\n{c.model} ({c.norm}): {count_parameters(learn.model):,} parameters, recipe {c.recipe}, {c.precision} on {device}{f" in {world_size()} processes" if world_size() > 1 else ""}, {c.path} path, seed {c.seed}\nrun folder: {out}')
     if c.epochs * len(dls.train) < 50: say(f'{c.epochs} epochs of {len(dls.train)} batches are few steps to learn in: a smaller --bs makes more')
     with contextlib.nullcontext() if bars else learn.no_bar(), learn.no_logging(), _loggers(log, c, out) as loggers:

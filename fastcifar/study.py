@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from fastai.torch_core import default_device
-from joblib import Parallel, delayed
+from joblib import Parallel, cpu_count, delayed
 from joblib.externals.loky import ProcessPoolExecutor
 from tqdm.auto import tqdm
 
@@ -55,6 +55,7 @@ def study_grid(
         if k in settings: raise FastcifarError(f'a study takes {instead}, not {k}: give {instead}=...')
     for bs in one(batch_sizes):
         if bs is not None and (not isinstance(bs, int) or bs < 1): raise FastcifarError(f'the batch size is {bs!r}: give whole numbers of at least 1')
+    if not one(batch_sizes): raise FastcifarError('the study has no batch size: leave them out for that of the recipe, or give at least one')
     for values, known, kind in ((one(models), list_models(), 'model'), (one(norms), NORMS, 'norm'), (one(recipes), list_recipes(), 'recipe')):
         if not values: raise FastcifarError(f'the study has no {kind}: give at least one')
         for v in values: check_name(v, known, kind)
@@ -66,7 +67,7 @@ def study_grid(
         c = configure(recipe, model, norm=norm, seed=seed, **{k: v for k, v in settings.items() if k != 'groups' or norm == 'gn'})
         res.append((c if bs is None else _scaled(c, bs, settings)).checked())
     with torch.device('meta'):
-        for c in {(c.model, c.norm): c for c in res}.values(): build_model(c, 10)
+        for c in {(c.model, c.norm, c.recipe): c for c in res}.values(): build_model(c, 10)
     if len({run_name(c) for c in res}) < len(res): raise FastcifarError('the study has the same run twice: give every model, norm, recipe, batch size and seed once')
     return res
 
@@ -173,7 +174,7 @@ class Study:
         if not tasks and not (torch.cuda.is_available() and str(device or default_device()).startswith('cuda')): checked_device(device) # a context on a GPU would take its memory
         device = default_device().type if device is None else str(device)
         gpus = [f'cuda:{i}' for i in range(torch.cuda.device_count())] if device == 'cuda' or device.startswith('cuda') and ':' not in device else [device]
-        jobs = jobs or (max(1, (os.cpu_count() or 1) // threads) if device == 'cpu' else 3 * len(gpus))
+        jobs = jobs or (max(1, cpu_count() // threads) if device == 'cpu' else 3 * len(gpus))
         folder = self.out.resolve()/'runs'
         finished, todo = {run_name(c) for c in self.grid if (folder/run_name(c)/'metrics.json').exists()}, _passes(self.grid, folder, together)
         for cs in todo: alike(cs)

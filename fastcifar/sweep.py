@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from .basics import FastcifarError, as_json, check_name, optional, read_json, seed_everything, write_atomic, write_json
 from .data import load_data
 from .loaders import CifarDataLoaders, checked_device # with this import an ImageData has its dataloaders
-from .recipes import fit_recipe, recipe_learner
+from .recipes import fit_recipe, recipe_learner, write_recipe
 from .runs import build_model, complete_config, configure
 from .state import Stopped, StopRequest
 from .train import cpu_threads
@@ -148,10 +148,8 @@ class Sweep:
         if not len(done): return {}
         best = study.best_trial
         found = dict(trials=len(t), complete=len(done), valid_accuracy=best.value, valid_images=self.base.valid, data=data.name, data_sha256=data.source, epochs=self.base.epochs, seed=self.base.seed)
-        settings = {f.name: getattr(self.base, f.name) for f in dataclasses.fields(self.base) if f.name not in ('data', 'model', 'norm', 'groups', 'model_args', 'recipe', 'seed', 'valid', 'precision', 'path', 'convert')}
-        settings |= suggest_settings(_again(best), self.base, self.tune)
-        res = as_json(dict({k: getattr(self.base, k) for k in ('recipe', 'model', 'norm', 'groups', 'model_args')}, settings=settings, found=found))
-        write_json(self.out/'recipe.json', res)
+        best = dataclasses.replace(self.base, **suggest_settings(_again(best), self.base, self.tune))
+        res = write_recipe(self.out/'recipe.json', best, best.recipe, best.model, norm=best.norm, groups=best.groups, found=found)
         fig = plot_sweep(t)
         write_atomic(self.out/'sweep.png', lambda tmp: fig.savefig(tmp, dpi=110, bbox_inches='tight'))
         plt.close(fig)

@@ -90,7 +90,7 @@ def _beside(layers, streams):
     for name, _ in a.named_children(): setattr(wide, name, _beside([getattr(l, name) for l in layers], streams))
     def joined(ts): return torch.cat(ts) if ts[0].ndim else ts[0].clone()
     for name, p in a._parameters.items(): wide.register_parameter(name, None if p is None else nn.Parameter(joined([getattr(l, name).detach() for l in layers]), p.requires_grad))
-    for name, b in a._buffers.items(): wide.register_buffer(name, None if b is None else joined([getattr(l, name) for l in layers]))
+    for name, b in a._buffers.items(): wide.register_buffer(name, None if b is None else joined([getattr(l, name) for l in layers]), name not in a._non_persistent_buffers_set)
     return wide
 
 class SideBySide(nn.Module):

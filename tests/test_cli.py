@@ -89,6 +89,8 @@ def test_found_range_is_used(main, tree, tmp_path):
     assert (m['lr_min'], m['lr_max']) == (r['lr_min'], r['lr_max']) and m['valid_images'] == 12 and (tmp_path/'r/lr_range.png').exists()
 
 def test_refused_command_leaves_the_folder_free(main, tree, tmp_path):
+    code, _, err = main('train', '--data', tree, *QUICK, '--model-args', 'nonsense=1', '--out', 'q')
+    assert code == 2 and 'nonsense' in err and not (tmp_path/'q').exists()
     assert main('train', '--data', tree, *QUICK, '--valid', 60, '--out', 'q')[0] == 2
     code, said, err = main('train', '--data', tree, '--epochs', 1, '--bs', 20, '--lr-max', '1e-3', '--model', 'normnet31k', '--model-args', 'mended=true', '--valid', 12, '--no-pictures', '--out', 'q')
     assert code == 0, err
@@ -185,3 +187,27 @@ def test_no_network(main, monkeypatch):
     monkeypatch.setattr(fetch.time, 'sleep', lambda s: None)
     code, _, err = main('train')
     assert code == 2 and err.startswith('fastcifar: cifar10 could not be downloaded') and '--data FILE' in err
+
+def test_recipe_is_saved_changed_and_trained_with(main, tree, tmp_path):
+    assert main('recipes', 'normnet31k', '--recipe', 'reference', '--save', 'mine.json')[0] == 0
+    code, _, err = main('recipes', 'normnet31k', '--save', 'mine.json')
+    assert code == 2 and 'is there already' in err
+    r = json.loads((tmp_path/'mine.json').read_text())
+    r['settings'] |= dict(bs=12, epochs=1, policy='flip')
+    (tmp_path/'mine.json').write_text(json.dumps(r))
+    code, _, err = main('train', '--data', tree, '--recipe', 'mine.json', '--set', 'anneal=linear,mom_cycle=null,mom=0.5', '--no-pictures', '--out', 'mine')
+    assert code == 0, err
+    c = json.loads((tmp_path/'mine/config.json').read_text())
+    assert {k: c[k] for k in ('model', 'recipe', 'bs', 'policy', 'anneal', 'mom', 'mom_cycle')} == dict(model='normnet31k', recipe='reference', bs=12, policy='flip', anneal='linear', mom=.5, mom_cycle=None)
+
+@pytest.mark.parametrize('args, says', [
+    (('train', '--set', 'wd=1'), '--wd'), (('train', '--set', 'momentum=1'), 'momentum'), (('train', '--set', 'anneal=cubic'), 'cubic'), (('train', '--set', 'peak'), 'peak'),
+    (('recipes', '--recipe', 'fast'), '--save'), (('recipes', '--save', 'r.txt'), '.json')])
+def test_settings_that_are_refused(main, tree, args, says):
+    code, _, err = main(*args, *(('--data', tree) if args[0] == 'train' else ()))
+    assert code == 2 and says in err and err.count('\n') == 1
+
+def test_summary_of_grey_images(main):
+    t = json.loads(main('summary', 'normnet31k', '--model-args', 'n_in=1', '--json')[1])
+    rgb = json.loads(main('summary', 'normnet31k', '--json')[1])
+    assert sum(r['parameters'] for r in rgb) - sum(r['parameters'] for r in t) == 2 * 9 * 16

@@ -45,7 +45,10 @@ VARIANTS = { # name: (settings of the recipe, what is done to the net)
     'Adam, rate 0.002': ({'optimizer': 'adam', 'lr_max': 0.002, 'lr_min': 2e-4, 'lr_end': 2e-6, 'peak': 0.05}, None),
     'Adam, rate 0.005': ({'optimizer': 'adam', 'lr_max': 0.005, 'lr_min': 5e-4, 'lr_end': 5e-6, 'peak': 0.05}, None),
     'whitening bias never frozen': ({'freeze': ()}, None),
-    'averaged weights (0.95)': ({'ema': 0.95}, None)}
+    'averaged weights (0.95)': ({'ema': 0.95}, None),
+    'biases a tenth as quick': ({'bias_rate': 0.1}, None),
+    'biases three times as quick': ({'bias_rate': 3.}, None),
+    'cosine schedule': ({'anneal': 'cos'}, None)}
 
 def trial(data, settings, change, seed):
     "Validation accuracy in %, of the whole recipe with test-time views as well, and seconds of training"

@@ -38,6 +38,7 @@ class CustomResNet(nn.Module):
         bias:bool=False, # Give the convolutions a bias? (6,575,370 parameters)
         shared:bool=False, # One reference's variant with shared weights in each block (4,065,098 parameters)
         dropout:float=0., # After every ReLU
+        head_scale:float=0.125, # Factor of the first weights of the head; 1 in the references
     ):
         super().__init__()
         kw = dict(norm=norm, groups=groups, bias=bias, dropout=dropout)
@@ -48,7 +49,7 @@ class CustomResNet(nn.Module):
         self.layer3 = nn.Sequential(ConvNorm(256, 512, 4, pool=True, **kw), block(512, 4, **kw))
         self.pool = nn.MaxPool2d(4)
         self.head = nn.Linear(512, n_out)
-        with torch.no_grad(): self.head.weight *= 0.125 # else the maxima of 512 channels start it at a loss of 4.5
+        with torch.no_grad(): self.head.weight *= head_scale # unscaled, the maxima of 512 channels start it at a loss of 4.5
 
     def forward(self,
         x:torch.Tensor, # (N, n_in, 32, 32), normalized
