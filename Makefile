@@ -5,10 +5,11 @@ LATEST = .venv-latest/bin
 export NO_ALBUMENTATIONS_UPDATE = 1
 say = @printf '\n== %s\n'
 
-.PHONY: help demo test test-latest test-wheel soak bench bench-gpu readme docs clean
+.PHONY: help demo test test-gpu test-latest test-wheel soak bench bench-gpu readme docs clean
 help:
 	@echo 'make demo         set up .venv, train on the embedded digits (offline), print accuracy and run folder'
-	@echo 'make test         set up .venv, check the export, run every notebook and the tests'
+	@echo 'make test         set up .venv, check the export, run every notebook and the tests, on the CPU'
+	@echo 'make test-gpu     the tests of what only a CUDA GPU can show'
 	@echo 'make test-latest  the tests with the newest fastai 2.8, fastcore and torch'
 	@echo 'make test-wheel   build the wheel, install it into an empty environment, run the demo there'
 	@echo 'make soak         kill 50 runs and continue them, try 12,000 hostile files, kill a node of a Ray cluster (about half an hour)'
@@ -32,9 +33,13 @@ test: .venv/installed
 	$(say) 'notebooks and fastcifar/ hold the same code?'
 	@$(BIN)/python tools/drift.py
 	$(say) 'running every notebook'
-	@OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	@CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
 	$(say) 'running the tests'
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	@CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-gpu: .venv/installed
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "torch %s finds no CUDA GPU" % torch.__version__)'
+	@$(BIN)/python -m pytest tests/test_cuda.py
 
 test-latest:
 	$(say) 'making .venv-latest with the newest packages'

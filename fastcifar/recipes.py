@@ -110,7 +110,7 @@ def _fast(epochs, policy, lr_max=0.02, **kwargs):
 _fast_recipes = {
     'normnet31k': _fast(15, 'small_crop_flip'), 'normnet41k': _fast(20, 'small_crop_flip'), 'normnet48k': _fast(20, 'small_crop_flip'), 'groupnet': _fast(20, 'small_crop_flip'),
     'sepnet178k': _fast(25, 'small_crop_flip'), 'sepnet195k': _fast(25, 'small_crop_flip'), 'sepnet200k': _fast(25, 'small_crop_flip'), 'fastnet200k': _fast(25, 'small_crop_flip'),
-    'custom_resnet': _fast(16, 'small_crop_flip_cutout', lr_max=4e-3, bs=512, label_smoothing=0.2)}
+    'custom_resnet': _fast(24, 'small_crop_flip_cutout', lr_max=4e-3, bs=512, label_smoothing=0.2, views='crops')}
 
 _speedrun = Recipe(8, 1000, 'small_crop_altflip', 'muon', lr_max=0.02, lr_min=0.02, lr_end=2e-5, peak=0.01, anneal='linear', spectral=12., mom=0.6, mom_cycle=None, wd=0., label_smoothing=0.2,
                    freeze=(('whiten.bias', 3),), views='crops')

@@ -126,6 +126,7 @@ def compile_net(
     except Exception as e:
         why = ' '.join(str(e).split()) or type(e).__name__
         raise FastcifarError(f'compile=True does not work on this machine ({why[:200]}): install a C++ compiler (for a GPU: triton), or leave it out') from e
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit) # all nets of a process count as one function, and after eight programs the rest would silently run as they are
     model.compile(dynamic=False) # one program for whole batches and one for the last of an epoch; a dynamic one would serve both, but slower
     return model
 

@@ -64,7 +64,7 @@ def test_continues_exactly(precision, tmp_path):
     with pytest.raises(Stopped):
         with pytest.MonkeyPatch.context() as m:
             import fastcifar.runs as runs
-            m.setattr(runs, '_loggers', lambda *a: contextlib.nullcontext([stop_after(15)]))
+            m.setattr(runs, '_loggers', lambda *a: contextlib.nullcontext([stop_after(18)]))
             train_run(c, tmp_path/'parts', device=GPU, deterministic=True, pictures=False, checkpoint_every=5, say=lambda s: None)
     parts = train_run(c, tmp_path/'parts', device=GPU, deterministic=True, pictures=False, say=lambda s: None)
     a, b = (load_file(tmp_path/f'{name}/model.safetensors') for name in ('whole', 'parts'))
