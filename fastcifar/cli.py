@@ -26,9 +26,13 @@ def _bars(args): return sys.stdout.isatty() and not args.json
 
 def _given(args):
     "The settings of a recipe that were given on the command line"
-    named, more = {k: v for k in SETTINGS if (v := getattr(args, k, None)) is not None}, args.set or {}
-    if twice := {'seed', 'model', 'norm', 'recipe', 'data', 'valid', *SETTINGS} & set(more): raise FastcifarError(f'--set {next(iter(twice))}=... has an option of its own: --{next(iter(twice)).replace("_", "-")}')
-    return named | more
+    from dataclasses import fields
+    from fastcifar.basics import check_name
+    from fastcifar.recipes import Recipe
+    for k in args.set:
+        if k in vars(args): raise FastcifarError(f'--set {k}=... has an option of its own: --{k.replace("_", "-")}')
+        check_name(k, [f.name for f in fields(Recipe)], 'setting of a recipe')
+    return {k: v for k in SETTINGS if (v := getattr(args, k, None)) is not None} | args.set
 
 def _records(t):
     "A table as JSON has it, with null where there is no number"
@@ -313,7 +317,7 @@ def _loss_options(p):
     p.add_argument('--dropout', type=float, help="dropout of the net, 0 to 1 (default: the recipe's, or the net's)")
     p.add_argument('--label-smoothing', type=float, help="share of the target that is spread over all classes, 0 to 1 (default: the recipe's)")
     p.add_argument('--l1', type=float, help="weight of the parameters' absolute values in the loss (default: the recipe's)")
-    p.add_argument('--set', type=_arguments, metavar='NAME=VALUE', help='any other setting that `fastcifar recipes` lists, such as anneal=linear,mom=0.8 or step_epochs=5')
+    p.add_argument('--set', type=_arguments, default={}, metavar='NAME=VALUE', help='any other setting that `fastcifar recipes` lists, such as anneal=linear,mom=0.8 or step_epochs=5')
 
 def _schedule_options(p):
     "What overrides a recipe and belongs to a whole training"

@@ -201,10 +201,10 @@ def test_recipe_is_saved_changed_and_trained_with(main, tree, tmp_path):
     assert {k: c[k] for k in ('model', 'recipe', 'bs', 'policy', 'anneal', 'mom', 'mom_cycle')} == dict(model='normnet31k', recipe='reference', bs=12, policy='flip', anneal='linear', mom=.5, mom_cycle=None)
 
 @pytest.mark.parametrize('args, says', [
-    (('train', '--set', 'wd=1'), '--wd'), (('train', '--set', 'momentum=1'), 'momentum'), (('train', '--set', 'anneal=cubic'), 'cubic'), (('train', '--set', 'peak'), 'peak'),
+    (('train', '--set', 'wd=1'), '--wd'), (('train', '--set', 'precision="fp32"'), '--precision'), (('find-lr', '--set', 'path=item'), '--path'), (('train', '--set', 'momentum=1'), 'momentum'), (('train', '--set', 'anneal=cubic'), 'cubic'), (('train', '--set', 'peak'), 'peak'),
     (('recipes', '--recipe', 'fast'), '--save'), (('recipes', '--save', 'r.txt'), '.json')])
 def test_settings_that_are_refused(main, tree, args, says):
-    code, _, err = main(*args, *(('--data', tree) if args[0] == 'train' else ()))
+    code, _, err = main(*args, *(('--data', tree) if args[0] in ('train', 'find-lr') else ()))
     assert code == 2 and says in err and err.count('\n') == 1
 
 def test_summary_of_grey_images(main):
