@@ -6,7 +6,7 @@
 __all__ = ['LOST_WAIT', 'run_name', 'study_grid', 'Study', 'report_study', 'collect_runs', 'collect_curves']
 
 # %% ../nbs/34_study.ipynb #b70ee399
-import contextlib, dataclasses, itertools, math, os, sys, threading, time
+import contextlib, dataclasses, itertools, math, os, sys, threading, time, warnings
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -254,6 +254,7 @@ def _numbered(i, work, args): return i, work(*args)
 def _on_pool(work, calls, jobs, say):
     "(key, what `work` gives) of each call, in the order in which they are ready; a string where the system ended the process each time"
     left, jobs, broken = dict(calls), min(jobs, len(calls)), False
+    warnings.filterwarnings('ignore', 'A worker stopped while some jobs', UserWarning) # a worker that has grown makes place for a fresh one
     while left:
         alone = list(left)
         if not broken or jobs > 1:
