@@ -53,7 +53,7 @@ def _data(args): return args.data or os.environ.get('FASTCIFAR_DATA') or 'cifar1
 def train_command(args) -> dict:
     "Train a net into a run folder, or continue the run that is in it"
     import matplotlib; matplotlib.use('agg')
-    from fastcifar.recipes import read_recipe
+    from fastcifar.recipes import override_recipe, read_recipe
     from fastcifar.runs import configure, data_place, run_config, train_run
     if args.resume:
         usual = vars(parser().parse_args(['train']))
@@ -64,7 +64,9 @@ def train_command(args) -> dict:
     else:
         settings = read_recipe(args.recipe) if args.recipe.endswith('.json') else dict(recipe=args.recipe)
         settings |= {k: v for k in ('model', 'norm') if (v := getattr(args, k))}
-        c = configure(**{**settings, **dict(data=_data(args), seed=args.seed, valid=args.valid, precision=args.precision, path=args.path, convert=args.convert), **_given(args)})
+        settings |= dict(data=_data(args), seed=args.seed, valid=args.valid, precision=args.precision, path=args.path, convert=args.convert)
+        given = _given(args)
+        c = override_recipe(configure(**settings, **({'groups': given.pop('groups')} if 'groups' in given else {})), **given)
     return train_run(c, args.out, workers=args.workers, threads=args.threads, device=args.device, bars=_bars(args), compile=args.compile, checkpoint_every=args.checkpoint_every, deterministic=args.deterministic, pictures=not args.no_pictures, log=args.log, say=_say(args))
 
 def compare_command(args) -> dict:
@@ -281,13 +283,20 @@ def _at_least(low, high=math.inf):
 
 def _names(text): return [n for n in text.split(',') if n]
 
-def _arguments(text):
+def _value(text, words):
+    "A number, true, false or null; another word if those are allowed"
+    for read in (json.loads, float):
+        try: return read(text)
+        except ValueError: pass
+    if words and text.lower() not in ('true', 'false', 'none'): return text
+    raise ValueError(text)
+
+def _arguments(text, words=False):
     "`mended=true,scale=0.2` as a dict"
-    def value(v):
-        try: return json.loads(v)
-        except ValueError: return v # a word
-    try: return {k: value(v) for k, v in (part.split('=') for part in text.split(','))}
-    except ValueError: raise argparse.ArgumentTypeError(f'{text!r} is not a list such as mended=true,scale=0.2') from None
+    try: return {k: _value(v, words) for k, v in (part.split('=') for part in text.split(','))}
+    except ValueError: raise argparse.ArgumentTypeError(f'{text!r} is not a list such as {"anneal=linear,mom=0.8" if words else "mended=true,scale=0.2"}') from None
+
+def _settings(text): return _arguments(text, words=True)
 
 def _whole(text):
     try: return [int(n) for n in text.split(',')]
@@ -317,7 +326,7 @@ def _loss_options(p):
     p.add_argument('--dropout', type=float, help="dropout of the net, 0 to 1 (default: the recipe's, or the net's)")
     p.add_argument('--label-smoothing', type=float, help="share of the target that is spread over all classes, 0 to 1 (default: the recipe's)")
     p.add_argument('--l1', type=float, help="weight of the parameters' absolute values in the loss (default: the recipe's)")
-    p.add_argument('--set', type=_arguments, default={}, metavar='NAME=VALUE', help='any other setting that `fastcifar recipes` lists, such as anneal=linear,mom=0.8 or step_epochs=5')
+    p.add_argument('--set', type=_settings, default={}, metavar='NAME=VALUE', help='other settings that `fastcifar recipes` lists and that are one value, such as anneal=linear,mom=0.8 or step_epochs=5')
 
 def _schedule_options(p):
     "What overrides a recipe and belongs to a whole training"

@@ -64,9 +64,9 @@ _over_map = {'mean', 'amax', 'amin', 'sum'}
 _mixing = ('bmm', 'baddbmm', 'upsample', 'pixel_', 'scaled_dot_product', 'multi_head', 'grid_sampler', 'roll', 'flip', 'rot90') # whatever position by whatever rule
 
 def _merges(old, new):
-    "Does a view of a batch of maps mix rows, columns and channels? A vector for each image and a list of pixels do not"
+    "Does a view of a batch of maps lose rows and columns? A vector for each image does not, nor do rows of channels, a pixel each"
     if len(old) != 4 or old[2:].numel() == 1: return False
-    return old[2:] != new[-2:] if len(new) > 4 else old[-1] != new[-1] and not (len(new) == 2 and new[0] == old[0])
+    return old[2:] != new[-2:] if len(new) >= 4 else old[-1] != new[-1] and not (len(new) == 2 and new[0] == old[0])
 
 def _given(args, *defaults):
     "The first arguments of an operation, with the defaults that PyTorch leaves out"

@@ -135,10 +135,11 @@ def _compared(done, factor):
         n = f'n = {len(common)}' + (f', the seeds that all have of {len(wide)}' if len(common) < len(wide) else '')
         yield f'{_named(shared)}: {", ".join(f"{k} {v:.2f} %" for k, v in means.items())} ({n}); {said}'
 
-def _unlike(done):
-    "What else the runs of a net differ in, as those of a study do that went on on another machine or with another version"
-    values = [(m, k, sorted(map(str, r[k].dropna().unique()))) for m, r in done.groupby('model', sort=False) for k in ('precision', 'path') if k in r]
-    return [f'{m}: the runs compared differ in {k} ({", ".join(v)}) as well' for m, k, v in values if len(v) > 1]
+def _unlike(done, factors):
+    "What else compared runs differ in, as those of a study do that went on on another machine or with another version"
+    groups = [(dict(zip(rest, key)), g) for f in factors for rest in [_alike(done, f)] for key, g in done.groupby(rest, sort=False) if g[f].nunique() > 1]
+    values = [(shared, k, sorted(map(str, g[k].dropna().unique()))) for shared, g in groups for k in ('precision', 'path') if k in g]
+    return [f'{_named(shared)}: the runs compared differ in {k} ({", ".join(v)}) as well' for shared, k, v in values if len(v) > 1]
 
 def study_answer(
     results:pd.DataFrame, # Of `collect_runs`
@@ -151,7 +152,7 @@ def study_answer(
     if not factors:
         for key, r in (study_summary(done).iterrows() if len(done) else ()):
             lines.append(f'{_named(dict(zip(CELL, key)))}: {r["mean"]:.2f} % (n = {r.n:.0f}{"" if math.isnan(r.low) else f", 95 % interval {r.low:.2f} to {r.high:.2f} %"})')
-    return lines + _unlike(done) + [f'failed: {" ".join(str(r[k]) for k in CELL)} seed {r.seed}: {r.reason}' for _, r in failed.iterrows()]
+    return lines + _unlike(done, factors) + [f'failed: {" ".join(str(r[k]) for k in CELL)} seed {r.seed}: {r.reason}' for _, r in failed.iterrows()]
 
 # %% ../nbs/33_statistics.ipynb #e0372635
 def plot_study_curves(

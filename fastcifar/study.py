@@ -151,8 +151,9 @@ class Study:
             old = read_json(f)
             if not isinstance(old, dict) or not isinstance(old.get('runs'), dict): raise FastcifarError(f'{f} does not hold a study: choose another --out')
             cells = lambda runs: {k.rpartition('-seed')[0] for k in runs}
-            same = cells(old['runs']) == cells(new) and set(old['runs']) <= set(new) and all(isinstance(c, dict) and new[k] == complete_config({'path': 'auto', **c}) for k, c in old['runs'].items())
-            if not same: raise FastcifarError(f'{self.out} holds a study of another configuration ({len(old["runs"])} runs): give the same one (seeds may be added), or choose another --out')
+            same = cells(old['runs']) == cells(new) and set(old['runs']) <= set(new)
+            apart = [f'{len(old["runs"])} runs'] if not same else [f'{k} has {f}={was.get(f)!r}, not {new[k][f]!r}' for k, c in old['runs'].items() for was in [complete_config({'path': 'auto', **c}) if isinstance(c, dict) else {}] for f in new[k] if was.get(f) != new[k][f]]
+            if apart: raise FastcifarError(f'{self.out} holds a study of another configuration ({apart[0]}): give the same one (seeds may be added), or choose another --out')
         for c in self.grid:
             folder = self.out/'runs'/run_name(c)
             if (folder/'metrics.json').exists(): check_same(c, folder, source)

@@ -81,7 +81,9 @@ class Sweep:
         "Write what the sweep is, or compare with what is there"
         f, new = self.out/'sweep.json', as_json(dict(dataclasses.asdict(self.base), data=source, tune=sorted(self.tune)))
         old = read_json(f) if f.exists() else new
-        if not isinstance(old, dict) or complete_config({'path': 'auto', **old}) != new: raise FastcifarError(f'{self.out} holds a sweep of another configuration: give the same one, or choose another --out')
+        was = complete_config({'path': 'auto', **old}) if isinstance(old, dict) else {}
+        apart = [f'{k}={was.get(k)!r}, not {v!r}' for k, v in new.items() if was.get(k) != v]
+        if apart: raise FastcifarError(f'{self.out} holds a sweep of another configuration ({apart[0]}): give the same one, or choose another --out')
         write_json(f, new)
 
     def _storage(self):

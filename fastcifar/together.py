@@ -223,7 +223,7 @@ def together_learner(
 ): # A `CifarLearner`, whose model is a `SideBySide`
     "A learner that trains the nets of several seeds in one pass, each as it would be trained alone"
     c, device, parts, nets, states = alike(list(configs)), checked_device(device), [], [], []
-    for one in configs: # in the order in which a run of its own draws random numbers
+    for one in configs: # each draws random numbers as a run of its own does
         seed_everything(one.seed)
         parts.append(data.dataloaders(bs=c.bs, policy=c.policy, seed=one.seed, valid=c.valid, device=device, stats=c.stats, path=c.path))
         nets.append(build(one, len(data.classes)).to(device))

@@ -195,13 +195,14 @@ def test_recipe_is_saved_changed_and_trained_with(main, tree, tmp_path):
     r = json.loads((tmp_path/'mine.json').read_text())
     r['settings'] |= dict(bs=12, epochs=1, policy='flip')
     (tmp_path/'mine.json').write_text(json.dumps(r))
-    code, _, err = main('train', '--data', tree, '--recipe', 'mine.json', '--set', 'anneal=linear,mom_cycle=null,mom=0.5', '--no-pictures', '--out', 'mine')
+    code, _, err = main('train', '--data', tree, '--recipe', 'mine.json', '--lr-max', '1e-3', '--set', 'anneal=linear,mom_cycle=null,mom=.5', '--no-pictures', '--out', 'mine')
     assert code == 0, err
     c = json.loads((tmp_path/'mine/config.json').read_text())
+    assert c['lr_max'] / c['lr_min'] == pytest.approx(25) and c['lr_min'] < 1e-3 # goes along
     assert {k: c[k] for k in ('model', 'recipe', 'bs', 'policy', 'anneal', 'mom', 'mom_cycle')} == dict(model='normnet31k', recipe='reference', bs=12, policy='flip', anneal='linear', mom=.5, mom_cycle=None)
 
 @pytest.mark.parametrize('args, says', [
-    (('train', '--set', 'wd=1'), '--wd'), (('train', '--set', 'precision="fp32"'), '--precision'), (('find-lr', '--set', 'path=item'), '--path'), (('train', '--set', 'momentum=1'), 'momentum'), (('train', '--set', 'anneal=cubic'), 'cubic'), (('train', '--set', 'peak'), 'peak'),
+    (('train', '--set', 'wd=1'), '--wd'), (('train', '--set', 'precision="fp32"'), '--precision'), (('find-lr', '--set', 'path=item'), '--path'), (('train', '--set', 'momentum=1'), 'momentum'), (('train', '--set', 'anneal=cubic'), 'cubic'), (('train', '--set', 'peak'), 'peak'), (('train', '--set', 'decay_all=True'), 'anneal=linear'), (('train', '--model-args', 'shared=True'), 'mended=true'),
     (('recipes', '--recipe', 'fast'), '--save'), (('recipes', '--save', 'r.txt'), '.json')])
 def test_settings_that_are_refused(main, tree, args, says):
     code, _, err = main(*args, *(('--data', tree) if args[0] in ('train', 'find-lr') else ()))

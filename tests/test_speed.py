@@ -21,11 +21,27 @@ def test_bench_speaks_to_people(main):
 
 @pytest.mark.parametrize('args, says', [(['spedrun'], "did you mean 'speedrun'"), (['speedrun', '--device', 'cuda'], 'leave --device and --airbench out'), (['speedrun', '--airbench', 'x.py'], 'leave --device and --airbench out'),
                                         (['data', '--device', 'foo'], "no device 'foo' here"),
-                                        (['data', '--rounds', '0'], 'at least 1')])
+                                        (['data', '--rounds', '0'], 'at least 1'), (['data', '--results', 'r.csv'], 'leave it out'),
+                                        (['speedrun', '--device', 'cpu', '--results', 'none.csv'], 'cannot read none.csv')])
 def test_bench_refuses(main, args, says):
     if torch.cuda.is_available() and 'airbench' in says: pytest.skip('there is a GPU')
     code, out, err = main('bench', *args)
     assert code == 2 and says in err and err.count('\n') == 1 and not out
+
+def test_the_speedrun_is_judged_by_whole_trainings(main, tmp_path, monkeypatch):
+    import fastcifar.bench as bench
+    monkeypatch.setattr(bench, '_whole', lambda name, recipe, k: lambda: recipe.epochs * (1 if name == 'speednet' else 4))
+    runs = [('speednet', 'speedrun', 8, .90), ('speednet', 'speedrun', 12, .92), ('custom_resnet', 'reference', 24, .89), ('custom_resnet', 'fast', 24, .91), ('custom_resnet', 'one_cycle', 24, .99)]
+    rows = ['model,norm,recipe,epochs,data,test_accuracy', *(f'{m},bn,{r},{e},cifar10,{a}' for m, r, e, a in runs), 'custom_resnet,ln,reference,24,cifar10,0.99']
+    (tmp_path/'r.csv').write_text('\n'.join(rows))
+    code, out, err = main('bench', 'speedrun', '--device', 'cpu', '--rounds', 1, '--results', 'r.csv', '--json')
+    assert code == 0, err
+    got = [(r['name'], r['ratio'], r['met']) for r in json.loads(out)['rows']]
+    assert got == [('cpu/speedrun_vs_custom_resnet', 8 / 96, 'goal'), ('cpu/speedrun_vs_custom_resnet_fast', 12 / 96, 'goal')]
+    (tmp_path/'r.csv').write_text('\n'.join(r for r in rows if '12' not in r))
+    assert [r['met'] for r in json.loads(main('bench', 'speedrun', '--device', 'cpu', '--rounds', 1, '--results', 'r.csv', '--json')[1])['rows']] == ['goal', 'missed']
+    row, = json.loads(main('bench', 'speedrun', '--device', 'cpu', '--rounds', 1, '--json')[1])['rows']
+    assert row['met'] is None and 'not compared' in row['note']
 
 def test_speedrun_trains_and_continues(main, tree):
     "At toy scale: the views are in the evaluation and in predictions, and the finished run is known again"
