@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from .basics import FastcifarError, as_json, check_name, optional, read_json, seed_everything, write_atomic, write_json
 from .data import load_data
 from .loaders import CifarDataLoaders, checked_device # with this import an ImageData has its dataloaders
-from .recipes import fit_recipe, recipe_learner, write_recipe
+from .recipes import fit_recipe, override_recipe, recipe_learner, write_recipe
 from .runs import build_model, complete_config, configure
 from .state import Stopped, StopRequest
 from .train import cpu_threads
@@ -25,9 +25,7 @@ from .train import cpu_threads
 # %% ../nbs/35_sweep.ipynb #690fdc10
 STRENGTHS = ('none', 'flip', 'small_crop_flip', 'crop_flip', 'crop_flip_cutout') # policies, the weakest first
 
-def _rate(trial, r):
-    lr = trial.suggest_float('lr_max', r.lr_max / 8, r.lr_max * 8, log=True)
-    return {'lr_max': lr, **{k: v * lr / r.lr_max for k in ('lr_min', 'lr_end') if (v := getattr(r, k)) is not None}}
+def _rate(trial, r): return dict(lr_max=trial.suggest_float('lr_max', r.lr_max / 8, r.lr_max * 8, log=True)) # `override_recipe` takes the others along
 
 def _decay(trial, r, lr): return dict(wd=trial.suggest_float('decay', 1e-6, 1e-2, log=True) / lr)
 
@@ -117,7 +115,7 @@ class Sweep:
         with request, cpu_threads(threads):
             for i in tqdm(range(len(over), trials), disable=not (sys.stdout.isatty() if bars is None else bars), unit='trial'):
                 trial = study.ask()
-                c = dataclasses.replace(self.base, **suggest_settings(trial, self.base, self.tune)).checked()
+                c = override_recipe(self.base, **suggest_settings(trial, self.base, self.tune))
                 said = self._try(study, trial, c, data, device, request)
                 say(f'{i + 1}/{trials} ' + ', '.join(f'{k} {v:.3g}' if isinstance(v, float) else f'{k} {v}' for k, v in trial.params.items()) + f': {said}')
                 self.write(study, data)
@@ -150,7 +148,7 @@ class Sweep:
         if not len(done): return {}
         best = study.best_trial
         found = dict(trials=len(t), complete=len(done), valid_accuracy=best.value, valid_images=self.base.valid, data=data.name, data_sha256=data.source, epochs=self.base.epochs, seed=self.base.seed)
-        best = dataclasses.replace(self.base, **suggest_settings(_again(best), self.base, self.tune))
+        best = override_recipe(self.base, **suggest_settings(_again(best), self.base, self.tune))
         res = write_recipe(self.out/'recipe.json', best, best.recipe, best.model, norm=best.norm, groups=best.groups, found=found)
         fig = plot_sweep(t)
         write_atomic(self.out/'sweep.png', lambda tmp: fig.savefig(tmp, dpi=110, bbox_inches='tight'))
