@@ -43,12 +43,13 @@ def test_readme_is_the_index():
     from readme import render
     assert (ROOT/'README.md').read_text() == render(ROOT/'nbs/index.ipynb'), 'run `make readme`'
 
-def test_notebooks_ran_from_top_to_bottom_and_leak_no_paths():
+def test_notebooks_ran_without_error_leak_no_paths_and_are_clean():
     for p in ROOT.glob('nbs/**/*.ipynb'):
         nb = json.loads(p.read_text())
         outputs = json.dumps([c.get('outputs') for c in nb['cells']])
         assert not re.search(r'"/(home|root|Users)/', outputs), p
         assert '"output_type": "error"' not in outputs, p
+        assert not any(c['metadata'].keys() - {'tags'} or c.get('execution_count') for c in nb['cells']), f'{p.name}: run nbdev_clean'
 
 def test_every_room_imports_only_from_rooms_before_it():
     "Data flows one way: the numbering of the notebooks is the order of imports"
