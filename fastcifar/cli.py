@@ -54,13 +54,14 @@ def train_command(args) -> dict:
     "Train a net into a run folder, or continue the run that is in it"
     import matplotlib; matplotlib.use('agg')
     from fastcifar.recipes import override_recipe, read_recipe
-    from fastcifar.runs import configure, data_place, run_config, train_run
+    from fastcifar.runs import configure, data_place, run_config, threads_of, train_run
     if args.resume:
         usual = vars(parser().parse_args(['train']))
         other = [k for k in (*SETTINGS, 'set', 'model', 'norm', 'recipe', 'seed', 'valid', 'precision', 'path', 'convert', 'out') if getattr(args, k) != usual[k]]
         if other: raise FastcifarError(f'--resume goes on with the settings of the run: leave out {", ".join("--" + k.replace("_", "-") for k in other)}')
         c, args.out = run_config(args.resume), args.resume
         c.data = args.data or data_place(args.resume)
+        args.threads = args.threads or threads_of(args.resume)
     else:
         settings = read_recipe(args.recipe) if args.recipe.endswith('.json') else dict(recipe=args.recipe)
         settings |= {k: v for k in ('model', 'norm') if (v := getattr(args, k))}
@@ -313,7 +314,6 @@ def _model_options(p):
     p.add_argument('--model', help='see `fastcifar models` (default: custom_resnet; train: or that of a recipe file)')
     p.add_argument('--norm', help='bn, ln, gn, ln_chw, in or none (default: bn; train: or that of a recipe file)')
     p.add_argument('--seed', type=_at_least(0), default=0, help='of everything random, 0 to 2**32 - 1 (default: %(default)s)')
-    p.add_argument('--workers', type=_at_least(0), default=0, help='processes that prepare batches on the item path; the result does not depend on it (default: %(default)s)')
 
 def _net_options(p):
     p.add_argument('--groups', type=_at_least(1), help="groups of --norm gn (default: the net's)")
@@ -337,7 +337,9 @@ def _schedule_options(p):
 
 def _valid_option(p, default, then): p.add_argument('--valid', type=_at_least(1), metavar='N', help=f'hold out N training images, the same share of each class (default: {default}); {then}')
 
-def _path_option(p): p.add_argument('--path', default='auto', help='how batches are made: item (Albumentations), batch (tensors on the device) or auto (default: batch, unless the policy has no such form)')
+def _path_options(p):
+    p.add_argument('--path', default='auto', help='how batches are made: item (Albumentations), batch (tensors on the device) or auto (default: batch, unless the policy has no such form)')
+    p.add_argument('--workers', type=_at_least(0), default=0, help='processes that prepare batches on the item path; the result does not depend on it (default: %(default)s)')
 
 def parser() -> argparse.ArgumentParser:
     "The arguments of every command"
@@ -350,17 +352,17 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument('--json', action='store_true', help='print the result as JSON (messages go to stderr)')
         return p
     p = add('train', train_command, 'train a net into a run folder, or continue the run that is in it')
-    _data_options(p), _model_options(p), _net_options(p), _loss_options(p), _schedule_options(p), _path_option(p), _valid_option(p, 'none', 'the test split is then used once, at the end')
+    _data_options(p), _model_options(p), _net_options(p), _loss_options(p), _schedule_options(p), _path_options(p), _valid_option(p, 'none', 'the test split is then used once, at the end')
     p.add_argument('--bs', type=_at_least(1), help="batch size (default: the recipe's)")
     p.add_argument('--compile', action='store_true', help='compile the net with torch.compile')
     p.add_argument('--no-pictures', action='store_true', help='leave out pictures and report.html, which take some seconds; fastcifar report writes the page later')
     p.add_argument('--log', type=_names, default=(), metavar='NAME', help='also log to tensorboard, wandb (offline unless $WANDB_MODE says otherwise), or both: tensorboard,wandb')
     p.add_argument('--recipe', default='one_cycle', help='one_cycle, reference, fast or speedrun, see `fastcifar recipes`; or a .json file of fastcifar recipes --save or fastcifar sweep (default: %(default)s)')
-    p.add_argument('--threads', type=_at_least(1), help="CPU threads (default: torch's choice)")
+    p.add_argument('--threads', type=_at_least(1), help="CPU threads (default: torch's choice, with --resume those of the run)")
     p.add_argument('--out', help='run folder (default: runs/DATA-MODEL-NORM-RECIPE-EPOCHSep-seedSEED)')
     p.add_argument('--checkpoint-every', type=_at_least(1), metavar='N', help='write a checkpoint every N batches (default: only after each epoch)')
     p.add_argument('--deterministic', action='store_true', help='on a GPU: refuse operations that may give other numbers each time')
-    p.add_argument('--resume', metavar='RUN', help='continue the run in this folder with the configuration it was begun with')
+    p.add_argument('--resume', metavar='RUN', help='continue the run in this folder with the settings and the number of threads it was begun with')
     p = add('compare', compare_command, 'train models x norms x recipes x batch sizes x seeds and compare them; exit code 1 if a run failed')
     _data_options(p), _net_options(p), _loss_options(p), _schedule_options(p), _valid_option(p, 'none', 'curves are then those of the held-out images')
     p.add_argument('--models', '--model', type=_names, required=True, help='separated by commas')
@@ -385,7 +387,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--threads', type=_at_least(1), help="CPU threads (default: torch's choice)")
     p.add_argument('--out', default='sweep', help='folder of the sweep; it is continued if it is there (default: %(default)s)')
     p = add('find-lr', find_lr_command, 'find LRMIN and LRMAX by a learning-rate range test')
-    _data_options(p), _model_options(p), _net_options(p), _loss_options(p), _path_option(p)
+    _data_options(p), _model_options(p), _net_options(p), _loss_options(p), _path_options(p)
     p.add_argument('--recipe', default='one_cycle', help='whose optimizer, loss, policy and batch size to test: one_cycle, reference, fast or speedrun (default: %(default)s)')
     p.add_argument('--bs', type=_at_least(1), help="batch size (default: the recipe's)")
     p.add_argument('--plot', default='lr_range.png', help='where to draw the curve (default: %(default)s)')

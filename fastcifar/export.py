@@ -108,7 +108,7 @@ Every setting stands in config.json under `training`. The data was {m['data']} (
 
 ## How to use it
 
-    pip install fastcifar
+    pip install git+https://github.com/fastcifar/fastcifar
     fastcifar predict --from . PICTURE.png
 
 In Python, `fastcifar.models.zoo.load_model('.')` gives the PyTorch module, which takes normalized images; mean and standard deviation are in config.json.

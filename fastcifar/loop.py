@@ -181,16 +181,12 @@ class LeanLearner(Learner):
     def __init__(self, *args, **kwargs):
         self._listeners = {}
         super().__init__(*args, **kwargs)
-        for i, old in enumerate(self.cbs): # the default callbacks, where they were
-            new = _lean.get(type(old), lambda old: None)(old)
-            if new is None: continue
-            new.learn = self
-            setattr(self, old.name, new)
-            self.cbs[i] = new
 
     def add_cb(self, cb):
+        "Add a callback; one of fastai's defaults, as `no_bar` puts them back, in its lean form"
         self._listeners.clear()
-        return super().add_cb(cb)
+        if isinstance(cb, type): cb = cb()
+        return super().add_cb(_lean.get(type(cb), lambda own: own)(cb))
 
     def remove_cb(self, cb):
         self._listeners.clear()

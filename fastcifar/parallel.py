@@ -106,6 +106,7 @@ class ShareTraining(Callback):
         if not all(hasattr(dl, 'share') for dl in self.dls.loaders): raise FastcifarError('these loaders cannot be shared by several processes: make them with load_data(...).dataloaders()')
         if self.sync_bn:
             if next(self.model.parameters()).device.type != 'cuda': raise FastcifarError('batch norm can be synchronised on GPUs only: leave out sync_bn')
+            if any(isinstance(m, nn.BatchNorm2d) and 'weight' in m._buffers for m in self.model.modules()): raise FastcifarError('batch norm without a learned scale, as speednet has it, cannot be synchronised: leave out sync_bn')
             self.learn.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.loaders = list(self.dls.loaders)
         for dl in self.loaders: dl.share(rank(), world_size())

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Config', 'configure', 'build_model', 'environment', 'RunHistory', 'default_out', 'complete_config', 'settle_config',
            'write_surroundings', 'check_same', 'draw_interpretation', 'draw_run', 'finish_run', 'run_folder',
-           'explained', 'train_run', 'run_config', 'data_place', 'load_run', 'evaluate_run', 'report_run']
+           'explained', 'train_run', 'run_config', 'data_place', 'threads_of', 'load_run', 'evaluate_run', 'report_run']
 
 # %% ../nbs/28_runs.ipynb #f30c178b
 import contextlib, dataclasses, os, platform, re, shlex, subprocess, sys
@@ -88,8 +88,10 @@ def build_model(
 
 # %% ../nbs/28_runs.ipynb #f9914ec2
 def _cpu_name():
-    try: return next(l.split(':', 1)[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name'))
-    except (OSError, StopIteration): return platform.processor() or platform.machine()
+    "The processor, and whether it has matrix units, which decide how quick bfloat16 is"
+    try: about = dict(map(str.strip, l.split(':', 1)) for l in Path('/proc/cpuinfo').read_text().split('\n\n')[0].splitlines() if ':' in l)
+    except OSError: about = {}
+    return (about.get('model name') or platform.processor() or platform.machine()) + (' with AMX' if 'amx_bf16' in about.get('flags', '').split() else '')
 
 def _commit():
     checkout = Path(fastcifar.__file__).parents[1]
@@ -405,6 +407,12 @@ def run_config(out) -> Config:
 def data_place(out) -> str:
     "Where the data of a run lay when it was trained; kept apart from what is worth sharing"
     return (Path(out)/'.data').read_text().strip() if (Path(out)/'.data').is_file() else run_config(out).data
+
+def threads_of(out) -> int:
+    "CPU threads a run was begun with, as far as this machine has them: with other ones its last digits would differ"
+    f = Path(out)/'environment.json'
+    n = read_json(f).get('threads') if f.is_file() else None
+    return min(n, os.cpu_count()) if isinstance(n, int) and n > 0 else None
 
 def load_run(
     out, # A finished run folder

@@ -136,9 +136,9 @@ def _compared(done, factor):
         yield f'{_named(shared)}: {", ".join(f"{k} {v:.2f} %" for k, v in means.items())} ({n}); {said}'
 
 def _unlike(done, factors):
-    "What else compared runs differ in, as those of a study do that went on on another machine or with another version"
+    "What else compared runs differ in, as recipes do in their test-time views, and runs of a study that went on on another machine or with another version"
     groups = [(dict(zip(rest, key)), g) for f in factors for rest in [_alike(done, f)] for key, g in done.groupby(rest, sort=False) if g[f].nunique() > 1]
-    values = [(shared, k, sorted(map(str, g[k].dropna().unique()))) for shared, g in groups for k in ('precision', 'path') if k in g]
+    values = [(shared, k, sorted(map(str, g[k].dropna().unique()))) for shared, g in groups for k in ('precision', 'path', 'views') if k in g]
     return [f'{_named(shared)}: the runs compared differ in {k} ({", ".join(v)}) as well' for shared, k, v in values if len(v) > 1]
 
 def study_answer(

@@ -30,7 +30,8 @@ def best_precision(
 ) -> str: # `'bf16'`, `'fp16'` or `'fp32'`
     "The fastest precision that the hardware of `device` really has"
     device = torch.device(device)
-    if device.type == 'cuda': return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16'
+    if device.type == 'cuda':
+        with torch.cuda.device(device): return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16'
     if device.type == 'cpu' and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()): return 'bf16'
     return 'fp32'
 

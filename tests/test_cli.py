@@ -1,5 +1,5 @@
 "The whole program, as a person uses it."
-import json, shutil, signal, subprocess, sys, time
+import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pandas as pd
@@ -23,6 +23,30 @@ def snapshot(folder): return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in
 def test_help_imports_nothing_heavy():
     code = 'import sys; from fastcifar.cli import main\ntry: main(["--help"])\nexcept SystemExit: pass\nprint([m for m in ("torch", "fastai", "albumentations", "matplotlib", "pandas") if m in sys.modules])'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip().endswith('[]')
+
+def in_a_terminal(*args, cwd):
+    "Exit code and what a terminal of 160 columns shows"
+    pty, termios = map(pytest.importorskip, ('pty', 'termios')) # not on Windows
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (40, 160))
+    p = subprocess.Popen([sys.executable, '-m', 'fastcifar', *map(str, args)], cwd=cwd, stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, 'TERM': 'xterm'})
+    os.close(theirs)
+    shown = b''
+    while True:
+        try: more = os.read(ours, 65536)
+        except OSError: break # Linux' way to say that the other end is closed
+        if not more: break
+        shown += more
+    os.close(ours)
+    return p.wait(60), shown.decode()
+
+def test_tables_and_progress_in_a_terminal(tree, tmp_path):
+    code, shown = in_a_terminal('summary', 'sepnet178k', cwd=tmp_path)
+    assert code == 0 and '178,178' in shown and '\x1b[1m' in shown # a bold header, by rich
+    code, shown = in_a_terminal('compare', '--data', tree, '--models', 'normnet31k', '--norms', 'bn', '--epochs', 1, '--bs', 20, '--seeds', 1, '--no-pictures', cwd=tmp_path)
+    assert code == 0 and '100%' in shown and '1/1' in shown and 'Traceback' not in shown
+    code, shown = in_a_terminal('train', '--data', tree, '--model', 'normnet31k', '--epochs', 1, '--bs', 20, '--lr-max', '1e-3', '--no-pictures', cwd=tmp_path)
+    assert code == 0 and '3/3' in shown and 'Traceback' not in shown
 
 def test_help_of_every_command(cli):
     text = cli('--help').stdout

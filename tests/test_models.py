@@ -1,8 +1,9 @@
 "The nets are the references' nets: the same layers, the same counts, and the same answers with the same weights."
-import json, os
+import json, math, os
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from fastcifar.inspect import summarize, trace
 from fastcifar.layers import NORMS
 from fastcifar.models.zoo import count_parameters, create_model, list_models
 
+ROOT = Path(__file__).resolve().parents[1]
 REAL = os.environ.get('FASTCIFAR_DATA') # fixtures hide it from the tests
 VECTORS, TABLES = (json.loads((Path(__file__).parent/f'net_{n}.json').read_text()) for n in ('vectors', 'tables'))
 
@@ -97,6 +99,9 @@ def test_every_norm_everywhere(name, norm):
     assert not [m for m in net.modules() if isinstance(m, (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)) and not isinstance(m, kinds[norm])]
     if norm == 'ln': assert {m.num_groups for m in own} == {1}
     if norm == 'in': assert all(m.num_groups == m.num_channels for m in own)
+    if name != 'speednet': # whose batch norm learns no scale
+        learned = {'ln_chw': sum(2 * math.prod(m.normalized_shape) for m in own if norm == 'ln_chw'), 'none': 0}.get(norm, sum(2 * m.num_features for m in create_model(name).modules() if isinstance(m, nn.BatchNorm2d)))
+        assert count_parameters(net) == count_parameters(create_model(name, norm='none', n_out=7, n_in=1)) + learned
 
 @pytest.mark.parametrize('name,groups', [('normnet31k', 4), ('normnet41k', 8), ('normnet48k', 4), ('sepnet178k', 4), ('custom_resnet', 32)])
 def test_default_groups(name, groups):
@@ -108,7 +113,18 @@ def test_summary_counts_every_parameter_once(name):
     t = summarize(net)
     assert t.parameters.sum() == sum(p.numel() for p in net.parameters()) and (t.MACs > 0).sum() >= 8
 
+@pytest.mark.parametrize('name', list_models())
+def test_multiply_accumulates_are_weights_times_positions(name):
+    net, seen = create_model(name), 0
+    for r in trace(net):
+        m = dict(net.named_modules()).get(r.layer)
+        if isinstance(m, (nn.Conv2d, nn.Linear)):
+            assert r.macs == m.weight.numel() * math.prod(r.output[1:])
+            seen += 1
+    assert seen == sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in net.modules())
+
 def test_budgets():
+    assert count_parameters(create_model('custom_resnet', norm='none')) == 6_568_650
     assert count_parameters(create_model('groupnet')) <= 41_026
     net = create_model('fastnet200k')
     assert count_parameters(net) <= 200_000
@@ -127,6 +143,23 @@ def test_damaged_package_weights_are_noticed(tmp_path, monkeypatch):
     f.write_bytes(f.read_bytes()[:-1] + b'x')
     with pytest.raises(zoo.FastcifarError, match='is damaged'): create_model(name, norm=norm, pretrained=True)
     with pytest.raises(zoo.FastcifarError, match='there are no trained weights of custom_resnet'): create_model('custom_resnet', pretrained=True)
+
+def test_package_weights_agree_with_the_results():
+    import fastcifar.models.zoo as zoo
+    results = pd.read_csv(ROOT/'results/norms/results.csv')
+    for key, row in zoo._pretrained().items():
+        cell = results[(results.model + '-' + results.norm == key) & (results.recipe == row['recipe'])]
+        same = cell[cell.seed == row['seed']].iloc[0]
+        assert (same.test_accuracy, same.epochs, same.parameters, same.precision, same.data) == tuple(row[k] for k in ('test_accuracy', 'epochs', 'parameters', 'precision', 'data')), key
+        assert (len(cell), round(cell.test_accuracy.mean(), 6)) == (row['n'], row['mean_accuracy']), key
+
+def test_fast_is_at_least_as_good_as_reference():
+    "And what was asked of the nets on the JPEG-coded set"
+    t = pd.read_csv(ROOT/'results/norms/results.csv').pivot_table(index=['model', 'norm'], columns='recipe', values='test_accuracy')
+    both = t.dropna(subset=['fast', 'reference'])
+    assert len(both) >= 10 and (both.fast >= both.reference).all()
+    fast = t.fast.xs('bn', level='norm')
+    assert fast.normnet48k >= t.reference['normnet48k', 'bn'] + .02 and fast.groupnet > fast.normnet48k and fast.sepnet178k >= .83 and fast.fastnet200k >= .86 and fast.custom_resnet >= .906
 
 @pytest.mark.skipif(not REAL, reason='FASTCIFAR_DATA names no CIFAR-10 archive')
 def test_package_weights_do_what_their_note_says():

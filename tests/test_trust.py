@@ -163,6 +163,15 @@ def test_other_threads_are_named(whole, tree, tmp_path, main, monkeypatch):
     assert code == 0 and 'threads 1, now it is 2: the result will differ' in said
     torch.set_num_threads(1)
 
+def test_resume_takes_the_threads_of_the_run(whole, tree, tmp_path, main, monkeypatch):
+    out = interrupted(whole, tree, tmp_path, main, monkeypatch)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try: code, said, _ = main('train', '--resume', out, '--no-pictures')
+    finally: torch.set_num_threads(before)
+    assert code == 0 and 'the result will differ' not in said and same(out, whole)
+    assert json.loads((out/'environment.json').read_text())['threads'] == 1
+
 def test_deterministic(whole, tree, tmp_path, main):
     from fastcifar.train import deterministic_only
     out = tmp_path/'run'

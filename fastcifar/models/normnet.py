@@ -8,9 +8,13 @@ __all__ = ['NormNet31k', 'NormNet41k', 'NormNet48k']
 # %% ../../nbs/09_models.normnet.ipynb #d4355e68
 from torch import nn
 
-from ..layers import ConvStack, Dropout, FeatureNet
+from ..layers import ConvNorm, ConvStack, Dropout, FeatureNet
 
 # %% ../../nbs/09_models.normnet.ipynb #cdbb1837
+class _Residual(nn.Sequential):
+    "x + layers(x)"
+    def forward(self, x): return x + super().forward(x)
+
 class NormNet31k(FeatureNet):
     "31,216 parameters; convolution, ReLU, norm, dropout; pools only a corner of the last map unless `mended`"
     def __init__(self,
@@ -20,10 +24,14 @@ class NormNet31k(FeatureNet):
         groups:int=4, # Groups of `gn`
         dropout:float=0.01, # After each norm
         mended:bool=False, # Pool the whole map?
+        residual:bool=False, # A convolution from 24 to 24 channels beside its input, in the place of that from 24 to 28?
     ):
         net = ConvStack(n_in, 32, norm=norm, groups=groups, dropout=dropout, act='first')
         net.conv(16, padding=0).conv(20, padding=0).bare(16).max_pool()
-        net.conv(20).conv(24).conv(28).bare(16).max_pool()
+        net.conv(20).conv(24)
+        if residual: net.add(_Residual(ConvNorm(24, 24, net.size, **net.defaults)))
+        else: net.conv(28)
+        net.bare(16).max_pool()
         net.conv(20).conv(24).conv(28)
         super().__init__(net, nn.AdaptiveAvgPool2d(1) if mended else nn.AvgPool2d(4), nn.Conv2d(28, n_out, 1, bias=False))
 
