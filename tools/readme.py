@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def render(path:Path) -> str:
     "The markdown of a notebook"
     nb = nbformat.read(path, 4)
+    nb.metadata['language_info'] = {'name': 'python'} # nbdev_clean takes it away
     nb.cells = [c for c in nb.cells if not re.search(r'^#\|\s*hide\b', c.source, re.M)]
     for c in nb.cells:
         if re.search(r'^#\|\s*echo:\s*false', c.source, re.M): c.metadata['transient'] = {'remove_source': True}
