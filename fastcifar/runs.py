@@ -96,7 +96,8 @@ def _cpu_name():
 def _commit():
     checkout = Path(fastcifar.__file__).parents[1]
     if not (checkout/'settings.ini').exists(): return None # installed; a repository around it is somebody else's
-    try: return subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude', '*'], cwd=checkout, capture_output=True, text=True, timeout=5).stdout.strip() or None
+    def git(*args): return subprocess.run(['git', *args], cwd=checkout, capture_output=True, text=True, timeout=5).stdout.strip()
+    try: return (head := git('rev-parse', 'HEAD') or None) and head + ('-dirty' if git('status', '--porcelain', '--', 'fastcifar') else '') # results beside the package make it no other one
     except (OSError, subprocess.SubprocessError): return None
 
 def environment(
