@@ -412,7 +412,8 @@ def data_place(out) -> str:
 def threads_of(out) -> int:
     "CPU threads a run was begun with, as far as this machine has them: with other ones its last digits would differ"
     f = Path(out)/'environment.json'
-    n = read_json(f).get('threads') if f.is_file() else None
+    began = read_json(f) if f.is_file() else {}
+    n = began.get('threads') if isinstance(began, dict) else None
     return min(n, os.cpu_count()) if isinstance(n, int) and n > 0 else None
 
 def load_run(
