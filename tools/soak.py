@@ -20,7 +20,7 @@ from fastcifar.runs import configure, environment, train_run
 from fastcifar.weights import load_tensors
 
 RESULTS = Path(__file__).resolve().parents[1]/'results/soak.json'
-SETTINGS = dict(batch=dict(path='batch'), item=dict(path='item', policy='crop_flip_cutout'), averaged=dict(path='batch', ema=.9, freeze=(('head.*', 2),)), bf16=dict(path='batch', precision='bf16'), fp16=dict(path='batch', precision='fp16', optimizer='adam', lr_max=2e-3))
+SETTINGS = dict(batch=dict(path='batch'), item=dict(path='item', policy='crop_flip_cutout'), averaged=dict(path='batch', ema=.9, freeze=(('head.*', 2),)), bf16=dict(path='batch', precision='bf16'), fp16=dict(path='batch', precision='fp16', optimizer='adam', lr_max=2e-3, valid=1000)) # few images, as fp16 is slow on a CPU
 
 def config(kind):
     return configure('fast', 'normnet31k', **{**dict(data='digits', epochs=3, bs=128, dropout=.1, valid=100, precision='fp32'), **SETTINGS[kind]})
