@@ -103,6 +103,14 @@ def _is_matrix(p, least, nets):
     "Is this a weight that Muon should train?"
     return p.ndim in (2, 4) and min(len(p) // nets, p[0].numel()) >= least
 
+def _unit_filters(ps, nets):
+    "Scale each convolution's filters, those of each net by themselves, to a root mean square norm of 1"
+    banks = [b for p in ps if p.ndim == 4 for b in p.chunk(nets)]
+    norms = torch._foreach_norm(banks)
+    torch._foreach_clamp_min_(norms, 1e-12) # filters of zeros stay zeros
+    torch._foreach_mul_(norms, [len(b) ** -.5 for b in banks])
+    torch._foreach_div_(banks, norms)
+
 class Muon(ListAdam):
     "Orthogonalized updates for weight matrices, Adam for the rest"
     def __init__(self,
@@ -117,15 +125,18 @@ class Muon(ListAdam):
         decay:str='decoupled', # `'decoupled'`, or `'l2'`: added to the gradient
         nets:int=1, # Matrices that lie below each other in a parameter, those of nets side by side, see `fastcifar.together`
         bias_rate:float=1., # Learning rate of what Adam trains, biases above all, in learning rates
-    ): super().__init__(params, decay, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, least=least, spectral=spectral, nets=nets, bias_rate=bias_rate)
+        unit_filters:bool=False, # Bring the filters of every convolution to a mean norm of 1 before each step?
+    ): super().__init__(params, decay, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, least=least, spectral=spectral, nets=nets, bias_rate=bias_rate, unit_filters=unit_filters)
 
-    def update(self, ps, grads, states, lr, least, nets, bias_rate=1., **hypers): # a checkpoint from before `bias_rate` has none
+    def update(self, ps, grads, states, lr, least, nets, bias_rate=1., unit_filters=False, **hypers): # older checkpoints do not have the last two
         kinds = {True: [], False: []}
         for i, p in enumerate(ps): kinds[_is_matrix(p, least, nets)].append(i)
         for matrices, chosen in kinds.items():
             if not chosen: continue
             part = [[l[i] for i in chosen] for l in (ps, grads, states)]
-            if matrices: self._orthogonal(*part, lr=lr, nets=nets, **hypers)
+            if matrices:
+                if unit_filters: _unit_filters(part[0], nets)
+                self._orthogonal(*part, lr=lr, nets=nets, **hypers)
             else: super().update(*part, lr=lr * bias_rate, **hypers)
 
     def _orthogonal(self, ps, grads, states, lr, mom, spectral, nets, **hypers):
@@ -151,10 +162,11 @@ def optimizer(
     spectral:float=0., # Norm of Muon's updates, in learning rates; 0: the size of Adam's
     nets:int=1, # Nets whose weights lie below each other in each parameter
     bias_rate:float=1., # Muon: learning rate of biases and whatever else Adam trains, in learning rates
+    unit_filters:bool=False, # Muon: bring the filters of every convolution to a mean norm of 1 before each step?
 ): # What `Learner` takes as `opt_func`
     "An optimizer function for a fastai `Learner`"
     check_name(name, OPTIMIZERS, 'optimizer')
     check_name(decay, ('decoupled', 'l2'), 'kind of weight decay')
     if name == 'sgd': return partial(ListSGD, decay=decay, mom=mom, wd=0.)
     adam = dict(decay=decay, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=0.)
-    return partial(Muon, spectral=spectral, nets=nets, bias_rate=bias_rate, **adam) if name == 'muon' else partial(ListAdam, **adam)
+    return partial(Muon, spectral=spectral, nets=nets, bias_rate=bias_rate, unit_filters=unit_filters, **adam) if name == 'muon' else partial(ListAdam, **adam)

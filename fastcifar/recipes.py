@@ -47,6 +47,7 @@ class Recipe:
     eps:float = 1e-5 # Added to Adam's denominator
     spectral:float = 0. # Norm of Muon's updates, in learning rates; 0: the size of Adam's
     bias_rate:float = 1. # Muon: learning rate of biases and whatever else Adam trains, in learning rates
+    unit_filters:bool = False # Muon: bring the filters of every convolution to a mean norm of 1 before each step? For nets with a norm behind each
     wd:float = None # Weight decay; None: 0.001 / lr_max
     decay:str = 'decoupled' # `'decoupled'`, or `'l2'`: added to the gradient
     decay_all:bool = False # Decay norms and biases too?
@@ -62,7 +63,7 @@ class Recipe:
     def checked(self):
         "This recipe, if its names and numbers make sense"
         maybe, number = type(None), (int, float)
-        kinds = dict(epochs=int, bs=int, freeze=(tuple, list), views=str, policy=(str, maybe), optimizer=str, schedule=str, anneal=str, decay=str, decay_all=bool, model_args=(dict, maybe), step_epochs=int, mom_cycle=(tuple, list, maybe), stats=(tuple, list, maybe),
+        kinds = dict(epochs=int, bs=int, freeze=(tuple, list), views=str, policy=(str, maybe), optimizer=str, schedule=str, anneal=str, decay=str, decay_all=bool, unit_filters=bool, model_args=(dict, maybe), step_epochs=int, mom_cycle=(tuple, list, maybe), stats=(tuple, list, maybe),
                      **{k: (*number, maybe) for k in ('lr_max', 'lr_min', 'lr_end', 'wd', 'dropout')}, **{k: number for k in ('peak', 'gamma', 'mom', 'sqr_mom', 'eps', 'spectral', 'bias_rate', 'l1', 'label_smoothing', 'ema')})
         for k, kind in kinds.items():
             v = getattr(self, k)
@@ -112,8 +113,8 @@ _fast_recipes = {
     'sepnet178k': _fast(25, 'small_crop_flip'), 'sepnet195k': _fast(25, 'small_crop_flip'), 'sepnet200k': _fast(25, 'small_crop_flip'), 'fastnet200k': _fast(25, 'small_crop_flip'),
     'custom_resnet': _fast(24, 'small_crop_flip_cutout', lr_max=4e-3, bs=512, label_smoothing=0.2, views='crops')}
 
-_speedrun = Recipe(8, 1000, 'small_crop_altflip', 'muon', lr_max=0.02, lr_min=0.02, lr_end=2e-5, peak=0.01, anneal='linear', spectral=12., mom=0.6, mom_cycle=None, wd=0., label_smoothing=0.2,
-                   freeze=(('whiten.bias', 3),), views='crops')
+_speedrun = Recipe(8, 1000, 'small_crop_altflip', 'muon', lr_max=0.02, lr_min=0.02, lr_end=2e-5, peak=0.01, anneal='linear', spectral=12., unit_filters=True, mom=0.6, mom_cycle=None, wd=0.,
+                   label_smoothing=0.2, freeze=(('whiten.bias', 3),), views='crops')
 _reference['speednet'] = _fast_recipes['speednet'] = _speedrun # it is made for it
 
 RECIPES = {'one_cycle': 'rates found by a range test, Adam, one cycle without annihilation', 'reference': 'as the authors of the net trained it (groupnet: as normnet41k, fastnet200k: as sepnet178k)',
@@ -195,7 +196,7 @@ def recipe_learner(
     **kwargs, # What else `cifar_learner` takes
 ): # A `CifarLearner`
     "A learner with the loss, optimizer and penalties of a recipe"
-    opt = optimizer(recipe.optimizer, recipe.mom, recipe.sqr_mom, recipe.eps, recipe.decay, recipe.spectral, getattr(model, 'n_nets', 1), recipe.bias_rate)
+    opt = optimizer(recipe.optimizer, recipe.mom, recipe.sqr_mom, recipe.eps, recipe.decay, recipe.spectral, getattr(model, 'n_nets', 1), recipe.bias_rate, recipe.unit_filters)
     cbs = ([L1(recipe.l1)] if recipe.l1 else []) + ([FreezeParts(recipe.freeze)] if recipe.freeze else []) + ([EMA(recipe.ema)] if recipe.ema else [])
     return cifar_learner(dls, model, lr=recipe.lr_max or 1e-3, wd=recipe.wd or 0., opt_func=opt, wd_bn_bias=recipe.decay_all, cbs=cbs,
                          loss_func=CrossEntropy(label_smoothing=recipe.label_smoothing), **kwargs)

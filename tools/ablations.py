@@ -36,6 +36,7 @@ VARIANTS = { # name: (settings of the recipe, what is done to the net)
     'half the rate': ({'lr_max': 0.01, 'lr_min': 0.01, 'lr_end': 1e-5}, None),
     'twice the rate': ({'lr_max': 0.04, 'lr_min': 0.04, 'lr_end': 4e-5}, None),
     "updates of Adam's size": ({'spectral': 0.}, None),
+    'filters of any size': ({'unit_filters': False}, None),
     'head as quick as the rest': ({}, quick_head),
     'without whitening': ({'freeze': ()}, plain_filters),
     'without identity': ({}, plain_convolutions),

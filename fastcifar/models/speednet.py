@@ -72,7 +72,7 @@ def _conv(n_in, n_out):
 def _norm(norm, n, side, groups):
     m = norm_layer(norm, n, side, groups)
     if isinstance(m, nn.BatchNorm2d):
-        m.momentum = 0.4 # there are only 200 steps to learn the statistics in
+        m.momentum = 0.4 # there are only a few hundred steps to learn the statistics in
         del m.weight # a bias is enough
         m.register_buffer('weight', torch.ones(n), persistent=False) # without any, PyTorch's kernels for GPUs return no gradient of the bias
     return m
