@@ -344,7 +344,7 @@ def bench_cpu_speedrun(
     results=(), # Files with the accuracies of whole trainings, see `read_accuracies`; without them times alone are compared, and nothing is judged
 ) -> list: # Of `Row`
     "The time of a whole speedrun over that of the custom ResNet's 24 epochs, for each recipe of those"
-    rivals = _rivals(read_accuracies(results)) if results else [('reference', 8, True, 'accuracies are not compared')]
+    rivals = _rivals(read_accuracies(results)) if results else [('reference', create_recipe('speedrun', 'speednet').epochs, True, 'accuracies are not compared')]
     return [_share(*rival, rounds, k, bool(results)) for rival in rivals]
 
 # %% ../nbs/37_bench.ipynb #7681b8a6
