@@ -29,7 +29,7 @@ class ListOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         "Update every parameter that has a gradient"
-        if closure is not None: raise NotImplementedError('fastai optimizers take no closure')
+        if closure is not None: raise NotImplementedError('a fastai optimizer takes no closure: compute the gradients first, then call step()')
         for group, hyper in zip(self.param_lists, self.hypers):
             ps = [p for p in group if p.grad is not None]
             if not ps: continue
@@ -50,7 +50,7 @@ class ListOptimizer(Optimizer):
 
     def update(self, ps, grads, states, **hypers):
         "Move the parameters `ps`, given gradients, states and hyper-parameters; lists of equal length"
-        raise NotImplementedError
+        raise NotImplementedError(f'{type(self).__name__} does not say how parameters move: give it a method update(ps, grads, states, **hypers)')
 
     def zero_grad(self):
         "Forget all gradients"
@@ -106,6 +106,7 @@ def _is_matrix(p, least, nets):
 def _unit_filters(ps, nets):
     "Scale each convolution's filters, those of each net by themselves, to a root mean square norm of 1"
     banks = [b for p in ps if p.ndim == 4 for b in p.chunk(nets)]
+    if not banks: return
     norms = torch._foreach_norm(banks)
     torch._foreach_clamp_min_(norms, 1e-12) # filters of zeros stay zeros
     torch._foreach_mul_(norms, [len(b) ** -.5 for b in banks])
@@ -125,7 +126,7 @@ class Muon(ListAdam):
         decay:str='decoupled', # `'decoupled'`, or `'l2'`: added to the gradient
         nets:int=1, # Matrices that lie below each other in a parameter, those of nets side by side, see `fastcifar.together`
         bias_rate:float=1., # Learning rate of what Adam trains, biases above all, in learning rates
-        unit_filters:bool=False, # Bring the filters of every convolution to a mean norm of 1 before each step?
+        unit_filters:bool=False, # Bring the filters of every convolution to a root mean square norm of 1 before each step?
     ): super().__init__(params, decay, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, least=least, spectral=spectral, nets=nets, bias_rate=bias_rate, unit_filters=unit_filters)
 
     def update(self, ps, grads, states, lr, least, nets, bias_rate=1., unit_filters=False, **hypers): # older checkpoints do not have the last two
@@ -162,7 +163,7 @@ def optimizer(
     spectral:float=0., # Norm of Muon's updates, in learning rates; 0: the size of Adam's
     nets:int=1, # Nets whose weights lie below each other in each parameter
     bias_rate:float=1., # Muon: learning rate of biases and whatever else Adam trains, in learning rates
-    unit_filters:bool=False, # Muon: bring the filters of every convolution to a mean norm of 1 before each step?
+    unit_filters:bool=False, # Muon: bring the filters of every convolution to a root mean square norm of 1 before each step?
 ): # What `Learner` takes as `opt_func`
     "An optimizer function for a fastai `Learner`"
     check_name(name, OPTIMIZERS, 'optimizer')

@@ -47,7 +47,7 @@ class Recipe:
     eps:float = 1e-5 # Added to Adam's denominator
     spectral:float = 0. # Norm of Muon's updates, in learning rates; 0: the size of Adam's
     bias_rate:float = 1. # Muon: learning rate of biases and whatever else Adam trains, in learning rates
-    unit_filters:bool = False # Muon: bring the filters of every convolution to a mean norm of 1 before each step? For nets with a norm behind each
+    unit_filters:bool = False # Muon: bring the filters of every convolution to a root mean square norm of 1 before each step? For nets with a norm behind each
     wd:float = None # Weight decay; None: 0.001 / lr_max
     decay:str = 'decoupled' # `'decoupled'`, or `'l2'`: added to the gradient
     decay_all:bool = False # Decay norms and biases too?

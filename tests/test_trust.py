@@ -1,5 +1,5 @@
 "Runs that the world interferes with, and the same run under other circumstances: the result has to be the same, bit for bit."
-import contextlib, json, os, pickletools, shutil, signal, subprocess, sys, time, zipfile
+import contextlib, json, os, pickletools, shutil, signal, subprocess, sys, time, warnings, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from fastcifar.loaders import CifarDataLoaders
 from fastcifar.models.zoo import create_model
 from fastcifar.recipes import create_recipe, recipe_learner
 from fastcifar.runs import configure, train_run
-from fastcifar.train import cifar_learner
+from fastcifar.train import UnpicklingWarning, cifar_learner
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'tools'))
@@ -320,8 +320,8 @@ def test_fastai_says_where_it_unpickles(tree, tmp_path):
     learn.path = tmp_path
     learn.create_opt()
     learn.save('net')
-    learn.load('net')
-    with pytest.warns(UserWarning, match='is unpickled, which can run code'): learn.load('net', weights_only=False)
+    with warnings.catch_warnings(action='error', category=UnpicklingWarning): learn.load('net')
+    with pytest.warns(UnpicklingWarning, match='is unpickled, which can run code'): learn.load('net', weights_only=False) # what the test itself has just saved
     learn.export('all.pkl')
     from fastai.learner import load_learner
     with pytest.warns(UserWarning, match='insecure pickle'): load_learner(tmp_path/'all.pkl')
