@@ -16,7 +16,7 @@ from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.transforms import Categorize, IntToFloatTensor, Normalize, ToTensor
 from fastai.torch_core import TensorCategory, default_device, to_detach
 from fastai.vision.core import PILImage, TensorImage
-from fastcore.basics import patch
+from fastcore.basics import chunked, patch
 from fastcore.foundation import L
 from fasttransform import Transform
 from PIL import Image
@@ -157,6 +157,7 @@ class NormalizeOnce(Normalize):
 # %% ../nbs/06_loaders.ipynb #88c0933b
 class ArrayDL(KeyedDL):
     "A `KeyedDL` that builds whole batches straight from the arrays"
+    ahead = 1 # batches that are made in one go
     def _rows(self):
         "The `Rows` behind the data set, if nothing forbids the short way"
         read = next((t for tl in getattr(self.dataset, 'tls', [])[:1] for t in tl.tfms.fs if isinstance(t, ReadImage)), None)
@@ -170,11 +171,13 @@ class ArrayDL(KeyedDL):
         if rows is None or self.bs is None: yield from super().create_batches(samps)
         else:
             make = self._maker(rows, np.asarray(self.dataset.items))
-            for idxs in self.chunkify(samps):
-                x, y = make(np.fromiter(idxs, np.int64))
-                normalized, x = x.is_floating_point(), TensorImage(x)
-                x.normalized = normalized
-                yield (x, TensorCategory(y)) if len(self.dataset.tls) > 1 else (x,)
+            for several in chunked(samps, self.bs * self.ahead):
+                xs, ys = make(np.fromiter(several, np.int64))
+                for x, y in zip(xs.split(self.bs), ys.split(self.bs)):
+                    if self.drop_last and len(y) < self.bs: break
+                    normalized, x = x.is_floating_point(), TensorImage(x)
+                    x.normalized = normalized
+                    yield (x, TensorCategory(y)) if len(self.dataset.tls) > 1 else (x,)
 
     def _augments(self):
         "Is this the training split?"
@@ -227,6 +230,11 @@ class BatchDL(ArrayDL):
 
     def new(self, dataset=None, cls=None, **kwargs):
         return super().new(dataset, cls, **{**dict(twin=self.twin, dtype=self.dtype), **kwargs, 'num_workers': 0}) # workers have nothing to do, and could not use the GPU of their parent
+
+    @property
+    def ahead(self) -> int:
+        "Batches that are made in one go: on a GPU, which every launch of an operation costs, those of 16,384 images"
+        return max(2**14 // self.bs, 1) if torch.device(self.device or 'cpu').type == 'cuda' else 1
 
     def _maker(self, rows, items):
         device, stats = self.device or torch.device('cpu'), self._stats()

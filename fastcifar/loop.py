@@ -178,6 +178,7 @@ class LeanLearner(Learner):
     "fastai's `Learner`, with less time between the steps"
     _device = _n_inputs = None # known while an epoch runs
     first_epoch = first_batch = 0 # where a continued training goes on
+    step_graph = None # does a training step in fastai's place, where it can: see `fastcifar.graph`
     def __init__(self, *args, **kwargs):
         self._listeners = {}
         super().__init__(*args, **kwargs)
@@ -247,6 +248,9 @@ class LeanLearner(Learner):
         except ex: self(cancelled)
         self(after)
         final()
+
+    def _do_one_batch(self):
+        if self.step_graph is None or not self.step_graph.step(self): super()._do_one_batch()
 
     def _step(self): (self.opt.opt if type(self.opt) is OptimWrapper else self.opt).step()
 

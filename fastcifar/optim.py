@@ -15,8 +15,29 @@ from fastai.optimizer import Optimizer
 from .basics import check_name
 
 # %% ../nbs/16_optim.ipynb #0546533d
+def _scaled_add_(xs, ys, scale):
+    "xs += scale * ys, for lists; `scale` is a number, or a tensor that a CUDA graph reads anew at each step"
+    if isinstance(scale, torch.Tensor): torch._foreach_add_(xs, torch._foreach_mul(ys, scale))
+    else: torch._foreach_add_(xs, ys, alpha=scale)
+
+def _lerp(xs, ys, weight):
+    "xs + weight * (ys - xs), for lists; `weight` is a number or a tensor"
+    if not isinstance(weight, torch.Tensor): return torch._foreach_lerp(xs, ys, weight)
+    res = torch._foreach_sub(ys, xs)
+    torch._foreach_mul_(res, weight)
+    torch._foreach_add_(res, xs)
+    return res
+
+def _mean_(avgs, grads, keep):
+    "Running means: avgs = keep * avgs + (1 - keep) * grads; `keep` is a number or a tensor"
+    if not isinstance(keep, torch.Tensor): return torch._foreach_lerp_(avgs, grads, 1 - keep)
+    torch._foreach_sub_(avgs, grads)
+    torch._foreach_mul_(avgs, keep)
+    torch._foreach_add_(avgs, grads)
+
 class ListOptimizer(Optimizer):
     "A fastai optimizer that updates lists of parameters; subclasses say how"
+    live = ('lr', 'keep') # which of `numbers` may change from step to step without a new CUDA graph
     def __init__(self,
         params, # Parameters, or groups of them
         decay:str='decoupled', # `'decoupled'`, or `'l2'`: added to the gradient
@@ -29,28 +50,47 @@ class ListOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         "Update every parameter that has a gradient"
-        if closure is not None: raise NotImplementedError('a fastai optimizer takes no closure: compute the gradients first, then call step()')
-        for group, hyper in zip(self.param_lists, self.hypers):
-            ps = [p for p in group if p.grad is not None]
-            if not ps: continue
-            states = [self.state[p] for p in ps]
-            grads = self._decay(ps, states, **hyper)
-            for s in states: s['step'] = s.get('step', 0) + 1
-            self.update(ps, grads, states, **hyper)
+        if closure is not None:
+            raise NotImplementedError('a fastai optimizer takes no closure: compute the gradients first, then call step()')
+        self.moved = [[p for p in group if p.grad is not None] for group in self.param_lists]
+        self.apply(self.plan(self.moved))
 
-    def _decay(self, ps, states, lr, wd, **hypers):
+    def plan(self,
+        groups, # A list of parameters for each group: those that are to move
+    ) -> list: # For each group that has any: (parameters, their states, `numbers`)
+        "What a step is going to do; it counts as done"
+        plans = []
+        for ps, hyper in zip(groups, self.hypers):
+            states = [self.state[p] for p in ps]
+            for s in states: s['step'] = s.get('step', 0) + 1
+            if ps: plans.append((ps, states, self.numbers(states, **hyper)))
+        return plans
+
+    @torch.no_grad()
+    def apply(self,
+        plans, # From `plan`
+    ):
+        "Move the parameters: operations on tensors alone, so that a CUDA graph can record them"
+        for ps, states, numbers in plans: self.update(ps, self._decay(ps, states, **numbers), states, **numbers)
+
+    def numbers(self, states, lr, wd, **hypers) -> dict:
+        "All that `update` is given: the hyper-parameters, and numbers that follow from them"
+        return dict(hypers, lr=lr, wd=wd, keep=1 - lr * wd)
+
+    def _decay(self, ps, states, wd, keep, **numbers):
         "The gradients, after weight decay"
         grads, chosen = [p.grad for p in ps], [i for i, s in enumerate(states) if s.get('do_wd', True)] if wd else []
         if not chosen: return grads
         weights = [ps[i] for i in chosen]
-        if not self.l2: torch._foreach_mul_(weights, 1 - lr * wd)
+        if not self.l2: torch._foreach_mul_(weights, keep)
         else:
             for i, g in zip(chosen, torch._foreach_add([grads[i] for i in chosen], weights, alpha=wd)): grads[i] = g
         return grads
 
-    def update(self, ps, grads, states, **hypers):
-        "Move the parameters `ps`, given gradients, states and hyper-parameters; lists of equal length"
-        raise NotImplementedError(f'{type(self).__name__} does not say how parameters move: give it a method update(ps, grads, states, **hypers)')
+    def update(self, ps, grads, states, **numbers):
+        "Move the parameters `ps`, given gradients, states and `numbers`; lists of equal length"
+        raise NotImplementedError(f'{type(self).__name__} does not say how parameters move: '
+                                  'give it a method update(ps, grads, states, **numbers)')
 
     def zero_grad(self):
         "Forget all gradients"
@@ -66,23 +106,35 @@ def _kept(states, name, ps):
 # %% ../nbs/16_optim.ipynb #1878b753
 class ListSGD(ListOptimizer):
     "SGD with momentum"
-    def update(self, ps, grads, states, lr, mom, **hypers):
+    live = ('lr', 'keep', 'mom')
+    def update(self, ps, grads, states, lr, mom, **numbers):
         avgs = _kept(states, 'grad_avg', ps)
         torch._foreach_mul_(avgs, mom)
         torch._foreach_add_(avgs, grads)
-        torch._foreach_add_(ps, avgs, alpha=-lr)
+        _scaled_add_(ps, avgs, -lr)
+
+def _one_or_all(values):
+    "A number, if all are the same, or the list of them"
+    return values[0] if len({*values}) == 1 else values
 
 class ListAdam(ListOptimizer):
     "Adam"
-    def update(self, ps, grads, states, lr, mom, sqr_mom, eps, **hypers):
+    live = ('lr', 'keep', 'mom', 'mom_sum', 'sqr_sum')
+    def numbers(self, states, mom, sqr_mom, **hypers):
+        "The hyper-parameters, and what the weights of both running means add up to"
+        counts = [s['step'] for s in states] # they differ if a part was frozen for a while
+        sums = dict(mom_sum=_one_or_all([1 - mom**n for n in counts]), sqr_sum=_one_or_all([1 - sqr_mom**n for n in counts]))
+        return super().numbers(states, mom=mom, sqr_mom=sqr_mom, **sums, **hypers)
+
+    def update(self, ps, grads, states, lr, mom, sqr_mom, eps, mom_sum, sqr_sum, **numbers):
         avgs, sqrs = _kept(states, 'grad_avg', ps), _kept(states, 'sqr_avg', ps)
-        torch._foreach_lerp_(avgs, grads, 1 - mom)
+        _mean_(avgs, grads, mom)
         torch._foreach_mul_(sqrs, sqr_mom)
         torch._foreach_addcmul_(sqrs, grads, grads, 1 - sqr_mom)
-        steps = [s['step'] for s in states] # they differ if a part was frozen for a while
-        sizes = torch._foreach_sqrt(torch._foreach_div(sqrs, [1 - sqr_mom**n for n in steps]))
+        sizes = torch._foreach_sqrt(torch._foreach_div(sqrs, sqr_sum))
         torch._foreach_add_(sizes, eps)
-        torch._foreach_addcdiv_(ps, avgs, sizes, [-lr / (1 - mom**n) for n in steps])
+        if isinstance(mom_sum, torch.Tensor): _scaled_add_(ps, torch._foreach_div(avgs, sizes), -lr / mom_sum)
+        else: torch._foreach_addcdiv_(ps, avgs, sizes, [-lr / m for m in (mom_sum if isinstance(mom_sum, list) else [mom_sum] * len(ps))])
 
 # %% ../nbs/16_optim.ipynb #f3f704c5
 def orthogonalize(
@@ -112,6 +164,39 @@ def _unit_filters(ps, nets):
     torch._foreach_mul_(norms, [len(b) ** -.5 for b in banks])
     torch._foreach_div_(banks, norms)
 
+def _stacks(shapes, waste):
+    "Lists of positions in `shapes`, (rows, columns) of matrices, that are worked on together, padded to the largest of them"
+    work = [rows * min(rows, cols) * cols for rows, cols in shapes] # of a product with its transpose, in multiplications
+    res = []
+    for i in sorted(range(len(shapes)), key=lambda i: -work[i]):
+        for stack in res:
+            rows, cols = (max(n) for n in zip(shapes[i], *(shapes[j] for j in stack)))
+            padded = (len(stack) + 1) * rows * min(rows, cols) * cols
+            if padded - sum(work[j] for j in (*stack, i)) <= waste:
+                stack.append(i)
+                break
+        else: res.append([i])
+    return res
+
+def _as_matrices(t, nets):
+    "A view of a parameter as (nets, rows, columns), columns in the order in which they lie in memory"
+    return (t.permute(0, 2, 3, 1) if t.ndim == 4 else t).reshape(nets, len(t) // nets, -1)
+
+def _orthogonal_on_gpu(ps, grads, sizes, nets):
+    "float32 updates of the parameters' shapes: few launches for many small matrices, whose zeros around them change nothing"
+    mats = [_as_matrices(g, nets) for g in grads]
+    res = [None] * len(ps)
+    for chosen in _stacks([m.shape[1:] for m in mats], waste=10**9):
+        rows, cols = (max(mats[i].shape[k] for i in chosen) for k in (1, 2))
+        stack = mats[0].new_zeros(len(chosen), nets, rows, cols, dtype=torch.bfloat16)
+        for place, i in zip(stack, chosen): place[:, :mats[i].shape[1], :mats[i].shape[2]] = mats[i]
+        done = orthogonalize(stack.flatten(0, 1)).view_as(stack)
+        for u, i in zip(done, chosen):
+            p, size = ps[i], mats[i].shape
+            u = u[:, :size[1], :size[2]].to(p.dtype).mul_(sizes[i])
+            res[i] = u.view(len(p), *p.shape[2:], p.shape[1]).permute(0, 3, 1, 2) if p.ndim == 4 else u.view_as(p)
+    return res
+
 class Muon(ListAdam):
     "Orthogonalized updates for weight matrices, Adam for the rest"
     def __init__(self,
@@ -129,7 +214,7 @@ class Muon(ListAdam):
         unit_filters:bool=False, # Bring the filters of every convolution to a root mean square norm of 1 before each step?
     ): super().__init__(params, decay, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, least=least, spectral=spectral, nets=nets, bias_rate=bias_rate, unit_filters=unit_filters)
 
-    def update(self, ps, grads, states, lr, least, nets, bias_rate=1., unit_filters=False, **hypers): # older checkpoints do not have the last two
+    def update(self, ps, grads, states, lr, least, nets, bias_rate=1., unit_filters=False, **numbers): # older checkpoints do not have the last two
         kinds = {True: [], False: []}
         for i, p in enumerate(ps): kinds[_is_matrix(p, least, nets)].append(i)
         for matrices, chosen in kinds.items():
@@ -137,19 +222,22 @@ class Muon(ListAdam):
             part = [[l[i] for i in chosen] for l in (ps, grads, states)]
             if matrices:
                 if unit_filters: _unit_filters(part[0], nets)
-                self._orthogonal(*part, lr=lr, nets=nets, **hypers)
-            else: super().update(*part, lr=lr * bias_rate, **hypers)
+                self._orthogonal(*part, lr=lr, nets=nets, **numbers)
+            else:
+                own = {k: [v[i] for i in chosen] if isinstance(v, list) else v for k, v in numbers.items()}
+                super().update(*part, lr=lr * bias_rate, **own)
 
-    def _orthogonal(self, ps, grads, states, lr, mom, spectral, nets, **hypers):
+    def _orthogonal(self, ps, grads, states, lr, mom, spectral, nets, **numbers):
         avgs = _kept(states, 'grad_avg', ps)
-        torch._foreach_lerp_(avgs, grads, 1 - mom)
-        ahead = torch._foreach_lerp(grads, avgs, mom) # Nesterov's look ahead
-        shapes = {}
-        for p, g in zip(ps, ahead): shapes.setdefault((len(p) // nets, p[0].numel()), []).append((p, g))
-        for shape, pairs in shapes.items():
-            stack = torch.cat([g.reshape(nets, *shape) for _, g in pairs])
-            stack = orthogonalize(stack.bfloat16() if stack.is_cuda else stack.float())
-            for (p, _), u in zip(pairs, stack.split(nets)): p.add_(u.reshape(p.shape).to(p.dtype), alpha=-lr * (spectral or 0.2 * math.sqrt(max(shape))))
+        _mean_(avgs, grads, mom)
+        ahead = _lerp(grads, avgs, mom) # Nesterov's look ahead
+        shapes = [(len(p) // nets, p[0].numel()) for p in ps]
+        sizes = [spectral or 0.2 * math.sqrt(max(shape)) for shape in shapes]
+        if ps[0].is_cuda: return _scaled_add_(ps, _orthogonal_on_gpu(ps, ahead, sizes, nets), -lr)
+        for shape in dict.fromkeys(shapes): # matrices of one shape in one product
+            chosen = [i for i, s in enumerate(shapes) if s == shape]
+            stack = orthogonalize(torch.cat([ahead[i].reshape(nets, *shape) for i in chosen]).float())
+            for i, u in zip(chosen, stack.split(nets)): ps[i].add_(u.reshape(ps[i].shape).to(ps[i].dtype), alpha=-lr * sizes[i])
 
 # %% ../nbs/16_optim.ipynb #a5807af3
 OPTIMIZERS = ('adam', 'sgd', 'muon')

@@ -184,6 +184,7 @@ def recipe_table(name:str) -> pd.DataFrame:
 # %% ../nbs/26_recipes.ipynb #b72e7a68
 class L1(Callback):
     "Add a multiple of the sum of all parameters' absolute values to the loss"
+    capturable = True
     order = 5 # before NumberFormat scales the loss
     def __init__(self, weight:float): self.weight = weight
     def after_loss(self):

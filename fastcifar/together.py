@@ -55,6 +55,7 @@ class Streams:
 
 class EachDropout(nn.Module):
     "Dropout that each net draws from its own stream"
+    capturable = property(lambda self: not self.layer.p) # Python hands the generators' states around
     def __init__(self, layer, streams): super().__init__(); self.layer, self.streams = layer, streams
     def forward(self, x):
         if not self.training or not self.layer.p: return x
@@ -161,6 +162,7 @@ class TogetherDL(GetAttr):
 # %% ../nbs/29_together.ipynb #fd3e7f32
 class EachNet(Callback):
     "Train each net on its own loss, and keep its loss and accuracy in each epoch"
+    capturable = True
     order = 4 # before the L1 penalty, which is a sum over nets already
     def __init__(self,
         n:int, # Nets

@@ -17,6 +17,7 @@ from fastai.metrics import accuracy
 from torch import nn
 
 from .basics import FastcifarError, check_name
+from .graph import StepGraph
 from .loop import CrossEntropy, LeanLearner
 from .optim import optimizer
 from .parallel import shared_training
@@ -47,6 +48,7 @@ def no_onednn():
 class NumberFormat(Callback):
     "Run the forward pass in a short floating-point type, on any device"
     order = 10
+    capturable = property(lambda self: self.precision != 'fp16') # fp16 asks the GPU whether a step may be taken
     def __init__(self,
         precision:str='bf16', # One of `PRECISIONS`
     ):
@@ -92,6 +94,7 @@ class NumberFormat(Callback):
         if self.skipped: raise CancelStepException()
 
     def after_cancel_batch(self): self._leave()
+    def after_replay(self): self._leave()
 
     # GradScaler sees this callback as the optimizer: its `step` is called if no gradient overflowed
     @property
@@ -142,7 +145,15 @@ def compile_net(
         why = ' '.join(str(e).split()) or type(e).__name__
         raise FastcifarError(f'compile=True does not work on this machine ({why[:200]}): install a C++ compiler (for a GPU: triton), or leave it out') from e
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit) # all nets of a process count as one function, and after eight programs the rest would silently run as they are
-    model.compile(dynamic=False) # one program for whole batches and one for the last of an epoch; a dynamic one would serve both, but slower
+    # one program for whole batches and one for the last of an epoch; a dynamic one would serve both, but slower
+    def program(trained, *args, **kwargs):
+        any(trained) # what is read here makes a program of its own
+        return model._call_impl(*args, **kwargs)
+    compiled = torch.compile(program, dynamic=False)
+    def call(*args, **kwargs):
+        trained = tuple(p.requires_grad for p in model.parameters()) # a program is for one choice of trained parts, which torch does not look at
+        return compiled(trained, *args, **kwargs)
+    model._compiled_call_impl = call
     return model
 
 # %% ../nbs/20_train.ipynb #b847d7be
@@ -278,6 +289,7 @@ def cifar_learner(
     cbs=(), # More callbacks
     opt_func=optimizer('adam'), # A fastai optimizer
     compile:bool=False, # Compile the net with torch.compile? The first steps then take up to a minute
+    capture:bool=True, # On a CUDA GPU: record training steps and launch them at once, where that changes nothing? See `fastcifar.graph`
     **kwargs, # What else fastai's `Learner` takes
 ) -> CifarLearner:
     "A fastai Learner for small nets on small images"
@@ -290,5 +302,7 @@ def cifar_learner(
     if hasattr(model, 'prepare') and not model.prepared: model.prepare(some_images(dls))
     if compile: compile_net(model, device)
     extra = [NumberFormat(precision), StopOnNaN(), MemoryFormat(channels_last)]
-    return CifarLearner(dls, model, loss_func=loss_func or CrossEntropy(), opt_func=opt_func, lr=lr, wd=wd, metrics=metrics,
-                        cbs=[*extra, *(cbs if isinstance(cbs, (list, tuple)) or hasattr(cbs, 'map') else [cbs])], **kwargs)
+    learn = CifarLearner(dls, model, loss_func=loss_func or CrossEntropy(), opt_func=opt_func, lr=lr, wd=wd, metrics=metrics,
+                         cbs=[*extra, *(cbs if isinstance(cbs, (list, tuple)) or hasattr(cbs, 'map') else [cbs])], **kwargs)
+    if capture and torch.device(device).type == 'cuda': learn.step_graph = StepGraph()
+    return learn
