@@ -54,7 +54,10 @@ class _Bounded:
     def tell(self): return self.f.tell()
     def close(self): self.f.close()
 
-def _pack_anew(how): return f'an archive has to hold the files themselves, so pack it again ({how})'
+def _no_file(path, name, what, pack=None):
+    "The error for a member of an archive that is not a file; `pack` makes an archive of files"
+    how = f'an archive needs the files themselves, so pack it again ({pack})' if pack else 'do not use this archive'
+    return FastcifarError(f'{path}: {name} is {what}: {how}')
 
 def _tar_members(path):
     stream, last = _Bounded(path), -1
@@ -67,9 +70,9 @@ def _tar_members(path):
             t.members = [] # tarfile would remember every member
             if m.size < 0 or t.offset <= last: raise tarfile.ReadError('a header gives an impossible size')
             last, name = t.offset, _checked_name(m.name, path)
-            if m.islnk(): raise FastcifarError(f'{path}: {name} is a hard link to {m.linkname}: {_pack_anew("tar --hard-dereference")}')
-            if m.issym(): raise FastcifarError(f'{path}: {name} is a symbolic link to {m.linkname}: {_pack_anew("tar --dereference")}')
-            if not m.isfile() and not m.isdir(): raise FastcifarError(f'{path}: {name} is a device or a pipe: do not use this archive')
+            if m.islnk(): raise _no_file(path, name, f'a hard link to {m.linkname}', 'tar --hard-dereference')
+            if m.issym(): raise _no_file(path, name, f'a symbolic link to {m.linkname}', 'tar --dereference')
+            if not m.isfile() and not m.isdir(): raise _no_file(path, name, 'a device or a pipe')
             _checked_size(m.size, name, path)
             yield Member(name, None if m.isdir() else lambda m=m: read(m))
         stream.seek(t.offset)
@@ -82,9 +85,9 @@ def _zip_members(path):
         for m in z.infolist():
             name = _checked_name(m.filename, path)
             mode = m.external_attr >> 16
-            if stat.S_ISLNK(mode): raise FastcifarError(f'{path}: {name} is a symbolic link: {_pack_anew("zip without --symlinks")}')
-            if not m.is_dir() and stat.S_IFMT(mode) not in (0, stat.S_IFREG):
-                raise FastcifarError(f'{path}: {name} is a device or a pipe: do not use this archive')
+            if stat.S_ISLNK(mode): raise _no_file(path, name, 'a symbolic link', 'zip without --symlinks')
+            regular = stat.S_IFMT(mode) in (0, stat.S_IFREG)
+            if not m.is_dir() and not regular: raise _no_file(path, name, 'a device or a pipe')
             _checked_size(m.file_size, name, path)
             yield Member(name, None if m.is_dir() else lambda m=m: z.read(m))
 
@@ -95,7 +98,8 @@ def _folder_members(path):
         for d in dirs:
             place = (Path(root)/d).relative_to(path)
             if not os.path.islink(path/place): yield Member(place.as_posix(), None)
-            elif {'train', 'test'} & {*place.parts}: raise FastcifarError(f'{path/place} is a link to a folder: put the folder itself there')
+            elif {'train', 'test'} & {*place.parts}: # it would hide images
+                raise FastcifarError(f'{path/place} is a link to a folder: put the folder itself there')
         for f in sorted(files):
             full = Path(root)/f
             yield Member(full.relative_to(path).as_posix(), lambda p=full: _read_bounded(p))
@@ -106,26 +110,32 @@ def _read_bounded(path):
     return path.read_bytes()
 
 # %% ../nbs/01_archive.ipynb #5b518b8d
+_IMAGES = 'give a folder or an archive of images'
 _UNPACK = 'unpack it and give the folder, or pack it as .zip or .tar.gz'
 _ARRAYS = 'read it yourself, and give load_data((images, labels))'
-_PICTURE = ('one image', 'give a folder of train/<class>/* and test/<class>/*; one image is for `fastcifar predict`')
-_MAGIC = {b"7z\xbc\xaf'\x1c": ('a 7z archive', _UNPACK), b'Rar!': ('a rar archive', _UNPACK), b'(\xb5/\xfd': ('compressed by zstd', _UNPACK),
-          b'\x04"M\x18': ('compressed by lz4', _UNPACK), b'\x1f\x9d': ('compressed by compress', _UNPACK), b'LZIP': ('compressed by lzip', _UNPACK),
-          b'\x93NUMPY': ('a NumPy array', _ARRAYS), b'PAR1': ('a Parquet table', _ARRAYS), b'\x89HDF': ('an HDF5 file', _ARRAYS), b'MATLAB': ('a MATLAB file', _ARRAYS),
-          b'\x89PNG': _PICTURE, b'\xff\xd8\xff': _PICTURE, b'GIF8': _PICTURE, b'II*\0': _PICTURE, b'MM\0*': _PICTURE,
-          b'%PDF': ('a PDF file', 'give a folder or an archive of images'),
-          **{b'\x80' + bytes([n]): ('a pickle', 'for CIFAR, give the folder that holds all its batches') for n in range(2, 6)}}
+_ALONE = 'give a folder of train/<class>/* and test/<class>/*; one image is for `fastcifar predict`'
+_BATCHES = 'for CIFAR, give the folder that holds all its batches'
+_KINDS = [('a 7z archive', _UNPACK, b"7z\xbc\xaf'\x1c"), ('a rar archive', _UNPACK, b'Rar!'),
+          ('compressed by zstd', _UNPACK, b'(\xb5/\xfd'), ('compressed by lz4', _UNPACK, b'\x04"M\x18'),
+          ('compressed by compress', _UNPACK, b'\x1f\x9d'), ('compressed by lzip', _UNPACK, b'LZIP'),
+          ('a NumPy array', _ARRAYS, b'\x93NUMPY'), ('a Parquet table', _ARRAYS, b'PAR1'),
+          ('an HDF5 file', _ARRAYS, b'\x89HDF'), ('a MATLAB file', _ARRAYS, b'MATLAB'),
+          ('a PDF file', _IMAGES, b'%PDF'),
+          *(('one image', _ALONE, m) for m in (b'\x89PNG', b'\xff\xd8\xff', b'GIF8', b'II*\0', b'MM\0*')),
+          *(('a pickle', _BATCHES, b'\x80' + bytes([protocol])) for protocol in range(2, 6))]
 
 _NO_TEXT = {*range(32)} - {*b'\t\n\f\r'} # Bytes that no text holds
 
 def _other_kind(head):
     "(what, what to do) of a file that is no archive, by its first bytes; None if they do not say"
-    for magic, kind in _MAGIC.items():
-        if head.startswith(magic): return kind
-    if head[:2] == b'BM' and head[6:10] == bytes(4) or head[:4] == b'RIFF' and head[8:12] == b'WEBP': return _PICTURE
+    for what, how, magic in _KINDS:
+        if head.startswith(magic): return what, how
+    bmp, webp = head[:2] == b'BM' and head[6:10] == bytes(4), head[:4] == b'RIFF' and head[8:12] == b'WEBP'
+    if bmp or webp: return 'one image', _ALONE
     start = head.removeprefix(b'\xef\xbb\xbf').lstrip().lower()
-    if start.startswith((b'<!doctype html', b'<html')): return 'a web page', 'the address led to a page, perhaps one to log in: get the file itself'
-    if head and not _NO_TEXT & {*head}: return 'a text file', f'give a folder or an archive of images; if it is a table of pixels, {_ARRAYS}'
+    if start.startswith((b'<!doctype html', b'<html')):
+        return 'a web page', 'the address led to a page, perhaps one to log in: get the file itself'
+    if head and not _NO_TEXT & {*head}: return 'a text file', f'{_IMAGES}; if it is a table of pixels, {_ARRAYS}'
 
 def _archive_reader(path):
     "The function that reads an archive; a file that is none is refused by what it is"
@@ -136,8 +146,9 @@ def _archive_reader(path):
     if _begins_as_tar(head): return _tar_members
     other = _other_kind(head)
     if other: raise FastcifarError(f'{path} is {other[0]}, not a folder or archive of images: {other[1]}')
-    if re.search(r'\.(tar|tgz|tbz2?|txz|zip)\b', path.name.lower()): return _tar_members # damaged, and reading it says how
-    raise FastcifarError(f'{path} is neither a tar nor a zip file: give a folder or an archive of images')
+    named_so = re.search(r'\.(tar|tgz|tbz2?|txz|zip)\b', path.name.lower())
+    if named_so: return _tar_members # damaged, and reading it says how
+    raise FastcifarError(f'{path} is neither a tar nor a zip file: {_IMAGES}')
 
 def _begins_as_tar(head):
     try: tarfile.TarInfo.frombuf(head, 'utf-8', 'surrogateescape')
@@ -200,10 +211,14 @@ def check_arrays(a:Arrays, where) -> Arrays:
         if y.min() < 0 or y.max() >= len(a.classes):
             raise FastcifarError(f'{where}: {s} labels run from {y.min()} to {y.max()}, but there are {len(a.classes)} classes: labels must lie in 0..{len(a.classes) - 1}')
         empty = np.flatnonzero(np.bincount(y, minlength=len(a.classes)) == 0)
-        if len(empty): raise FastcifarError(f'{where}: class {a.classes[empty[0]]!r} has no {s} image: add some, or remove the class from both splits')
+        if len(empty):
+            what = f'class {a.classes[empty[0]]!r} has no {s} image'
+            raise FastcifarError(f'{where}: {what}: add some, or remove the class from both splits')
         if a.coarse and (a.coarse[s].shape != y.shape or not (0 <= a.coarse[s].min() and a.coarse[s].max() < len(a.coarse_classes))):
             raise FastcifarError(f'{where}: the coarse {s} labels do not fit {len(a.coarse_classes)} superclasses: get it again')
-    if len(a.classes) < 2: raise FastcifarError(f'{where}: all images are of one class, {a.classes[0]!r}: give at least two, such as train/cat/* and train/dog/*')
+    if len(a.classes) < 2:
+        what = f'all images are of one class, {a.classes[0]!r}'
+        raise FastcifarError(f'{where}: {what}: give at least two, such as train/cat/* and train/dog/*')
     return a
 
 # %% ../nbs/01_archive.ipynb #ea821fe6
@@ -237,10 +252,12 @@ def _tree_place(name):
 
 def _several(where, places):
     "The error for a source that holds more than one set"
-    shown = ', '.join('its top folder' if p == '.' else p for p in places[:5]) + (f' and {len(places) - 5} more' if len(places) > 5 else '')
+    shown = ', '.join('its top folder' if p == '.' else p for p in places[:5])
+    if len(places) > 5: shown += f' and {len(places) - 5} more'
     below = [p for p in places if p != '.']
     if not Path(where).is_dir(): how = 'make an archive of one of them'
-    else: how = f'give one of them, such as {Path(where)/below[0]}, or take the others out' if below else 'take all but one of them out'
+    elif below: how = f'give one of them, such as {Path(where)/below[0]}, or take the others out'
+    else: how = 'take all but one of them out'
     return FastcifarError(f'{where} holds {len(places)} data sets, in {shown}: {how}')
 
 def _wrappers(paths):
@@ -256,7 +273,8 @@ def _by_class(images, folders, where, split):
     res = {p[n]: [] for p in sorted(folders) if len(p) == n + 1 and p[:n] == around}
     for p, im in images: res.setdefault(p[n], []).append(('/'.join(p[n+1:]), im))
     empty = ['/'.join((split, *around, c)) for c in res if not res[c]]
-    if empty: raise FastcifarError(f'{where}: {empty[0]} holds no image' + (f', nor do {len(empty) - 1} more folders' if len(empty) > 1 else '') + ': add some, or remove the folder')
+    more = f', nor do {len(empty) - 1} more folders' if len(empty) > 1 else ''
+    if empty: raise FastcifarError(f'{where}: {empty[0]} holds no image{more}: add some, or remove the folder')
     return res
 
 def read_tree(
@@ -277,9 +295,12 @@ def read_tree(
     if max(map(len, roots.values())) > 1: raise _several(where, sorted(set.union(*roots.values())))
     links = ' (links to folders are not followed)' if Path(where).is_dir() else ''
     for s in images:
-        if not images[s]: raise FastcifarError(f'{where} holds no {s}/<class>/<image> files: give a folder or archive with train/<class>/* and test/<class>/*{links}')
+        if images[s]: continue
+        what = f'{where} holds no {s}/<class>/<image> files'
+        raise FastcifarError(f'{what}: give a folder or archive with train/<class>/* and test/<class>/*{links}')
     places = [place for f in folders if (place := _tree_place(f'{f}/image'))]
-    found = {s: _by_class(images[s], {path[:-1] for root, split, path in places if split == s and root in roots[s]}, where, s) for s in images}
+    inside = {s: {path[:-1] for root, split, path in places if split == s and root in roots[s]} for s in images}
+    found = {s: _by_class(images[s], inside[s], where, s) for s in images}
     only = sorted(set(found['train']) ^ set(found['test']))
     if only:
         has, lacks = ('train', 'test') if only[0] in found['train'] else ('test', 'train')
@@ -412,14 +433,15 @@ def read_images(
             if name in _OFFICIAL_FILES and _tree_place(m.name) is None:
                 official.setdefault(folder or '.', {})[name] = m.read()
                 if sum(len(data) for files in official.values() for data in files.values()) > 2 * MAX_FILE:
-                    raise FastcifarError(f'{path} holds more than a CIFAR archive can: give one data set alone, from its source')
+                    raise FastcifarError(f'{path} holds more than a CIFAR archive can: give one set, from its source')
             else: yield m
     files = tree()
     first = next((m for m in files if _tree_place(m.name)), None)
     def again(): yield first; yield from files
     arrays = read_tree(again(), path, convert, folders) if first else None
-    forms = {folder: read for need, read in reversed(_OFFICIAL) for folder, found in official.items() if need <= set(found)}
-    if len(forms) + (arrays is not None) > 1: raise _several(path, sorted([*forms] + ([_tree_place(first.name)[0]] if first else [])))
+    forms = {folder: read for need, read in reversed(_OFFICIAL) for folder in official if need <= set(official[folder])}
+    places = [*forms, *([_tree_place(first.name)[0]] if first else [])]
+    if len(places) > 1: raise _several(path, sorted(places))
     for folder, read in forms.items(): arrays = check_arrays(read(official[folder], path), path)
     if arrays is None:
         _check_complete(official, path)

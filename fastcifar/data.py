@@ -42,7 +42,7 @@ class ImageData:
         self.x, self.y, self.classes, self.coarse, self.coarse_classes = arrays
         self.name, self.source, self.policy, self.folder = name, source, policy, folder
         self.mean, std = stats or pixel_stats(self.x['train'])
-        self.std = [s if s >= 1 / 255 else 1. for s in std] # to divide by; a colour that does not vary is centred, and not scaled
+        self.std = [s if s >= 1 / 255 else 1. for s in std] # to divide by; a colour that does not vary is centred alone
         self.resident = {} # what the batch path keeps on each device
 
     def __getstate__(self):
@@ -101,14 +101,17 @@ def stratified_holdout(
     classes, counts = np.unique(y, return_counts=True)
     alone = classes[counts == 1]
     if len(alone):
-        raise FastcifarError(f'class {names[alone[0]] if names else str(alone[0])!r} has one image alone ({len(alone)} of {len(classes)} classes do), '
-                             'which cannot be in both parts of a split (--valid): add some, or leave the class out')
+        name, n_alone = names[alone[0]] if names else str(alone[0]), f'{len(alone)} of {len(classes)} classes do'
+        raise FastcifarError(f'class {name!r} has one image alone ({n_alone}), which cannot be in both parts of a '
+                             'split (--valid): add some, or leave the class out')
     if not len(classes) <= n <= len(y) - len(classes):
         raise FastcifarError(f'cannot hold out {n} of {len(y)} images in {len(classes)} classes: choose a number (--valid) from {len(classes)} to {len(y) - len(classes)}')
     share = n * counts / len(y)
     take = np.clip(np.floor(share).astype(int), 1, counts - 1)
-    while take.sum() < n: take[np.argmax(np.where(take < counts - 1, share - take, -np.inf))] += 1 # the largest remainders get one more
-    while take.sum() > n: take[np.argmax(np.where(take > 1, take - share, -np.inf))] -= 1 # small classes took more than their share
+    while take.sum() < n: # the largest remainders get one more
+        take[np.argmax(np.where(take < counts - 1, share - take, -np.inf))] += 1
+    while take.sum() > n: # small classes took more than their share
+        take[np.argmax(np.where(take > 1, take - share, -np.inf))] -= 1
     rng = np.random.default_rng(seed)
     out = np.sort(np.concatenate([rng.permutation(np.flatnonzero(y == c))[:k] for c, k in zip(classes, take)]))
     return np.setdiff1d(np.arange(len(y)), out), out
@@ -150,16 +153,19 @@ def count_copies(
     copies = [label in seen[k] for k, label in zip(keys('test'), a.y['test'].tolist()) if k in seen]
     return len(copies), copies.count(False)
 
-def _told(
-    data:ImageData, # Just loaded
-    copies:tuple, # What `count_copies` gave
-) -> ImageData: # The same
-    "Warn of what makes a good accuracy mean little"
+def _notes(data, copies):
+    "What makes an accuracy on `data` mean less than it seems, a line each"
     n, other = copies
-    if n: warnings.warn(f'{data.name}: {n:,} of {len(data.y["test"]):,} test images are copies of training images, {other:,} of them of another class: '
-                        'the test accuracy tells less than it seems; remove them from one of the splits')
-    flat = [c for c, s in zip(('red', 'green', 'blue'), data.std) if s == 1] # no colour of varied images has so large a deviation
-    if flat: warnings.warn(f'{data.name}: {" and ".join(flat)} is the same in all pixels of the training images: it is centred, and divided by 1')
+    if n:
+        yield (f'{data.name}: {n:,} of {len(data.y["test"]):,} test images are copies of training images, {other:,} of '
+               'them of another class: the test accuracy tells less than it seems; remove them from one of the splits')
+    flat = [c for c, s in zip(('red', 'green', 'blue'), data.std) if s == 1] # no colour that varies deviates so much
+    if flat:
+        yield f'{data.name}: the training images do not vary in {", ".join(flat)}, which is centred, and divided by 1'
+
+def _told(data, copies):
+    "`data`, after warning of what `_notes` finds"
+    for note in _notes(data, copies): warnings.warn(note)
     return data
 
 def _save(folder, a, source):
@@ -172,8 +178,9 @@ def _save(folder, a, source):
             if a.coarse: np.save(tmp/f'{s}_coarse.npy', a.coarse[s])
         for f in tmp.iterdir():
             with open(f, 'rb+') as o: os.fsync(o.fileno())
-        write_json(tmp/'meta.json', dict(source=source or content_hash(a), classes=a.classes, coarse_classes=a.coarse_classes, stats=pixel_stats(a.x['train']),
-                                          copies=count_copies(a)))
+        found = dict(stats=pixel_stats(a.x['train']), copies=count_copies(a))
+        names = dict(classes=a.classes, coarse_classes=a.coarse_classes)
+        write_json(tmp/'meta.json', dict(source=source or content_hash(a), **names, **found))
         os.rename(tmp, folder)
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -232,7 +239,8 @@ def _from_path(path, convert):
 
 def _as_arrays(pair, where):
     try: x, y = (np.asarray(o) for o in pair)
-    except (TypeError, ValueError) as e: raise FastcifarError(f'{where}: images or labels are no array ({str(e)[:100]}): give arrays of images and labels') from e
+    except (TypeError, ValueError) as e:
+        raise FastcifarError(f'{where}: images or labels are no array ({str(e)[:100]}): give arrays of both') from e
     if x.ndim == 0 or y.ndim == 0: raise FastcifarError(f'{where}: load_data got {type(pair[0]).__name__} and {type(pair[1]).__name__}: give arrays of images and labels')
     return x, _as_numbers(y, where)
 
@@ -240,20 +248,23 @@ def _as_numbers(y, where):
     "Labels as integers (N,): they may come as one column, or as one-hot rows"
     if y.ndim == 2 and y.shape[1] > 1:
         if y.dtype.kind not in 'biuf' or not ((y == 0) | (y == 1)).all() or not (y.sum(1) == 1).all():
-            raise FastcifarError(f'{where}: the labels have shape {y.shape}, but are not one-hot: give one number an image, the index of its class')
+            raise FastcifarError(f'{where}: labels of shape {y.shape} that are not one-hot: give one number an image')
         return y.argmax(1).astype(np.int64)
     if y.ndim == 2 and y.shape[1] == 1: y = y[:, 0]
-    if y.ndim != 1: raise FastcifarError(f'{where}: the labels have shape {y.shape}: give one number an image, the index of its class')
+    if y.ndim != 1: raise FastcifarError(f'{where}: the labels have shape {y.shape}: give one number an image')
     if not np.issubdtype(y.dtype, np.integer): raise FastcifarError(f'{where}: the labels are {y.dtype}: give integers')
     return y.astype(np.int64)
 
 def _numbered(ty, vy):
     "Labels of both splits as 0, 1, 2, ..., and the names of the classes: their numbers"
     found = np.unique(np.concatenate([ty.ravel(), vy.ravel()]))
-    if len(found) and found[0] < 0: raise FastcifarError(f'arrays: labels run from {found[0]}: give numbers from 0, and leave out images without a class')
-    if len(found) and found[-1] >= len(found):
-        shown = ', '.join(map(str, found[:5])) + (', ...' if len(found) > 5 else '')
-        warnings.warn(f'arrays: the labels are {shown}, not 0 to {len(found) - 1}: they become 0 to {len(found) - 1}, and the classes keep the numbers as names')
+    n = len(found)
+    if n and found[0] < 0:
+        raise FastcifarError(f'arrays: labels run from {found[0]}: start at 0, and leave out images without a class')
+    if n and found[-1] >= n:
+        shown = ', '.join(map(str, found[:5])) + (', ...' if n > 5 else '')
+        told = 'they become that, and the classes keep the numbers as names'
+        warnings.warn(f'arrays: the labels are {shown}, not 0 to {n - 1}: {told}')
     return np.searchsorted(found, ty), np.searchsorted(found, vy), [str(c) for c in found]
 
 def _from_arrays(source):

@@ -205,7 +205,8 @@ class CheckOutputs(Callback):
     def after_pred(self):
         pred, n = self.learn.pred, self.n
         if n and isinstance(pred, torch.Tensor) and pred.ndim == 2 and pred.shape[1] != n:
-            raise FastcifarError(f'the net gives {pred.shape[1]} outputs, but the data have {n} classes: make it with {n} outputs, such as create_model(..., n_out={n})')
+            raise FastcifarError(f'the net gives {pred.shape[1]} outputs, but the data have {n} classes: '
+                                 f'make it with {n} outputs, such as create_model(..., n_out={n})')
 
 # %% ../nbs/20_train.ipynb #e70956ce
 @contextlib.contextmanager
