@@ -266,16 +266,26 @@ def _wrappers(paths):
     while len({p[n] for p in paths}) == 1 and all(len(p) > n + 2 for p in paths): n += 1
     return n
 
-def _by_class(images, folders, where, split):
-    "class -> [(path below it, image), ...]; a class folder that holds no image is refused"
+def _by_class(images, folders):
+    "class -> [(path below it, image), ...], without any for an empty one of the class `folders`"
     n = _wrappers([p for p, _ in images])
     around = images[0][0][:n]
     res = {p[n]: [] for p in sorted(folders) if len(p) == n + 1 and p[:n] == around}
     for p, im in images: res.setdefault(p[n], []).append(('/'.join(p[n+1:]), im))
-    empty = ['/'.join((split, *around, c)) for c in res if not res[c]]
-    more = f', nor do {len(empty) - 1} more folders' if len(empty) > 1 else ''
-    if empty: raise FastcifarError(f'{where}: {empty[0]} holds no image{more}: add some, or remove the folder')
     return res
+
+def _agreed(found, where):
+    "The classes of both splits, sorted, if they are the same and none is empty"
+    full = {s: {c for c in found[s] if found[s][c]} for s in found}
+    only = sorted(full['train'] ^ full['test'])
+    if only:
+        has, lacks = ('train', 'test') if only[0] in full['train'] else ('test', 'train')
+        raise FastcifarError(f'{where}: class {only[0]!r} is in {has}/ but not in {lacks}/: both need the same classes')
+    empty = sorted({*found['train'], *found['test']} - full['train'])
+    if empty:
+        more = f', nor do {len(empty) - 1} more' if len(empty) > 1 else ''
+        raise FastcifarError(f'{where}: the class folder {empty[0]!r} holds no image{more}: add some, or remove it')
+    return sorted(full['train'])
 
 def read_tree(
     files, # Stream of `Member`
@@ -300,12 +310,8 @@ def read_tree(
         raise FastcifarError(f'{what}: give a folder or archive with train/<class>/* and test/<class>/*{links}')
     places = [place for f in folders if (place := _tree_place(f'{f}/image'))]
     inside = {s: {path[:-1] for root, split, path in places if split == s and root in roots[s]} for s in images}
-    found = {s: _by_class(images[s], inside[s], where, s) for s in images}
-    only = sorted(set(found['train']) ^ set(found['test']))
-    if only:
-        has, lacks = ('train', 'test') if only[0] in found['train'] else ('test', 'train')
-        raise FastcifarError(f'{where}: class {only[0]!r} is in {has}/ but not in {lacks}/: both need the same classes')
-    classes = sorted(found['train'])
+    found = {s: _by_class(images[s], inside[s]) for s in images}
+    classes = _agreed(found, where)
     rows = {s: [(im, i) for i, c in enumerate(classes) for _, im in sorted(found[s][c], key=lambda o: o[0])] for s in found}
     x = {s: np.stack([im for im, _ in r]) for s, r in rows.items()}
     return check_arrays(Arrays(x, {s: np.array([i for _, i in r]) for s, r in rows.items()}, classes), where)
