@@ -7,7 +7,7 @@ __all__ = ['MAX_FILE', 'MAX_TOTAL', 'MAX_MEMBERS', 'SIDE', 'MAX_PIXELS', 'Member
            'decode_image', 'read_tree', 'read_pickle', 'read_images', 'file_sha256']
 
 # %% ../nbs/01_archive.ipynb #61c22f60
-import bz2, contextlib, gzip, hashlib, io, lzma, os, pickle, posixpath, stat, tarfile, warnings, zipfile, zlib
+import bz2, contextlib, gzip, hashlib, io, lzma, os, pickle, posixpath, re, stat, tarfile, warnings, zipfile, zlib
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
@@ -21,7 +21,7 @@ from .basics import FastcifarError
 class Member(NamedTuple):
     "One file of a collection"
     name:str # Path inside the collection, with forward slashes
-    read:object # Called without arguments, gives the bytes
+    read:object # Called without arguments, gives the bytes; None for a folder
 
 MAX_FILE = 192 * 2**20 # The largest single file that is read, in bytes; the largest official one holds 155 MB
 MAX_TOTAL = 4 * 2**30 # The most that one archive may unpack to, in bytes
@@ -54,6 +54,11 @@ class _Bounded:
     def tell(self): return self.f.tell()
     def close(self): self.f.close()
 
+def _no_file(path, name, what, pack=None):
+    "The error for a member of an archive that is not a file; `pack` makes an archive of files"
+    how = f'an archive needs the files themselves, so pack it again ({pack})' if pack else 'do not use this archive'
+    return FastcifarError(f'{path}: {name} is {what}: {how}')
+
 def _tar_members(path):
     stream, last = _Bounded(path), -1
     def read(m):
@@ -65,10 +70,11 @@ def _tar_members(path):
             t.members = [] # tarfile would remember every member
             if m.size < 0 or t.offset <= last: raise tarfile.ReadError('a header gives an impossible size')
             last, name = t.offset, _checked_name(m.name, path)
-            if m.isdir(): continue
-            if not m.isfile(): raise FastcifarError(f'{path}: {name} is a link or a device, not a file: do not use this archive')
+            if m.islnk(): raise _no_file(path, name, f'a hard link to {m.linkname}', 'tar --hard-dereference')
+            if m.issym(): raise _no_file(path, name, f'a symbolic link to {m.linkname}', 'tar --dereference')
+            if not m.isfile() and not m.isdir(): raise _no_file(path, name, 'a device or a pipe')
             _checked_size(m.size, name, path)
-            yield Member(name, lambda m=m: read(m))
+            yield Member(name, None if m.isdir() else lambda m=m: read(m))
         stream.seek(t.offset)
         if stream.read(512) != bytes(512): raise tarfile.ReadError('it ends without its end mark') # tarfile takes a damaged header for the end
         if len(stream.read(2**20)) == 2**20: raise tarfile.ReadError('more follows its end mark') # and reading on to the end checks gzip's own checksum
@@ -79,18 +85,21 @@ def _zip_members(path):
         for m in z.infolist():
             name = _checked_name(m.filename, path)
             mode = m.external_attr >> 16
-            if m.is_dir(): continue
-            if mode and stat.S_IFMT(mode) not in (0, stat.S_IFREG):
-                raise FastcifarError(f'{path}: {name} is a link or a device, not a file: do not use this archive')
+            if stat.S_ISLNK(mode): raise _no_file(path, name, 'a symbolic link', 'zip without --symlinks')
+            regular = stat.S_IFMT(mode) in (0, stat.S_IFREG)
+            if not m.is_dir() and not regular: raise _no_file(path, name, 'a device or a pipe')
             _checked_size(m.file_size, name, path)
-            yield Member(name, lambda m=m: z.read(m))
+            yield Member(name, None if m.is_dir() else lambda m=m: z.read(m))
 
 def _folder_members(path):
     def fail(e): raise e
     for root, dirs, files in os.walk(path, onerror=fail):
         dirs.sort()
         for d in dirs:
-            if os.path.islink(Path(root)/d): raise FastcifarError(f'{Path(root)/d} is a link to a folder: put the folder itself there')
+            place = (Path(root)/d).relative_to(path)
+            if not os.path.islink(path/place): yield Member(place.as_posix(), None)
+            elif {'train', 'test'} & {*place.parts}: # it would hide images
+                raise FastcifarError(f'{path/place} is a link to a folder: put the folder itself there')
         for f in sorted(files):
             full = Path(root)/f
             yield Member(full.relative_to(path).as_posix(), lambda p=full: _read_bounded(p))
@@ -99,6 +108,53 @@ def _read_bounded(path):
     if not path.is_file(): raise FastcifarError(f'{path} is not a regular file: remove it from the data folder')
     _checked_size(path.stat().st_size, path.name, path.parent)
     return path.read_bytes()
+
+# %% ../nbs/01_archive.ipynb #5b518b8d
+_IMAGES = 'give a folder or an archive of images'
+_UNPACK = 'unpack it and give the folder, or pack it as .zip or .tar.gz'
+_ARRAYS = 'read it yourself, and give load_data((images, labels))'
+_ALONE = 'give a folder of train/<class>/* and test/<class>/*; one image is for `fastcifar predict`'
+_BATCHES = 'for CIFAR, give the folder that holds all its batches'
+_KINDS = [('a 7z archive', _UNPACK, b"7z\xbc\xaf'\x1c"), ('a rar archive', _UNPACK, b'Rar!'),
+          ('compressed by zstd', _UNPACK, b'(\xb5/\xfd'), ('compressed by lz4', _UNPACK, b'\x04"M\x18'),
+          ('compressed by compress', _UNPACK, b'\x1f\x9d'), ('compressed by lzip', _UNPACK, b'LZIP'),
+          ('a NumPy array', _ARRAYS, b'\x93NUMPY'), ('a Parquet table', _ARRAYS, b'PAR1'),
+          ('an HDF5 file', _ARRAYS, b'\x89HDF'), ('a MATLAB file', _ARRAYS, b'MATLAB'),
+          ('a PDF file', _IMAGES, b'%PDF'),
+          *(('one image', _ALONE, m) for m in (b'\x89PNG', b'\xff\xd8\xff', b'GIF8', b'II*\0', b'MM\0*')),
+          *(('a pickle', _BATCHES, b'\x80' + bytes([protocol])) for protocol in range(2, 6))]
+
+_NO_TEXT = {*range(32)} - {*b'\t\n\f\r'} # Bytes that no text holds
+
+def _other_kind(head):
+    "(what, what to do) of a file that is no archive, by its first bytes; None if they do not say"
+    for what, how, magic in _KINDS:
+        if head.startswith(magic): return what, how
+    bmp, webp = head[:2] == b'BM' and head[6:10] == bytes(4), head[:4] == b'RIFF' and head[8:12] == b'WEBP'
+    if bmp or webp: return 'one image', _ALONE
+    start = head.removeprefix(b'\xef\xbb\xbf').lstrip().lower()
+    if start.startswith((b'<!doctype html', b'<html')):
+        return 'a web page', 'the address led to a page, perhaps one to log in: get the file itself'
+    if head and not _NO_TEXT & {*head}: return 'a text file', f'{_IMAGES}; if it is a table of pixels, {_ARRAYS}'
+
+def _archive_reader(path):
+    "The function that reads an archive; a file that is none is refused by what it is"
+    with open(path, 'rb') as f: magic = f.read(4)
+    if not magic: raise FastcifarError(f'{path} is empty: get it again')
+    if magic == b'PK\3\4' or zipfile.is_zipfile(path): return _zip_members
+    with contextlib.closing(_Bounded(path)) as f: head = f.read(tarfile.BLOCKSIZE)
+    if _begins_as_tar(head): return _tar_members
+    other = _other_kind(head)
+    if other: raise FastcifarError(f'{path} is {other[0]}, not a folder or archive of images: {other[1]}')
+    named_so = re.search(r'\.(tar|tgz|tbz2?|txz|zip)\b', path.name.lower())
+    if named_so: return _tar_members # damaged, and reading it says how
+    raise FastcifarError(f'{path} is neither a tar nor a zip file: {_IMAGES}')
+
+def _begins_as_tar(head):
+    try: tarfile.TarInfo.frombuf(head, 'utf-8', 'surrogateescape')
+    except tarfile.EOFHeaderError: pass # nothing but the end mark
+    except tarfile.HeaderError: return False
+    return True
 
 # %% ../nbs/01_archive.ipynb #85d9695b
 _BROKEN = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, RuntimeError, ValueError, KeyError, OverflowError, MemoryError)
@@ -113,17 +169,22 @@ def _explained(path):
         raise FastcifarError(f'{path} cannot be read ({e}): it is damaged or incomplete; get it again') from e
     except _BROKEN as e: raise FastcifarError(f'{path} cannot be read ({e or type(e).__name__}): it is damaged or incomplete; get it again') from e
 
+def _hidden(name): return any(p.startswith(('.', '__MACOSX')) for p in name.split('/'))
+
 def members(
     path, # A folder, or a tar (plain, gz, bz2, xz) or zip file
+    folders:set=None, # Is filled with the names of the folders in it, empty ones too
 ) -> Iterator[Member]: # Hidden files are left out; each member must be read before the next is asked for
     "All files of a folder or archive, checked and never unpacked to the disk"
     path = Path(path)
     if not path.exists(): raise FastcifarError(f'there is no file or folder {path}: check the path')
-    kind = _folder_members if path.is_dir() else _zip_members if zipfile.is_zipfile(path) else _tar_members
     with _explained(path):
+        kind = _folder_members if path.is_dir() else _archive_reader(path)
         for i, m in enumerate(kind(path)):
             if i >= MAX_MEMBERS: raise FastcifarError(f'{path} holds more than {MAX_MEMBERS:,} files: use another archive')
-            if any(p.startswith(('.', '__MACOSX')) for p in m.name.split('/')): continue
+            folder = m.name if m.read is None else posixpath.dirname(m.name)
+            if folders is not None and not _hidden(folder): folders.add(folder)
+            if m.read is None or _hidden(m.name): continue
             def read(m=m):
                 with _explained(path): return m.read()
             yield Member(m.name, read)
@@ -149,10 +210,15 @@ def check_arrays(a:Arrays, where) -> Arrays:
         if y.shape != (len(x),): raise FastcifarError(f'{where}: {len(x)} {s} images but labels of shape {y.shape}: give one label an image')
         if y.min() < 0 or y.max() >= len(a.classes):
             raise FastcifarError(f'{where}: {s} labels run from {y.min()} to {y.max()}, but there are {len(a.classes)} classes: labels must lie in 0..{len(a.classes) - 1}')
-        empty = [c for i, c in enumerate(a.classes) if not (y == i).any()]
-        if empty: raise FastcifarError(f'{where}: class {empty[0]!r} has no {s} image: add some, or remove the class from both splits')
+        empty = np.flatnonzero(np.bincount(y, minlength=len(a.classes)) == 0)
+        if len(empty):
+            what = f'class {a.classes[empty[0]]!r} has no {s} image'
+            raise FastcifarError(f'{where}: {what}: add some, or remove the class from both splits')
         if a.coarse and (a.coarse[s].shape != y.shape or not (0 <= a.coarse[s].min() and a.coarse[s].max() < len(a.coarse_classes))):
             raise FastcifarError(f'{where}: the coarse {s} labels do not fit {len(a.coarse_classes)} superclasses: get it again')
+    if len(a.classes) < 2:
+        what = f'all images are of one class, {a.classes[0]!r}'
+        raise FastcifarError(f'{where}: {what}: give at least two, such as train/cat/* and train/dog/*')
     return a
 
 # %% ../nbs/01_archive.ipynb #ea821fe6
@@ -179,30 +245,73 @@ def decode_image(
 
 # %% ../nbs/01_archive.ipynb #025be994
 def _tree_place(name):
-    "(split, class, rest) of `.../train/cat/1.png`, or None for a file elsewhere"
+    "(folder around it, split, path below the split) of `.../train/cat/1.png`, or None for a file elsewhere"
     parts = name.split('/')
     for i, p in enumerate(parts[:-2]):
-        if p in ('train', 'test'): return p, parts[i+1], '/'.join(parts[i+2:])
+        if p in ('train', 'test'): return '/'.join(parts[:i]) or '.', p, tuple(parts[i+1:])
+
+def _several(where, places):
+    "The error for a source that holds more than one set"
+    shown = ', '.join('its top folder' if p == '.' else p for p in places[:5])
+    if len(places) > 5: shown += f' and {len(places) - 5} more'
+    below = [p for p in places if p != '.']
+    if not Path(where).is_dir(): how = 'make an archive of one of them'
+    elif below: how = f'give one of them, such as {Path(where)/below[0]}, or take the others out'
+    else: how = 'take all but one of them out'
+    return FastcifarError(f'{where} holds {len(places)} data sets, in {shown}: {how}')
+
+def _wrappers(paths):
+    "How many folders lie around all classes of a split: 1 for `train/images/<class>/*`, mostly 0"
+    n = 0
+    while len({p[n] for p in paths}) == 1 and all(len(p) > n + 2 for p in paths): n += 1
+    return n
+
+def _by_class(images, folders):
+    "class -> [(path below it, image), ...], without any for an empty one of the class `folders`"
+    n = _wrappers([p for p, _ in images])
+    around = images[0][0][:n]
+    res = {p[n]: [] for p in sorted(folders) if len(p) == n + 1 and p[:n] == around}
+    for p, im in images: res.setdefault(p[n], []).append(('/'.join(p[n+1:]), im))
+    return res
+
+def _agreed(found, where):
+    "The classes of both splits, sorted, if they are the same and none is empty"
+    full = {s: {c for c in found[s] if found[s][c]} for s in found}
+    only = sorted(full['train'] ^ full['test'])
+    if only:
+        has, lacks = ('train', 'test') if only[0] in full['train'] else ('test', 'train')
+        raise FastcifarError(f'{where}: class {only[0]!r} is in {has}/ but not in {lacks}/: both need the same classes')
+    empty = sorted({*found['train'], *found['test']} - full['train'])
+    if empty:
+        more = f', nor do {len(empty) - 1} more' if len(empty) > 1 else ''
+        raise FastcifarError(f'{where}: the class folder {empty[0]!r} holds no image{more}: add some, or remove it')
+    return sorted(full['train'])
 
 def read_tree(
     files, # Stream of `Member`
     where, # Name of the source, for error messages
     convert:bool=False, # See `decode_image`
+    folders=(), # Names of folders, as `members` finds them; an empty one among the classes is refused
 ) -> Arrays:
     "Decode `train/<class>/*` and `test/<class>/*` images; files elsewhere are ignored"
-    found = {'train': {}, 'test': {}}
+    images, roots = {'train': [], 'test': []}, {'train': set(), 'test': set()}
     for m in tqdm(files, desc=f'decoding {Path(where).name}', unit=' images', leave=False, disable=None): # silent where there is no terminal
         place = _tree_place(m.name)
         if place is None: continue
-        split, cls, rest = place
-        found[split].setdefault(cls, []).append((rest, decode_image(m.read(), f'{where}: {m.name}', convert)))
-    for s in found:
-        if not found[s]: raise FastcifarError(f'{where} holds no {s}/<class>/<image> files: give a folder or archive with train/<class>/* and test/<class>/*')
-    only = sorted(set(found['train']) ^ set(found['test']))
-    if only:
-        has, lacks = ('train', 'test') if only[0] in found['train'] else ('test', 'train')
-        raise FastcifarError(f'{where}: class {only[0]!r} is in {has}/ but not in {lacks}/: both need the same classes')
-    classes = sorted(found['train'])
+        root, split, path = place
+        roots[split].add(root)
+        if len(roots[split]) > 1: continue # refused below, where all of them are known
+        images[split].append((path, decode_image(m.read(), f'{where}: {m.name}', convert)))
+    if max(map(len, roots.values())) > 1: raise _several(where, sorted(set.union(*roots.values())))
+    links = ' (links to folders are not followed)' if Path(where).is_dir() else ''
+    for s in images:
+        if images[s]: continue
+        what = f'{where} holds no {s}/<class>/<image> files'
+        raise FastcifarError(f'{what}: give a folder or archive with train/<class>/* and test/<class>/*{links}')
+    places = [place for f in folders if (place := _tree_place(f'{f}/image'))]
+    inside = {s: {path[:-1] for root, split, path in places if split == s and root in roots[s]} for s in images}
+    found = {s: _by_class(images[s], inside[s]) for s in images}
+    classes = _agreed(found, where)
     rows = {s: [(im, i) for i, c in enumerate(classes) for _, im in sorted(found[s][c], key=lambda o: o[0])] for s in found}
     x = {s: np.stack([im for im, _ in r]) for s, r in rows.items()}
     return check_arrays(Arrays(x, {s: np.array([i for _, i in r]) for s, r in rows.items()}, classes), where)
@@ -323,24 +432,35 @@ def read_images(
     convert:bool=False, # Resize and convert images that are not 32x32 RGB, instead of refusing them?
 ) -> Arrays:
     "Decode an image collection of any known layout"
-    official = {}
+    official, folders = {}, set() # official: folder -> file name -> bytes
     def tree():
-        for m in members(path):
-            if m.name.rpartition('/')[2] in _OFFICIAL_FILES and _tree_place(m.name) is None:
-                official[m.name.rpartition('/')[2]] = m.read()
-                if sum(map(len, official.values())) > 2 * MAX_FILE: raise FastcifarError(f'{path} holds more than a CIFAR archive can: get it from its source')
+        for m in members(path, folders):
+            folder, _, name = m.name.rpartition('/')
+            if name in _OFFICIAL_FILES and _tree_place(m.name) is None:
+                official.setdefault(folder or '.', {})[name] = m.read()
+                if sum(len(data) for files in official.values() for data in files.values()) > 2 * MAX_FILE:
+                    raise FastcifarError(f'{path} holds more than a CIFAR archive can: give one set, from its source')
             else: yield m
     files = tree()
     first = next((m for m in files if _tree_place(m.name)), None)
-    if first is not None:
-        def again(): yield first; yield from files
-        return read_tree(again(), path, convert)
-    for need, read in _OFFICIAL:
-        if need <= set(official): return check_arrays(read(official, path), path)
-    for need, _ in _OFFICIAL:
-        missing = sorted(need - set(official))
-        if len(missing) < len(need): raise FastcifarError(f'{path}: {missing[0]} is missing: the archive is incomplete; get it again')
-    return read_tree(iter(()), path)
+    def again(): yield first; yield from files
+    arrays = read_tree(again(), path, convert, folders) if first else None
+    forms = {folder: read for need, read in reversed(_OFFICIAL) for folder in official if need <= set(official[folder])}
+    places = [*forms, *([_tree_place(first.name)[0]] if first else [])]
+    if len(places) > 1: raise _several(path, sorted(places))
+    for folder, read in forms.items(): arrays = check_arrays(read(official[folder], path), path)
+    if arrays is None:
+        _check_complete(official, path)
+        read_tree(iter(()), path) # says what it would need
+    return arrays
+
+def _check_complete(official, where):
+    "Name the file that an official set lacks; `train` alone may be anything"
+    for found in official.values():
+        for need, _ in _OFFICIAL:
+            have, missing = need & set(found), sorted(need - set(found))
+            if have - {'train', 'test', 'meta'} or 'meta' in have and len(have) > 1:
+                raise FastcifarError(f'{where}: {missing[0]} is missing: the archive is incomplete; get it again')
 
 # %% ../nbs/01_archive.ipynb #eb44230f
 def file_sha256(path) -> str:

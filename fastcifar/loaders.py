@@ -301,7 +301,7 @@ def dataloaders(self:ImageData,
     rows, n = Rows(self), len(self.y['train'])
     if not isinstance(bs, (int, np.integer)) or bs < 1: raise FastcifarError(f'the batch size is {bs!r}: give a whole number of at least 1')
     train, test = np.arange(n), np.arange(n, len(rows))
-    splits = [train, test] if not valid else [*stratified_holdout(self.y['train'], valid), test]
+    splits = [train, test] if not valid else [*stratified_holdout(self.y['train'], valid, names=self.classes), test]
     if num_workers < 0: raise FastcifarError(f'the number of workers is {num_workers}: give 0 or more')
     if bs > len(splits[0]): raise FastcifarError(f'a batch of {bs} is larger than the training split of {len(splits[0])} images: choose a batch size up to {len(splits[0])}')
     policy = self.policy if policy is None else policy
@@ -312,6 +312,7 @@ def dataloaders(self:ImageData,
                      splits=[L(s.tolist()) for s in splits])
     device = checked_device(device)
     mean, std = stats or (self.mean, self.std)
+    if min(std) <= 0: raise FastcifarError(f'stats has the standard deviations {list(std)}: give numbers above 0')
     norm = NormalizeOnce.from_stats(mean, std, cuda=False)
     make = functools.partial(BatchDL, twin=BatchPolicy(policy, self.fill, seed), dtype=dtype) if path == 'batch' else ArrayDL
     dls = [make(dsets.subset(i), bs=bs, seed=seed, num_workers=num_workers, shuffle=i == 0, drop_last=drop_last and i == 0,

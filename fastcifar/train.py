@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'best_precision', 'no_onednn', 'NumberFormat', 'MemoryFormat', 'best_channels_last', 'keep_freed_memory',
-           'compile_net', 'FreezeParts', 'StopOnNaN', 'deterministic_only', 'cpu_threads', 'UnpicklingWarning',
-           'CifarLearner', 'some_images', 'cifar_learner']
+           'compile_net', 'FreezeParts', 'StopOnNaN', 'CheckOutputs', 'deterministic_only', 'cpu_threads',
+           'UnpicklingWarning', 'CifarLearner', 'some_images', 'cifar_learner']
 
 # %% ../nbs/20_train.ipynb #785e6f28
 import contextlib, ctypes, fnmatch, math, os, platform, sys, warnings
@@ -13,8 +13,10 @@ import contextlib, ctypes, fnmatch, math, os, platform, sys, warnings
 import torch
 from fastai.callback.core import Callback, CancelFitException, CancelStepException
 from fastai.callback.schedule import LRFinder
+from fastai.data.transforms import get_c
 from fastai.metrics import accuracy
 from torch import nn
+from torch.nn import functional as F
 
 from .basics import FastcifarError, check_name
 from .graph import StepGraph
@@ -198,6 +200,25 @@ class StopOnNaN(Callback):
         raise FastcifarError(f'the loss became NaN or infinite in epoch {self.epoch + 1}, batch {self.iter + 2 - ago}, at learning rate {self.recorder.lrs[-ago]:.3g}: '
                              'use a smaller learning rate (--lr-max) or --precision fp32')
 
+# %% ../nbs/20_train.ipynb #1b4b8ac2
+_CLASS_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)
+
+def _classifies(loss):
+    "Does a loss compare one output a class with the number of the class?"
+    inner = getattr(loss, 'func', loss) # of fastai's losses, and of a `partial`
+    return getattr(loss, 'y_int', False) or isinstance(inner, _CLASS_LOSSES) or inner in (F.cross_entropy, F.nll_loss)
+
+class CheckOutputs(Callback):
+    "Refuse a net that gives more or fewer outputs than there are classes"
+    order, afresh = 11, True # after `NumberFormat`; a checkpoint holds nothing of it
+    n, capturable = None, True # it looks at shapes alone
+    def before_fit(self): self.n = get_c(self.dls) if _classifies(self.learn.loss_func) else None
+    def after_pred(self):
+        pred, n = self.learn.pred, self.n
+        if n and isinstance(pred, torch.Tensor) and pred.ndim == 2 and pred.shape[1] != n:
+            raise FastcifarError(f'the net gives {pred.shape[1]} outputs, but the data have {n} classes: '
+                                 f'make it with {n} outputs, such as create_model(..., n_out={n})')
+
 # %% ../nbs/20_train.ipynb #e70956ce
 @contextlib.contextmanager
 def deterministic_only(device):
@@ -301,7 +322,7 @@ def cifar_learner(
     model.to(device) # fastai does it when a fit starts, too late for predictions and for the optimizer of a resumed run
     if hasattr(model, 'prepare') and not model.prepared: model.prepare(some_images(dls))
     if compile: compile_net(model, device)
-    extra = [NumberFormat(precision), StopOnNaN(), MemoryFormat(channels_last)]
+    extra = [NumberFormat(precision), StopOnNaN(), MemoryFormat(channels_last), CheckOutputs()]
     learn = CifarLearner(dls, model, loss_func=loss_func or CrossEntropy(), opt_func=opt_func, lr=lr, wd=wd, metrics=metrics,
                          cbs=[*extra, *(cbs if isinstance(cbs, (list, tuple)) or hasattr(cbs, 'map') else [cbs])], **kwargs)
     if capture and torch.device(device).type == 'cuda': learn.step_graph = StepGraph()
