@@ -5,11 +5,12 @@ LATEST = .venv-latest/bin
 export NO_ALBUMENTATIONS_UPDATE = 1
 say = @printf '\n== %s\n'
 
-.PHONY: help demo test test-gpu test-latest test-wheel soak bench bench-gpu readme docs clean
+.PHONY: help demo test test-gpu test-standin test-latest test-wheel soak bench bench-gpu readme docs clean
 help:
 	@echo 'make demo         set up .venv, train on the embedded digits (offline), print accuracy and run folder'
 	@echo 'make test         set up .venv, check the export, run every notebook and the tests, on the CPU'
-	@echo 'make test-gpu     the tests of what only a CUDA GPU can show'
+	@echo 'make test-gpu     the tests of what only a CUDA GPU can show; PYTHON=python3 where packages are there already'
+	@echo 'make test-standin what can be shown of CUDA without a GPU: torch\'s own CUDA code over a stand-in (some minutes)'
 	@echo 'make test-latest  the tests with the newest fastai 2.8, fastcore and torch'
 	@echo 'make test-wheel   build the wheel, install it into an empty environment, run the demo there'
 	@echo 'make soak         kill 50 runs and continue them, try 12,000 hostile files, kill a node of a Ray cluster (about half an hour)'
