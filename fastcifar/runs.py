@@ -224,7 +224,7 @@ def check_same(
     if data is None:
         o, place = ARCHIVES.get(c.data), _place(c)
         if o and saved.get('data_sha256') in (o.sha256, o.content): return # nothing has to be downloaded for that
-        if place != c.data and not Path(place).exists() and place == data_place(out): return # it was there
+        if c.data not in NAMED and place == data_place(out) and not Path(place).exists(): return # where they lay, there is nothing to look at any more
         data = load_data(c.data, c.convert)
     _check_data(saved, data, out, ordered=False)
 
