@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAMED', 'pixel_stats', 'ImageData', 'stratified_holdout', 'image_digests', 'content_hash', 'order_hash', 'cache_root',
-           'cached', 'load_data']
+           'cached', 'place_of', 'load_data']
 
 # %% ../nbs/03_data.ipynb #f21ed94d
 import hashlib, json, os, shutil, uuid, warnings
@@ -241,6 +241,12 @@ def cached(
 
 # %% ../nbs/03_data.ipynb #9b024404
 NAMED = (*ARCHIVES, 'digits') # Data sets that have a name
+
+def place_of(
+    source:str, # What `load_data` takes, as text
+) -> str:
+    "The same as it is meant here, for processes that work elsewhere or later: the name of a data set, or a whole path"
+    return source if source in NAMED else str(Path(source).expanduser().resolve())
 
 def _folder_key(path):
     "Changes with any file's name, size, times or place on the disk"

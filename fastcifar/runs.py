@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 import fastcifar
 from .averages import Views
 from .basics import FastcifarError, as_json, check_name, optional, read_json, remove_unfinished, seed_everything, write_atomic, write_json, write_text
-from .data import NAMED, load_data
+from .data import NAMED, load_data, place_of
 from .fetch import ARCHIVES
 from .interpret import CifarInterpretation, plot_curves, plot_schedule
 from .layers import NORMS
@@ -197,8 +197,6 @@ def settings_on(
     known = dict(data=data.source) if data.known_as(saved.get('data')) else {}
     return complete_config({'path': 'auto', **saved, **known})
 
-def _place(c): return c.data if c.data in NAMED else str(Path(c.data).expanduser().resolve())
-
 def write_surroundings(
     c:Config, # What is trained
     out:Path, # Run folder
@@ -207,7 +205,7 @@ def write_surroundings(
 ):
     "Write where, with what and on which data a run is trained"
     write_json(out/'environment.json', dict(environment(device), **more))
-    write_text(out/'.data', _place(c))
+    write_text(out/'.data', place_of(c.data))
 
 def check_same(
     c:Config, # What is asked for
@@ -222,7 +220,7 @@ def check_same(
 
     saved = read_json(Path(out)/'config.json')
     if data is None:
-        o, place = ARCHIVES.get(c.data), _place(c)
+        o, place = ARCHIVES.get(c.data), place_of(c.data)
         if o and saved.get('data_sha256') in (o.sha256, o.content): return # nothing has to be downloaded for that
         if c.data not in NAMED and place == data_place(out) and not Path(place).exists(): return # where they lay, there is nothing to look at any more
         data = load_data(c.data, c.convert)

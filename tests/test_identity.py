@@ -9,7 +9,8 @@ from hypothesis import given, settings, strategies as st
 import fastcifar.data
 from fastcifar.archive import Arrays, file_sha256, read_images, read_pickle
 from fastcifar.basics import FastcifarError, read_json, write_json
-from fastcifar.data import content_hash, image_digests, load_data, order_hash
+from fastcifar.cluster import everywhere
+from fastcifar.data import content_hash, image_digests, load_data, order_hash, place_of
 from fastcifar.fetch import ARCHIVES
 from forms import NAMES, as_folder, as_tar, as_zip, binary10, pngs, py2_array, py2_batch, py2_dict, py2_int, py2_list, py2_text, python10, records, small10
 
@@ -243,6 +244,24 @@ def test_run_folders_of_older_versions_are_read(main, tree, run, tmp_path):
         assert main('train', '--data', form, *QUICK, '--out', begun)[0] == 0
         assert read_json(begun/'metrics.json')['test_loss'] == read_json(run/'metrics.json')['test_loss']
     assert load_data('digits').known_as('scikit-learn load_digits')
+
+def test_an_older_run_on_files_of_cifar10_keeps_to_their_order(known, main, tmp_path):
+    "Which is no longer the order in which they are read"
+    tree = as_folder(tmp_path/'png', pngs(X, Y, NAMES))
+    assert main('train', '--data', tree, *QUICK, '--out', 'run')[0] == 0
+    c = read_json('run/config.json')
+    del c['data_order']
+    write_json('run/config.json', {**c, 'data_sha256': order_hash(read_images(tree))})
+    assert 'is finished' in main('train', '--data', tree, *QUICK, '--out', 'run')[1]
+    code, _, err = main('train', '--data', tree, *QUICK, '--out', half(Path('run'), Path('half')))
+    assert code == 2 and 'in another order' in err
+
+def test_a_place_means_the_same_everywhere(tmp_path, monkeypatch):
+    "On other machines of a cluster, in the note of a run folder"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'digits').mkdir()
+    assert everywhere('digits') == place_of('digits') == 'digits'
+    assert everywhere('./digits') == place_of('./digits') == str(tmp_path/'digits')
 
 # The real set
 
