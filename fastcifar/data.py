@@ -41,7 +41,7 @@ class ImageData:
         stats:tuple=None, # (mean, std) of the training pixels; computed if not given
         folder:Path=None, # Cache folder that holds the arrays, if any
         order:str=None, # `order_hash`: in which order its images are; computed if not given
-        former:tuple=(), # What older versions called the set: the sha256 of its archive, or of its arrays as they were read
+        former:tuple=(), # What older versions called it: the sha256 of its archive, or of its arrays as read
         arranged:bool=False, # Is the order another one than that of the files?
     ):
         self.x, self.y, self.classes, self.coarse, self.coarse_classes = arrays
@@ -152,22 +152,23 @@ def content_hash(
 def order_hash(
     a:Arrays, # A decoded set
 ) -> str:
-    "sha256 of images, labels and class names as they follow each other; what older versions called a set that was no archive"
+    "sha256 of images, labels and class names in their order; what older versions called a set that was no archive"
     h = hashlib.sha256(json.dumps(a.classes).encode())
     for s in ('train', 'test'):
         for v in (a.x[s], a.y[s]): h.update(np.ascontiguousarray(v))
     return h.hexdigest()
 
 # %% ../nbs/03_data.ipynb #b05c8e37
+def _even(y, n, classes): return np.array_equal(np.bincount(y), [n] * classes)
+
 def _known(a, source, sha):
     "The name of a set that is known by its content, or by the sha256 of its archive"
     sums = None
     for name, o in ARCHIVES.items():
         if sha == o.sha256 or source == o.content: return name
-        if o.sums and [len(a.y[s]) for s in ('train', 'test')] == [n * o.classes for n in o.counts]:
-            sums = sums or tuple(tuple(int(a.x[s][..., c].sum(dtype=np.int64)) for c in range(3)) for s in ('train', 'test'))
-            equal = all((np.bincount(a.y[s], minlength=o.classes) == n).all() for s, n in zip(('train', 'test'), o.counts))
-            if equal and sums == o.sums: return name
+        if o.sums and all(_even(a.y[s], n, o.classes) for s, n in zip(('train', 'test'), o.counts)):
+            sums = sums or tuple(tuple(a.x[s].sum((0, 1, 2), dtype=np.int64).tolist()) for s in ('train', 'test'))
+            if sums == o.sums: return name
 
 def _arranged(a, digests, file):
     "The same set in the official order of images and classes"
@@ -208,7 +209,8 @@ def _save(folder, a, sha):
             if a.coarse: np.save(tmp/f'{s}_coarse.npy', a.coarse[s])
         for f in tmp.iterdir():
             with open(f, 'rb+') as o: os.fsync(o.fileno())
-        write_json(tmp/'meta.json', dict(about, classes=a.classes, coarse_classes=a.coarse_classes, stats=pixel_stats(a.x['train'])))
+        about |= dict(classes=a.classes, coarse_classes=a.coarse_classes, stats=pixel_stats(a.x['train']))
+        write_json(tmp/'meta.json', about)
         os.rename(tmp, folder)
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -221,11 +223,12 @@ def _load(folder, kind, mode=None):
 def _open(folder, name, policy):
     meta = read_json(folder/'meta.json')
     a = Arrays(_load(folder, 'x', 'r'), _load(folder, 'y'), meta['classes'], _load(folder, 'coarse') if meta['coarse_classes'] else None, meta['coarse_classes'])
-    return ImageData(a, meta['known'] or name, meta['source'], policy, meta['stats'], folder, meta['order'], meta['former'], meta['arranged'])
+    about = {k: meta[k] for k in ('source', 'stats', 'order', 'former', 'arranged')}
+    return ImageData(a, meta['known'] or name, policy=policy, folder=folder, **about)
 
 def cached(
     key:str, # Hash of the source
-    decode, # Called without arguments, gives (`Arrays`, sha256 of their file, or None); not called when the cache has them
+    decode, # Gives (`Arrays`, sha256 of their file, or None); not called when the cache has them
     name:str, # Name of the data set, if its content is not that of a known one
     policy:str='crop_flip_cutout', # Its default policy
 ) -> ImageData: # Backed by memory-mapped files
@@ -296,14 +299,15 @@ def _from_arrays(source):
 
 def _named(name):
     "The data set of a name"
-    if os.path.lexists(name): warnings.warn(f'{name!r} names a data set; for the file or folder {name} that lies here, give ./{name}', stacklevel=3)
+    if os.path.lexists(name):
+        warnings.warn(f'{name!r} names a data set; for the file or folder that lies here, give ./{name}', stacklevel=3)
     if name == 'digits': return ImageData(_digits(), name, policy='crop', former=('scikit-learn load_digits',))
     data = cached(ARCHIVES[name].sha256, lambda: fetch_archive(name, cache_root()), f'{name}-copy')
     shutil.rmtree(cache_root()/'downloads', ignore_errors=True) # decoded and cached: no longer needed
     return data
 
 def load_data(
-    source='cifar10', # `'cifar10'`, `'cifar100'`, `'digits'` (as a path: `'./digits'`), a folder, an archive, `(x, y)` or `((train_x, train_y), (test_x, test_y))` arrays
+    source='cifar10', # `'cifar10'`, `'cifar100'`, `'digits'`, a folder (of such a name: `'./digits'`), an archive, `(x, y)` or `((train_x, train_y), (test_x, test_y))` arrays
     convert:bool=False, # For your own images: resize to 32x32 and convert to RGB, instead of refusing what is not?
 ) -> ImageData:
     "Load a data set, downloading, verifying and decoding it if that has not happened yet"

@@ -139,7 +139,7 @@ class RunHistory(Callback):
 
 # %% ../nbs/28_runs.ipynb #7b4836ca
 def default_out(c:Config) -> Path:
-    "`runs/<data>-<model>-<norm>-<recipe>-<epochs>ep-seed<seed>`; data of one's own have the first digits of their hash behind their name"
+    "`runs/<data>-<model>-<norm>-<recipe>-<epochs>ep-seed<seed>`; own data with the first digits of their hash"
     data = c.data if c.data in NAMED else _called(load_data(c.data, c.convert))
     return Path('runs')/f'{data}-{c.model}-{c.norm}-{c.recipe}-{c.epochs}ep-seed{c.seed}'
 
@@ -163,9 +163,11 @@ def _check_data(
 ):
     "Raise an error if these are not the data of a run"
     sha = saved.get('data_sha256')
-    if not data.known_as(sha): raise FastcifarError(f'{data.name} is not the data set of {out} (its hash differs): {instead}')
+    if not data.known_as(sha):
+        raise FastcifarError(f'{data.name} is not the data set of {out} (its hash differs): {instead}')
     was = saved.get('data_order') or (None if data.arranged and sha != data.order else data.order)
-    if ordered and was != data.order: raise FastcifarError(f'{data.name} has the images or classes of the data set of {out} in another order: {instead}')
+    if ordered and was != data.order:
+        raise FastcifarError(f'{data.name} has the images or classes of {out} in another order: {instead}')
 
 def settle_config(
     c:Config, # What to train
@@ -174,8 +176,9 @@ def settle_config(
     device, # Where it is trained
     begun:bool=False, # Has it begun elsewhere, so that the configuration in the folder holds?
 ) -> Config: # With precision and path settled
-    "Compare with the configuration in the folder, or write it there; the data set goes by its content, wherever it lies and however it is called"
-    f, new = out/'config.json', as_json(dict(dataclasses.asdict(c), data=data.name, data_sha256=data.source, data_order=data.order))
+    "Compare with the configuration in the folder, or write it there; the data set goes by its content"
+    about = dict(data=data.name, data_sha256=data.source, data_order=data.order)
+    f, new = out/'config.json', as_json(dataclasses.asdict(c) | about)
     settled = dict(precision=best_precision(device), path='batch' if has_twin(data.policy if c.policy is None else c.policy) else 'item')
     old = read_json(f) if f.exists() else None
     if f.exists() and not (isinstance(old, dict) and {'data', 'data_sha256', 'model', 'epochs', 'seed'} <= set(old)): raise FastcifarError(f'{f} does not hold the configuration of a run: choose another --out')
@@ -185,8 +188,9 @@ def settle_config(
     _check_data(old, data, out, ordered=True)
     for k in settled:
         if new[k] == 'auto': new[k] = old.get(k)
-    for k in sorted((set(old) | set(new)) - {'data', 'data_sha256', 'data_order'}):
-        if old.get(k) != new.get(k): raise FastcifarError(f'{out} holds a run with {k}={old.get(k)!r}, not {new.get(k)!r}: choose another --out')
+    for k in sorted((set(old) | set(new)) - set(about)):
+        if old.get(k) != new.get(k):
+            raise FastcifarError(f'{out} holds a run with {k}={old.get(k)!r}, not {new.get(k)!r}: choose another --out')
     return dataclasses.replace(c, **{k: new[k] for k in settled})
 
 def settings_on(
@@ -222,7 +226,8 @@ def check_same(
     if data is None:
         o, place = ARCHIVES.get(c.data), place_of(c.data)
         if o and saved.get('data_sha256') in (o.sha256, o.content): return # nothing has to be downloaded for that
-        if c.data not in NAMED and place == data_place(out) and not Path(place).exists(): return # where they lay, there is nothing to look at any more
+        gone = c.data not in NAMED and place == data_place(out) and not Path(place).exists()
+        if gone: return # where they lay, there is nothing to look at any more
         data = load_data(c.data, c.convert)
     _check_data(saved, data, out, ordered=False)
 

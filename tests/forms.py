@@ -18,9 +18,11 @@ def py2_list(items, write): return b'](' + b''.join(map(write, items)) + b'e'
 
 def py2_array(x, kind='u1', order='|', fortran=False):
     "As NumPy under Python 2 wrote it: `(1, shape, dtype, fortran, bytes)`, the dtype with its state"
-    dtype = b'cnumpy\ndtype\n' + py2_text(kind) + b'K\0K\1\x87R(K\3' + py2_text(order) + b'NNN' + b'J\xff\xff\xff\xff' * 2 + b'K\0tb'
+    dtype = b'cnumpy\ndtype\n' + py2_text(kind) + b'K\0K\1\x87R'
+    dtype += b'(K\3' + py2_text(order) + b'NNN' + b'J\xff\xff\xff\xff' * 2 + b'K\0tb'
     start = b'cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85' + py2_text('b') + b'\x87R'
-    state = b''.join(map(py2_int, x.shape)) + b'\x86' + dtype + (b'\x88' if fortran else b'\x89') + py2_text(x.tobytes('F' if fortran else 'C'))
+    shape, data = b''.join(map(py2_int, x.shape)) + b'\x86', py2_text(x.tobytes('F' if fortran else 'C'))
+    state = shape + dtype + (b'\x88' if fortran else b'\x89') + data
     return start + b'(K\1' + state + b'tb'
 
 def py2_dict(d): return b'\x80\2}(' + b''.join(py2_text(k) + v for k, v in d.items()) + b'u.'
@@ -28,7 +30,9 @@ def py2_dict(d): return b'\x80\2}(' + b''.join(py2_text(k) + v for k, v in d.ite
 def py2_batch(x, label, names, **labels):
     "An official batch: `x` (N, 32, 32, 3) and lists of labels"
     rows = np.ascontiguousarray(x.transpose(0, 3, 1, 2)).reshape(len(x), -1)
-    return py2_dict(dict(batch_label=py2_text(label), **{k: py2_list(v, py2_int) for k, v in labels.items()}, data=py2_array(rows), filenames=py2_list(names, py2_text)))
+    labels = {k: py2_list(v, py2_int) for k, v in labels.items()}
+    names = py2_list(names, py2_text)
+    return py2_dict(dict(batch_label=py2_text(label), **labels, data=py2_array(rows), filenames=names))
 
 def records(x, *labels):
     "The binary form: label bytes, then red, green and blue of each image"
@@ -38,14 +42,20 @@ def records(x, *labels):
 def batches10(x, y):
     "The six batches of CIFAR-10: name -> (images, labels)"
     n = len(y['test'])
-    return {f'data_batch_{i + 1}': (x['train'][i * n:(i + 1) * n], y['train'][i * n:(i + 1) * n].tolist()) for i in range(5)} | {'test_batch': (x['test'], y['test'].tolist())}
+    part = [slice(i * n, (i + 1) * n) for i in range(5)]
+    train = {f'data_batch_{i}': (x['train'][p], y['train'][p].tolist()) for i, p in enumerate(part, 1)}
+    return train | {'test_batch': (x['test'], y['test'].tolist())}
 
 def binary10(x, y):
-    return {f'cifar-10-batches-bin/{n}.bin': records(b, l) for n, (b, l) in batches10(x, y).items()} | {'cifar-10-batches-bin/batches.meta.txt': '\n'.join([*NAMES, '', '']).encode()}
+    files = {f'{n}.bin': records(b, l) for n, (b, l) in batches10(x, y).items()}
+    files['batches.meta.txt'] = '\n'.join([*NAMES, '', '']).encode()
+    return {f'cifar-10-batches-bin/{n}': b for n, b in files.items()}
 
 def python10(x, y):
-    files = {f'cifar-10-batches-py/{n}': py2_batch(b, n, [f'{i}.png' for i in range(len(l))], labels=l) for n, (b, l) in batches10(x, y).items()}
-    return files | {'cifar-10-batches-py/batches.meta': py2_dict(dict(num_cases_per_batch=py2_int(len(y['test'])), label_names=py2_list(NAMES, py2_text), num_vis=py2_int(3072)))}
+    files = {n: py2_batch(b, n, [f'{i}.png' for i in range(len(l))], labels=l) for n, (b, l) in batches10(x, y).items()}
+    cases, names = py2_int(len(y['test'])), py2_list(NAMES, py2_text)
+    files['batches.meta'] = py2_dict(dict(num_cases_per_batch=cases, label_names=names, num_vis=py2_int(3072)))
+    return {f'cifar-10-batches-py/{n}': b for n, b in files.items()}
 
 def pngs(x, y, classes, seed=0):
     "A tree of PNG files whose names say nothing of their order"
@@ -80,5 +90,7 @@ def small10(n=2, seed=0):
     "(x, y) of a set in the manner of CIFAR-10: 5 x 10n training and 10n test images"
     rng = np.random.default_rng(seed)
     y = {s: rng.permutation(np.repeat(np.arange(10), k * n)) for s, k in (('train', 5), ('test', 1))}
-    x = {s: rng.integers(0, 80, (len(v), 32, 32, 3), dtype=np.uint8) + (17 * v).astype(np.uint8)[:, None, None, None] for s, v in y.items()}
+    def images(y):
+        return rng.integers(0, 80, (len(y), 32, 32, 3), dtype=np.uint8) + (17 * y).astype(np.uint8)[:, None, None, None]
+    x = {s: images(v) for s, v in y.items()}
     return x, y

@@ -1,4 +1,6 @@
-"Write the official order of CIFAR-10 for the package, and print its content hash: python tools/cifar10_order.py FOLDER (the official batches, binary or python)"
+"""Write the official order of CIFAR-10 for the package, and print its content hash.
+
+python tools/cifar10_order.py FOLDER, which holds the official batches, binary or python."""
 import io, sys
 from pathlib import Path
 
