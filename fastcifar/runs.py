@@ -221,11 +221,10 @@ def check_same(
     for f in (f for f in dataclasses.fields(Config) if f.name != 'data'):
         was, now = (as_json(getattr(o, f.name)) for o in (old, c))
         if was != now and not (f.name in ('precision', 'path') and now == 'auto'): raise FastcifarError(f'{out} holds a run with {f.name}={was!r}, not {now!r}: choose another --out')
-
     saved = read_json(Path(out)/'config.json')
     if data is None:
-        o, place = ARCHIVES.get(c.data), place_of(c.data)
-        if o and saved.get('data_sha256') in (o.sha256, o.content): return # nothing has to be downloaded for that
+        o, place, sha = ARCHIVES.get(c.data), place_of(c.data), saved.get('data_sha256')
+        if o and sha and sha in (o.sha256, o.content): return # nothing has to be downloaded for that
         gone = c.data not in NAMED and place == data_place(out) and not Path(place).exists()
         if gone: return # where they lay, there is nothing to look at any more
         data = load_data(c.data, c.convert)
