@@ -348,12 +348,19 @@ def _binary100(files, where):
                   {s: y[:, 0] for s, (_, y) in parts.items()}, _lines(files['coarse_label_names.txt']))
 
 # %% ../nbs/01_archive.ipynb #3bf33303
+def _text(v):
+    "What Python 2 wrote as its `str` arrives as bytes"
+    return v.decode('latin1') if isinstance(v, bytes) else v
+
 class _Dtype:
     "Stands in for numpy.dtype: only plain numbers get through"
     def __init__(self, code, *_):
+        code = _text(code)
         if not isinstance(code, str) or np.dtype(code).kind not in 'uif': raise pickle.UnpicklingError(f'arrays of type {code!r}')
         self.dtype = np.dtype(code)
-    def __setstate__(self, state): self.dtype = self.dtype.newbyteorder(state[1]) if state[1] in '<>' else self.dtype
+    def __setstate__(self, state):
+        order = _text(state[1]) # one of < > | =
+        if order in ('<', '>'): self.dtype = self.dtype.newbyteorder(order)
 
 class _Array:
     "Stands in for numpy.ndarray: keeps shape, dtype and bytes, builds the array only if they agree"
@@ -364,7 +371,7 @@ class _Array:
 
 def _new_array(*_): return _Array()
 def _encode(text, codec):
-    if codec != 'latin1': raise pickle.UnpicklingError(f'codec {codec!r}')
+    if _text(codec) != 'latin1': raise pickle.UnpicklingError(f'codec {codec!r}')
     return text.encode('latin1')
 
 class _PlainUnpickler(pickle._Unpickler):

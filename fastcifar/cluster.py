@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from .basics import FastcifarError, optional
+from .data import place_of
 
 # %% ../nbs/32_cluster.ipynb #11933c30
 class RayTasks:
@@ -57,4 +58,4 @@ def everywhere(
     place, # A path, or a name of a data set
 ) -> str:
     "`place` as it is meant here, for processes that start elsewhere"
-    return str(Path(place).expanduser().resolve()) if Path(place).expanduser().exists() else str(place)
+    return place_of(str(place)) if Path(place).expanduser().exists() else str(place)

@@ -25,12 +25,17 @@ class Archive(NamedTuple):
     counts:tuple # (training, test) images of each class
     classes:int # Number of classes
     tree:str = None # URL of the same images as `train/<class>/*`, `test/<class>/*`, without a published sha256
+    content:str = None # `fastcifar.data.content_hash` of the set, if that is known
+    sums:tuple = None # Sums of all red, green and blue bytes of the (training, test) images, if `content` is not known
+    order:str = None # File among the templates with the official order of the images, see `fastcifar.data`
 
 ARCHIVES = {
     'cifar10': Archive('cifar-10-binary.tar.gz', 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz',
-                       'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd', (5000, 1000), 10, 'https://s3.amazonaws.com/fast-ai-sample/cifar10.tgz'),
+                       'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd', (5000, 1000), 10, 'https://s3.amazonaws.com/fast-ai-sample/cifar10.tgz',
+                       '6c1458f614e0a3e895a30c20c167e64e4ad10d929298d98b5f7b453db355a407', order='cifar10_order.npz'),
     'cifar100': Archive('cifar-100-binary.tar.gz', 'https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz',
-                        '58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec', (500, 100), 100)}
+                        '58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec', (500, 100), 100,
+                        sums=((6620373279, 6352382090, 5756623363), (1328830313, 1272680636, 1153999502)))}
 
 # %% ../nbs/02_fetch.ipynb #4b37ef42
 class _Unfit(Exception): "This server cannot give the file; the next may"

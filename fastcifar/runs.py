@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Config', 'configure', 'build_model', 'environment', 'RunHistory', 'default_out', 'complete_config', 'settle_config',
-           'write_surroundings', 'check_same', 'draw_interpretation', 'draw_run', 'finish_run', 'run_folder',
-           'explained', 'train_run', 'run_config', 'data_place', 'threads_of', 'load_run', 'evaluate_run', 'report_run']
+           'settings_on', 'write_surroundings', 'check_same', 'draw_interpretation', 'draw_run', 'finish_run',
+           'run_folder', 'explained', 'train_run', 'run_config', 'data_place', 'run_data', 'threads_of', 'load_run',
+           'evaluate_run', 'report_run']
 
 # %% ../nbs/28_runs.ipynb #f30c178b
 import contextlib, dataclasses, os, platform, re, shlex, subprocess, sys
@@ -22,7 +23,7 @@ from filelock import FileLock, Timeout
 import fastcifar
 from .averages import Views
 from .basics import FastcifarError, as_json, check_name, optional, read_json, remove_unfinished, seed_everything, write_atomic, write_json, write_text
-from .data import load_data
+from .data import NAMED, load_data, place_of
 from .fetch import ARCHIVES
 from .interpret import CifarInterpretation, plot_curves, plot_schedule
 from .layers import NORMS
@@ -138,15 +139,35 @@ class RunHistory(Callback):
 
 # %% ../nbs/28_runs.ipynb #7b4836ca
 def default_out(c:Config) -> Path:
-    "`runs/<data>-<model>-<norm>-<recipe>-<epochs>ep-seed<seed>`"
-    data = re.sub(r'[^\w.-]+', '_', Path(c.data).name) or 'data'
+    "`runs/<data>-<model>-<norm>-<recipe>-<epochs>ep-seed<seed>`; own data with the first digits of their hash"
+    data = c.data if c.data in NAMED else _called(load_data(c.data, c.convert))
     return Path('runs')/f'{data}-{c.model}-{c.norm}-{c.recipe}-{c.epochs}ep-seed{c.seed}'
+
+def _called(data):
+    "A data set as part of a file name: two that share a name are apart"
+    name = re.sub(r'[^\w.-]+', '_', Path(data.name).name) or 'data'
+    return name if data.name in NAMED else f'{name}-{data.source[:8]}'
 
 def complete_config(
     saved:dict, # As an older version may have written it
 ) -> dict:
     "A saved configuration with what runs had before a field existed"
     return as_json({f.name: f.default for f in dataclasses.fields(Config)} | dict(path='item') | saved)
+
+def _check_data(
+    saved, # The configuration that a run folder holds
+    data, # An `ImageData`
+    out, # The run folder
+    ordered, # Does the order of images and classes matter?
+    instead='choose another --out', # What to do
+):
+    "Raise an error if these are not the data of a run"
+    sha = saved.get('data_sha256')
+    if not data.known_as(sha):
+        raise FastcifarError(f'{data.name} is not the data set of {out} (its hash differs): {instead}')
+    was = saved.get('data_order') or (None if data.arranged and sha != data.order else data.order)
+    if ordered and was != data.order:
+        raise FastcifarError(f'{data.name} has the images or classes of {out} in another order: {instead}')
 
 def settle_config(
     c:Config, # What to train
@@ -155,19 +176,30 @@ def settle_config(
     device, # Where it is trained
     begun:bool=False, # Has it begun elsewhere, so that the configuration in the folder holds?
 ) -> Config: # With precision and path settled
-    "Compare with the configuration in the folder, or write it there; the data set goes by its hash, wherever it lies and however it is called"
-    f, new = out/'config.json', as_json(dict(dataclasses.asdict(c), data=data.name, data_sha256=data.source))
+    "Compare with the configuration in the folder, or write it there; the data set goes by its content"
+    about = dict(data=data.name, data_sha256=data.source, data_order=data.order)
+    f, new = out/'config.json', as_json(dataclasses.asdict(c) | about)
     settled = dict(precision=best_precision(device), path='batch' if has_twin(data.policy if c.policy is None else c.policy) else 'item')
     old = read_json(f) if f.exists() else None
     if f.exists() and not (isinstance(old, dict) and {'data', 'data_sha256', 'model', 'epochs', 'seed'} <= set(old)): raise FastcifarError(f'{f} does not hold the configuration of a run: choose another --out')
     begun = begun or any(any(out.glob(n)) for n in ('checkpoints/*', 'lr_range.json', 'history.csv', 'model.safetensors', 'metrics.json')) # a refused command leaves a configuration alone
     if not rank() and (old is None or not begun): write_json(f, {**new, **{k: v for k, v in settled.items() if new[k] == 'auto'}})
     old = complete_config(read_json(f))
+    _check_data(old, data, out, ordered=True)
     for k in settled:
         if new[k] == 'auto': new[k] = old.get(k)
-    for k in sorted(set(old) | set(new)):
-        if k != 'data' and old.get(k) != new.get(k): raise FastcifarError(f'{out} holds a run with {k}={old.get(k)!r}, not {new.get(k)!r}: choose another --out')
+    for k in sorted((set(old) | set(new)) - set(about)):
+        if old.get(k) != new.get(k):
+            raise FastcifarError(f'{out} holds a run with {k}={old.get(k)!r}, not {new.get(k)!r}: choose another --out')
     return dataclasses.replace(c, **{k: new[k] for k in settled})
+
+def settings_on(
+    saved:dict, # A configuration that a study or a sweep keeps, with the hash of its data set
+    data, # An `ImageData`
+) -> dict:
+    "Saved settings as this version writes them; if the data set is `data`, with its hash of today"
+    known = dict(data=data.source) if data.known_as(saved.get('data')) else {}
+    return complete_config({'path': 'auto', **saved, **known})
 
 def write_surroundings(
     c:Config, # What is trained
@@ -177,20 +209,26 @@ def write_surroundings(
 ):
     "Write where, with what and on which data a run is trained"
     write_json(out/'environment.json', dict(environment(device), **more))
-    write_text(out/'.data', c.data if c.data in ('digits', *ARCHIVES) else str(Path(c.data).expanduser().resolve()))
+    write_text(out/'.data', place_of(c.data))
 
 def check_same(
     c:Config, # What is asked for
     out:Path, # A finished run folder
-    source:str=None, # Hash of the data that are asked for; None: they go by their name, and are not looked at
+    data=None, # The `ImageData` that are asked for; None: loaded
 ):
     "Raise an error if the run in a folder is another one"
-    old, sha = run_config(out), read_json(Path(out)/'config.json').get('data_sha256')
-    if source and source != sha: raise FastcifarError(f'{out} holds a run on other data: choose another --out')
-    for f in (f for f in dataclasses.fields(Config) if not (source and f.name == 'data')):
+    old = run_config(out)
+    for f in (f for f in dataclasses.fields(Config) if f.name != 'data'):
         was, now = (as_json(getattr(o, f.name)) for o in (old, c))
-        if f.name == 'data': now = now if now in ARCHIVES else Path(now).expanduser().resolve().name
         if was != now and not (f.name in ('precision', 'path') and now == 'auto'): raise FastcifarError(f'{out} holds a run with {f.name}={was!r}, not {now!r}: choose another --out')
+    saved = read_json(Path(out)/'config.json')
+    if data is None:
+        o, place, sha = ARCHIVES.get(c.data), place_of(c.data), saved.get('data_sha256')
+        if o and sha and sha in (o.sha256, o.content): return # nothing has to be downloaded for that
+        gone = c.data not in NAMED and place == data_place(out) and not Path(place).exists()
+        if gone: return # where they lay, there is nothing to look at any more
+        data = load_data(c.data, c.convert)
+    _check_data(saved, data, out, ordered=False)
 
 def _finished(c, out, say):
     "The metrics of a finished run, if it is the one that `c` asks for; nothing is touched"
@@ -409,6 +447,16 @@ def data_place(out) -> str:
     "Where the data of a run lay when it was trained; kept apart from what is worth sharing"
     return (Path(out)/'.data').read_text().strip() if (Path(out)/'.data').is_file() else run_config(out).data
 
+def run_data(
+    out, # A run folder
+    data=None, # Where its data lies, if it was not a named data set and has moved
+    ordered=lambda data: False, # Says of an `ImageData` whether the order of its images and classes matters
+): # An `ImageData`
+    "The data set of a run, wherever it lies now; another one is an error"
+    d = load_data(data or data_place(out), run_config(out).convert)
+    _check_data(read_json(Path(out)/'config.json'), d, out, ordered(d), 'give the right one with --data')
+    return d
+
 def threads_of(out) -> int:
     "CPU threads a run was begun with, as far as this machine has them: with other ones its last digits would differ"
     f = Path(out)/'environment.json'
@@ -424,12 +472,11 @@ def load_run(
     "The learner of a finished run; its last loader is the test split"
     out, c = Path(out), run_config(out)
     if not (out/'model.safetensors').is_file(): raise FastcifarError(f'{out} is not finished: continue it with the command that began it')
-    data = load_data(data or data_place(out), c.convert)
-    sha = read_json(out/'config.json').get('data_sha256')
-    if data.source != sha: raise FastcifarError(f'{data.name} is not the data set of {out} (its hash differs): give the right one with --data')
+    tensors, note = load_tensors(out/'model.safetensors')
+    data = run_data(out, data, lambda d: c.valid is not None or note.get('classes', d.classes) != d.classes)
     dls = data.dataloaders(bs=c.bs, policy=c.policy, seed=c.seed, valid=c.valid, device=device, stats=c.stats, path=c.path)
     learn = recipe_learner(dls, build_model(c, len(data.classes)), c, precision=c.precision)
-    load_weights(learn.model, load_tensors(out/'model.safetensors')[0], out/'model.safetensors')
+    load_weights(learn.model, tensors, out/'model.safetensors')
     return learn
 
 def evaluate_run(

@@ -25,7 +25,7 @@ from .loaders import checked_device
 from .models.zoo import list_models
 from .recipes import list_recipes
 from .report import panel_svgs, write_study_report
-from .runs import Config, build_model, check_same, complete_config, configure, run_config, train_run
+from .runs import Config, build_model, check_same, configure, run_config, settings_on, train_run
 from .state import Stopped
 from .statistics import CELL, paired_differences, plot_differences, plot_study_curves, study_answer, study_summary
 from .together import alike, train_together
@@ -145,18 +145,18 @@ class Study:
     def _settle(self):
         "Write what the study is, or compare with what is there; only seeds may be added"
         f = self.out/'study.json'
-        source = load_data(self.data, self.grid[0].convert).source # prepares the cache once, before many processes need it
-        new = as_json({run_name(c): {**dataclasses.asdict(c), 'data': source} for c in self.grid})
+        data = load_data(self.data, self.grid[0].convert) # prepares the cache once, before many processes need it
+        new = as_json({run_name(c): {**dataclasses.asdict(c), 'data': data.source} for c in self.grid})
         if f.exists():
             old = read_json(f)
             if not isinstance(old, dict) or not isinstance(old.get('runs'), dict): raise FastcifarError(f'{f} does not hold a study: choose another --out')
             cells = lambda runs: {k.rpartition('-seed')[0] for k in runs}
             same = cells(old['runs']) == cells(new) and set(old['runs']) <= set(new)
-            apart = [f'{len(old["runs"])} runs'] if not same else [f'{k} has {f}={was.get(f)!r}, not {new[k][f]!r}' for k, c in old['runs'].items() for was in [complete_config({'path': 'auto', **c}) if isinstance(c, dict) else {}] for f in new[k] if was.get(f) != new[k][f]]
+            apart = [f'{len(old["runs"])} runs'] if not same else [f'{k} has {f}={was.get(f)!r}, not {new[k][f]!r}' for k, c in old['runs'].items() for was in [settings_on(c, data) if isinstance(c, dict) else {}] for f in new[k] if was.get(f) != new[k][f]]
             if apart: raise FastcifarError(f'{self.out} holds a study of another configuration ({apart[0]}): give the same one (seeds may be added), or choose another --out')
         for c in self.grid:
             folder = self.out/'runs'/run_name(c)
-            if (folder/'metrics.json').exists(): check_same(c, folder, source)
+            if (folder/'metrics.json').exists(): check_same(c, folder, data)
         write_json(f, dict(runs=new))
 
     def run(self,

@@ -18,7 +18,7 @@ from .basics import FastcifarError, as_json, check_name, optional, read_json, se
 from .data import load_data
 from .loaders import CifarDataLoaders, checked_device # with this import an ImageData has its dataloaders
 from .recipes import fit_recipe, override_recipe, recipe_learner, write_recipe
-from .runs import build_model, complete_config, configure
+from .runs import build_model, configure, settings_on
 from .state import Stopped, StopRequest
 from .train import cpu_threads
 
@@ -75,11 +75,11 @@ class Sweep:
         self.base = configure(recipe, model, data=str(data), valid=valid, **settings)
         if self.base.lr_max is None: raise FastcifarError(f'the recipe {recipe} has no learning rate of its own: give --lr-max, or use fast or reference')
 
-    def _settle(self, source):
+    def _settle(self, data):
         "Write what the sweep is, or compare with what is there"
-        f, new = self.out/'sweep.json', as_json(dict(dataclasses.asdict(self.base), data=source, tune=sorted(self.tune)))
+        f, new = self.out/'sweep.json', as_json(dict(dataclasses.asdict(self.base), data=data.source, tune=sorted(self.tune)))
         old = read_json(f) if f.exists() else new
-        was = complete_config({'path': 'auto', **old}) if isinstance(old, dict) else {}
+        was = settings_on(old, data) if isinstance(old, dict) else {}
         apart = [f'{k}={was.get(k)!r}, not {v!r}' for k, v in new.items() if was.get(k) != v]
         if apart: raise FastcifarError(f'{self.out} holds a sweep of another configuration ({apart[0]}): give the same one, or choose another --out')
         write_json(f, new)
@@ -107,7 +107,7 @@ class Sweep:
         if trials < 1: raise FastcifarError(f'{trials} trials: give at least 1')
         device, data = checked_device(device), load_data(self.base.data, self.base.convert)
         _loaders(self.base, data, device) # what cannot work is to be said before anything is written
-        self._settle(data.source)
+        self._settle(data)
         study, request = self._storage(), StopRequest(say)
         over = [t for t in study.trials if t.state.is_finished() and t.state.name != 'FAIL']
         say(f'{trials} trials, {min(len(over), trials)} done; {data.name}, {self.base.valid:,} training images held out')

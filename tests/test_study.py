@@ -96,12 +96,15 @@ def test_other_runs_in_the_folder_are_refused(study, tmp_path):
 
 def test_study_of_an_older_version_continues(study, tmp_path):
     "Settings that did not exist when it was begun are as they were then"
+    from fastcifar.data import load_data
     from fastcifar.study import Study
     shutil.copytree(study[0], tmp_path/'s')
     saved = json.loads((tmp_path/'s/study.json').read_text())
-    for c in saved['runs'].values(): del c['views'], c['model_args'], c['path']
-    (tmp_path/'s/study.json').write_text(json.dumps(saved))
     data = (study[0]/'runs/normnet31k-bn-fast-bs20-seed0/.data').read_text()
+    for c in saved['runs'].values():
+        del c['views'], c['model_args'], c['path']
+        c['data'] = load_data(data).order # the hash that it kept
+    (tmp_path/'s/study.json').write_text(json.dumps(saved))
     said = []
     Study(tmp_path/'s', 'normnet31k', data, ('bn', 'gn'), seeds=2, batch_sizes=20, epochs=2).run(bars=False, say=said.append)
     assert '4 runs, 4 finished' in said[0]
