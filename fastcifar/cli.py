@@ -120,11 +120,8 @@ def summary_command(args):
 
 def _square(file, size):
     "An image file as plot_field takes it"
-    import numpy as np
-    from PIL import Image, UnidentifiedImageError
-    try:
-        with Image.open(file) as im: return np.array(im.convert('RGB').resize((size, size)))
-    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as e: raise FastcifarError(f'cannot read {file} as an image ({str(e)[:80]}): give a PNG or JPEG file') from e
+    from fastcifar.archive import decode_image
+    return decode_image(file, file, convert=True, side=size)
 
 def recipes_command(args) -> dict:
     "Print the settings of the recipes of a net, or save one to be changed and trained with"

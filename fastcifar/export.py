@@ -122,10 +122,12 @@ def _onnx_part(onnx):
     return f"""
 `model.onnx` (opset {onnx['opset']}) takes bytes and normalizes by itself:
 
-    import numpy as np, onnxruntime
-    from PIL import Image
-    image = np.asarray(Image.open('PICTURE.png').convert('RGB').resize((32, 32), Image.Resampling.BILINEAR))
+    import onnxruntime
+    from fastcifar.archive import decode_image
+    image = decode_image('PICTURE.png', convert=True)
     probabilities, = onnxruntime.InferenceSession('model.onnx').run(None, {{'images': image[None]}})
+
+Without fastcifar, give it pictures as `decode_image` makes them: upright by their EXIF orientation, transparency over white, 8 bits, RGB, resized to 32x32 with antialiasing, as uint8 of shape (N, 32, 32, 3).
 
 On {onnx['images']:,} images it gave the predictions of the PyTorch module, and its probabilities differ by at most {onnx['max_difference']:.1g}.
 """

@@ -36,8 +36,9 @@ def figure_svg(
     plt.close(fig)
     svg = buffer.getvalue()
     svg = re.sub(r'<metadata>.*?</metadata>', '', svg[svg.index('<svg'):], flags=re.S)
-    svg = re.sub(r'(\bid="|href="#|url\(#)', lambda m: f'{m[1]}{prefix}-', svg)
-    return svg.replace('#000000', 'currentColor').replace('<svg ', f'<svg role="img" aria-label="{prefix.replace("_", " ")}" ', 1)
+    def tag(m): # text, such as a class named #000000, stays as it is
+        return re.sub(r'(\bid="|href="#|url\(#)', rf'\g<1>{prefix}-', m[0]).replace('#000000', 'currentColor')
+    return re.sub(r'<[^>]*>', tag, svg).replace('<svg ', f'<svg role="img" aria-label="{prefix.replace("_", " ")}" ', 1)
 
 def panel_svgs(
     fig, # A matplotlib figure with panels side by side, which is closed
