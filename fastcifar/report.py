@@ -6,7 +6,7 @@
 __all__ = ['figure_svg', 'panel_svgs', 'picture_uri', 'table_cells', 'render', 'write_run_report', 'write_study_report']
 
 # %% ../nbs/27_report.ipynb #49fff796
-import base64, io, re
+import base64, io, re, warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -32,7 +32,9 @@ def figure_svg(
     for ax in fig.axes:
         if ax.get_legend(): ax.get_legend().set_frame_on(False)
     buffer = io.StringIO()
-    with plt.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': prefix}): fig.savefig(buffer, format='svg', transparent=True, bbox_inches=bbox, metadata={'Date': None, 'Creator': None})
+    with plt.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': prefix}), warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph .* missing') # the browser has its own fonts
+        fig.savefig(buffer, format='svg', transparent=True, bbox_inches=bbox, metadata={'Date': None, 'Creator': None})
     plt.close(fig)
     svg = buffer.getvalue()
     svg = re.sub(r'<metadata>.*?</metadata>', '', svg[svg.index('<svg'):], flags=re.S)
