@@ -8,8 +8,8 @@ __all__ = ['POLICIES', 'PICTURES', 'SETTINGS', 'train_command', 'compare_command
            'predict_command', 'export_command', 'bench_command', 'models_command', 'parser', 'main']
 
 # %% ../nbs/38_cli.ipynb #0b14928c
-import argparse, json, math, os, sys
-from contextlib import nullcontext
+import argparse, json, math, os, sys, warnings
+from contextlib import contextmanager, nullcontext
 
 from . import __version__
 from .basics import FastcifarError
@@ -442,6 +442,17 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 # %% ../nbs/38_cli.ipynb #c7d1c1a8
+@contextmanager
+def _plain_warnings():
+    "Context in which what the library warns of is a line, without the place in its code"
+    usual, here = warnings.formatwarning, os.path.dirname(__file__) + os.sep
+    def plain(message, category, filename, *rest):
+        return f'fastcifar: {message}\n' if filename.startswith(here) else usual(message, category, filename, *rest)
+    warnings.formatwarning = plain
+    try: yield
+    finally: warnings.formatwarning = usual
+
+@_plain_warnings()
 def main(
     argv:list=None, # Arguments; `sys.argv[1:]` if None
 ) -> int: # Exit code

@@ -15,7 +15,7 @@ import pandas as pd
 from filelock import FileLock
 from PIL import Image
 
-from .archive import DECODER, Arrays, SIDE, check_arrays, clean_names, file_sha256, read_images
+from .archive import Arrays, SIDE, check_arrays, clean_names, file_sha256, read_images
 from .basics import FastcifarError, check_name, read_json, write_json
 from .fetch import ARCHIVES, fetch_archive
 
@@ -45,10 +45,12 @@ def _fonts_with(characters, families, installed):
     for f in families: missing -= _found_in(fm.findfont(fm.FontProperties(family=[f])), missing)
     if not missing: return [], missing
     # colour fonts hold pictures, not outlines, and the font of last resort has nothing but boxes
-    usual = [f for f in fm.fontManager.ttflist if f.style == 'normal' and not any(w in f.name for w in ('Color', 'Last Resort'))]
+    odd = ('Color', 'Last Resort')
+    usual = [f for f in fm.fontManager.ttflist if f.style == 'normal' and not any(w in f.name for w in odd)]
     has, picked = {f: _found_in(f.fname, missing) for f in usual}, []
+    def rank(f): return len(has[f] & missing), 'Sans' in f.name, str(f.weight) in ('400', 'normal', 'regular'), f.name
     while missing and has:
-        best = max(has, key=lambda f: (len(has[f] & missing), 'Sans' in f.name, str(f.weight) in ('400', 'normal', 'regular'), f.name))
+        best = max(has, key=rank)
         if not has[best] & missing: break
         missing -= has.pop(best)
         picked.append(best.name)
@@ -59,7 +61,8 @@ def _fonts_for(names):
     import matplotlib as mpl
     from matplotlib import font_manager as fm
     characters = frozenset(c for n in names for c in n if not c.isascii())
-    return _fonts_with(characters, tuple(mpl.rcParams['font.family']), len(fm.fontManager.ttflist)) if characters else ([], set())
+    if not characters: return [], set()
+    return _fonts_with(characters, tuple(mpl.rcParams['font.family']), len(fm.fontManager.ttflist))
 
 def draws_names(
     draw, # A method that draws class names, of something with `classes` or a `vocab`
@@ -86,16 +89,17 @@ def legible(
     missing = _fonts_for(names)[1]
     numbers = {n: f'class {i}' for i, n in enumerate(names) if missing & set(n)}
     if not numbers: return fig
+    longest_first = sorted(numbers, key=len, reverse=True) # a name may be part of another
     def renamed(text):
-        for n in sorted(numbers, key=len, reverse=True): text = text.replace(n, numbers[n]) # a name may be part of another
+        for n in longest_first: text = text.replace(n, numbers[n])
         return text
     for axis in (a for ax in fig.axes for a in (ax.xaxis, ax.yaxis)):
         ticks = [t.get_text() for t in axis.get_ticklabels()]
         if ticks != (new := list(map(renamed, ticks))): axis.set_ticks(axis.get_ticklocs(), new)
     for t in fig.findobj(Text): t.set_text(renamed(t.get_text()))
     shown = ', '.join(f'{n} is {k}' for n, k in list(numbers.items())[:10]) + (', ...' if len(numbers) > 10 else '')
-    warnings.warn(f'no installed font has all characters of {len(numbers)} class names, so pictures give their numbers ({shown}); '
-                  'tables and report.html have the names; for pictures install a font such as Noto Sans CJK')
+    what = f'no installed font has all characters of the class names that pictures show as numbers ({shown})'
+    warnings.warn(f'{what}; tables and report.html have the names; for pictures install a font such as Noto Sans CJK')
     return fig
 
 # %% ../nbs/03_data.ipynb #ff05b7c7
@@ -109,8 +113,8 @@ class ImageData:
         stats:tuple=None, # (mean, std) of the training pixels; computed if not given
         folder:Path=None, # Cache folder that holds the arrays, if any
     ):
+        arrays = arrays._replace(classes=clean_names(arrays.classes, name))
         self.x, self.y, self.classes, self.coarse, self.coarse_classes = arrays
-        self.classes = clean_names(self.classes, name)
         self.name, self.source, self.policy, self.folder = name, source, policy, folder
         self.mean, self.std = stats or pixel_stats(self.x['train'])
         self.resident = {} # what the batch path keeps on each device
@@ -190,7 +194,7 @@ def _digits() -> Arrays:
     return Arrays({'train': x[train], 'test': x[test]}, {'train': y[train], 'test': y[test]}, [str(i) for i in range(10)])
 
 # %% ../nbs/03_data.ipynb #4b986e9d
-_FORMAT = 1 # Of the cache folder; a change makes old folders invisible
+_FORMAT = 2 # Of the cache folder; a change makes old folders invisible
 
 def cache_root() -> Path:
     "Where decoded data is kept: `$FASTCIFAR_CACHE`, else `fastcifar` below the user's cache folder"
@@ -270,8 +274,7 @@ def _from_path(path, convert):
     if not (path.is_dir() or path.is_file()): raise FastcifarError(f'{str(path)!r} is neither a file nor a folder')
     try: key, sha = (_folder_key(path), None) if path.is_dir() else (file_sha256(path),) * 2
     except OSError as e: raise FastcifarError(f'cannot read {path}: {e.strerror}') from e
-    if convert: sha = None
-    key = hashlib.sha256(f'{key} decoder {DECODER}{" converted" if convert else ""}'.encode()).hexdigest()
+    if convert: key, sha = hashlib.sha256(f'{key} converted'.encode()).hexdigest(), None
     return cached(key, lambda: (read_images(path, convert), sha), path.resolve().name)
 
 def _as_arrays(pair, where):

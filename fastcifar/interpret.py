@@ -196,7 +196,8 @@ class CifarInterpretation(ClassificationInterpretation):
         "Accuracy of each class as bars, with 95 % intervals"
         t = self.class_accuracy()[::-1]
         fig, ax = plt.subplots(figsize=(6, .3 * len(t) + 1), layout='constrained')
-        ax.barh(range(len(t)), t.accuracy * 100, xerr=(100 * np.stack([t.accuracy - t.low, t.high - t.accuracy])).clip(0), ecolor='#888888', capsize=2)
+        error = 100 * np.stack([t.accuracy - t.low, t.high - t.accuracy])
+        ax.barh(range(len(t)), t.accuracy * 100, xerr=error.clip(0), ecolor='#888888', capsize=2)
         for y, r in enumerate(t.itertuples()): ax.text(104, y, f'{100 * r.accuracy:.1f}', va='center', ha='left')
         ax.set(xlabel='accuracy (%)', xlim=(0, 116), xticks=range(0, 101, 20))
         ax.set_yticks(range(len(t)), t.index)
@@ -216,8 +217,9 @@ class CifarInterpretation(ClassificationInterpretation):
         return fig
 
 # %% ../nbs/24_interpret.ipynb #c4d40001
-for _name in ('plot_wrong', 'plot_predictions', 'plot_label_errors', 'plot_grad_cam', 'plot_class_accuracy', 'plot_confusion_matrix', 'plot_top_losses', 'show_results'):
-    setattr(CifarInterpretation, _name, draws_names(getattr(CifarInterpretation, _name))) # fastai's own as well
+for _name in ('plot_wrong', 'plot_predictions', 'plot_label_errors', 'plot_grad_cam', 'plot_class_accuracy',
+              'plot_confusion_matrix', 'plot_top_losses', 'show_results'): # the last three are fastai's
+    setattr(CifarInterpretation, _name, draws_names(getattr(CifarInterpretation, _name)))
 
 # %% ../nbs/24_interpret.ipynb #4e6d6e67
 def plot_curves(

@@ -101,7 +101,7 @@ class KeyedDL(TfmdDL):
         finally: self.epoch = epoch
 
 # %% ../nbs/06_loaders.ipynb #c4c30000
-KeyedDL.show_batch, KeyedDL.show_results = map(draws_names, (TfmdDL.show_batch, TfmdDL.show_results)) # a class name is no formula
+for _name in ('show_batch', 'show_results'): setattr(KeyedDL, _name, draws_names(getattr(TfmdDL, _name)))
 
 # %% ../nbs/06_loaders.ipynb #f54eaa0e
 class Rows:

@@ -41,7 +41,8 @@ class PixelNet(nn.Module):
 
 def _class_names(classes):
     "The class names of a file in the form that loading gives them, which those of older versions may lack"
-    if not isinstance(classes, list) or not all(isinstance(c, str) for c in classes): raise ValueError('it holds no class names')
+    texts = isinstance(classes, list) and all(isinstance(c, str) for c in classes)
+    if not texts: raise ValueError('it holds no class names')
     try: classes = [clean_name(c) for c in classes]
     except FastcifarError as e: raise ValueError(f'the class name {e}') from None
     if not all(classes): raise ValueError('a class has no name')
@@ -143,7 +144,9 @@ def _from_onnx(path):
         session = ort.InferenceSession(data, options, providers=['CPUExecutionProvider']) # from memory, so that no other file can be meant
         note = json.loads(session.get_modelmeta().custom_metadata_map.get('fastcifar', '{}'))
         classes, (inp,), (out,) = _class_names(note['classes']), session.get_inputs(), session.get_outputs()
-        if inp.type != 'tensor(uint8)' or list(inp.shape[1:]) != [SIDE, SIDE, 3] or isinstance(inp.shape[0], int) or out.shape[1:] != [len(classes)]: raise ValueError('its input or output is another')
+        free, *size = inp.shape
+        images = inp.type == 'tensor(uint8)' and size == [SIDE, SIDE, 3] and not isinstance(free, int)
+        if not images or out.shape[1:] != [len(classes)]: raise ValueError('its input or output is another')
     except Exception as e: raise FastcifarError(f'{path} is not an ONNX file of an exported net ({" ".join(str(e).split())[:160]})') from e
     def predict(images):
         try:
@@ -177,12 +180,16 @@ def open_predictor(
 # %% ../nbs/30_predict.ipynb #50c8f693
 def _images_in(folder):
     "The image files below a folder, in order; how many others are left out is told"
-    files = [f for f in sorted(folder.rglob('*')) if f.is_file() and not any(p.startswith('.') for p in f.relative_to(folder).parts)]
-    others = collections.Counter(f.suffix.lower() or 'no ending' for f in files if f.suffix.lower() not in IMAGE_SUFFIXES)
+    def hidden(f): return any(p.startswith('.') for p in f.relative_to(folder).parts)
+    files = [f for f in sorted(folder.rglob('*')) if f.is_file() and not hidden(f)]
+    images = [f for f in files if f.suffix.lower() in IMAGE_SUFFIXES]
+    ends = [f.suffix.lower() for f in files]
+    others = collections.Counter(e or 'no ending' for e in ends if e not in IMAGE_SUFFIXES)
     if others:
-        kinds = ', '.join(f'{n:,} with {e}' for e, n in sorted(others.items()))
-        warnings.warn(f'{folder}: {others.total():,} {"file is" if others.total() == 1 else "files are"} left out, no images by their names ({kinds})')
-    return [f for f in files if f.suffix.lower() in IMAGE_SUFFIXES]
+        n, kinds = others.total(), ', '.join(f'{k:,} with {e}' for e, k in sorted(others.items()))
+        left = f'{n:,} {"file is" if n == 1 else "files are"} left out'
+        warnings.warn(f'{folder}: {left}, no images by their names ({kinds})')
+    return images
 
 def find_images(
     sources, # Files, folders and `'-'`

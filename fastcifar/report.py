@@ -40,7 +40,8 @@ def figure_svg(
     svg = re.sub(r'<metadata>.*?</metadata>', '', svg[svg.index('<svg'):], flags=re.S)
     def tag(m): # text, such as a class named #000000, stays as it is
         return re.sub(r'(\bid="|href="#|url\(#)', rf'\g<1>{prefix}-', m[0]).replace('#000000', 'currentColor')
-    return re.sub(r'<[^>]*>', tag, svg).replace('<svg ', f'<svg role="img" aria-label="{prefix.replace("_", " ")}" ', 1)
+    label = prefix.replace('_', ' ')
+    return re.sub(r'<[^>]*>', tag, svg).replace('<svg ', f'<svg role="img" aria-label="{label}" ', 1)
 
 def panel_svgs(
     fig, # A matplotlib figure with panels side by side, which is closed

@@ -107,9 +107,9 @@ def case(name):
 # --- the five doors; each gives the pixels that it sees
 
 def loading(data, d):
-    for s in ('train', 'test'):
-        (d/s/'it').mkdir(parents=True)
-        (d/s/'it/1.png').write_bytes(data)
+    for place in ('train/it', 'train/same', 'test/it', 'test/same'):
+        (d/place).mkdir(parents=True)
+        (d/place/'1.png').write_bytes(data)
     return load_data(d, convert=True).x['train'][0]
 
 class Seen(list):
@@ -214,7 +214,7 @@ def test_without_conversion_nothing_is_converted(tmp_path):
         with pytest.raises(FastcifarError, match=f'{re.escape(mode)}.*convert=True, --convert'): decode_image(CASES[name][0])
     with pytest.raises(FastcifarError, match='not finite'): decode_image(tiff(np.full((32, 32), np.nan, np.float32), 32, 3), convert=True)
 
-def test_files_of_a_folder_are_read_or_named(tmp_path, main):
+def test_files_of_a_folder_are_read_or_named(tmp_path, cli):
     (tmp_path/'in').mkdir()
     kinds = {'.jfif': 'JPEG', '.jpg': 'JPEG', '.jpeg': 'JPEG', '.tif': 'TIFF', '.tiff': 'TIFF', '.gif': 'GIF', '.webp': 'WEBP', '.bmp': 'BMP', '.png': 'PNG', '.ppm': 'PPM', '.pgm': 'PPM', '.pbm': 'PPM'}
     assert set(kinds) == set(IMAGE_SUFFIXES)
@@ -224,6 +224,9 @@ def test_files_of_a_folder_are_read_or_named(tmp_path, main):
     for name in ('b.heic', 'c.heic', 'notes.txt', 'README', '.DS_Store'): (tmp_path/'in'/name).write_bytes(b'?')
     with pytest.warns(UserWarning, match=r'in: 4 files are left out, no images by their names \(2 with .heic, 1 with .txt, 1 with no ending\)'):
         assert len(predict_files('groupnet', [tmp_path/'in'])) == len(kinds)
+    done = cli('predict', '--from', 'groupnet', tmp_path/'in')
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == len(kinds)
+    assert done.stderr.splitlines() == [f'fastcifar: {tmp_path}/in: 4 files are left out, no images by their names (2 with .heic, 1 with .txt, 1 with no ending)']
     (tmp_path/'none').mkdir()
     with pytest.raises(FastcifarError, match='holds no images'): predict_files('groupnet', [tmp_path/'none'])
 

@@ -1,5 +1,5 @@
 "Class names of every kind, from the folder to tables, pictures, pages and predictions."
-import contextlib, io, json, os, re, tarfile, unicodedata, warnings
+import io, json, os, re, tarfile, unicodedata, warnings
 
 import numpy as np
 import pytest
@@ -248,3 +248,5 @@ def test_a_whole_run(tmp_path, main):
     code, _, err = main('export', 'run', '--no-onnx')
     assert code == 0 and json.loads((tmp_path/'run-export/config.json').read_text())['classes'] == classes, err
     assert open_predictor(tmp_path/'run-export').classes == classes
+    card = (tmp_path/'run-export/README.md').read_text(encoding='utf-8')
+    assert r'US\$\_5\_bill' in card and r'\<b\>\&' in card and '犬' in card
