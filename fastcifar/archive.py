@@ -226,8 +226,10 @@ def _grey(im, file, where):
         raise FastcifarError(f'{where} holds numbers that are not finite: save it as 8-bit grey')
     usual = (1, 255, 65535) if im.mode == 'F' else (255, 65535)
     black, white = (low, high) if low < 0 else (0, white or next((w for w in usual if high <= w), high))
-    scaled = np.rint((v - np.float64(black)) * (255 / (white - black or 1)))
-    grey = Image.fromarray(scaled.clip(0, 255).astype(np.uint8))
+    scaled = v.astype(np.float64)
+    scaled -= black
+    scaled *= 255 / (white - black or 1)
+    grey = Image.fromarray(np.rint(scaled, out=scaled).clip(0, 255, out=scaled).astype(np.uint8))
     if 'transparency' in im.info: grey.putalpha(Image.fromarray(255 * (v != im.info['transparency']).astype(np.uint8)))
     return grey
 

@@ -11,6 +11,7 @@ __all__ = ['POLICIES', 'PICTURES', 'SETTINGS', 'train_command', 'compare_command
 import argparse, json, math, os, sys, warnings
 from contextlib import contextmanager, nullcontext
 
+import fastcifar
 from . import __version__
 from .basics import FastcifarError
 
@@ -445,7 +446,7 @@ def parser() -> argparse.ArgumentParser:
 @contextmanager
 def _plain_warnings():
     "Context in which what the library warns of is a line, without the place in its code"
-    usual, here = warnings.formatwarning, os.path.dirname(__file__) + os.sep
+    usual, here = warnings.formatwarning, os.path.join(fastcifar.__path__[0], '')
     def plain(message, category, filename, *rest):
         return f'fastcifar: {message}\n' if filename.startswith(here) else usual(message, category, filename, *rest)
     warnings.formatwarning = plain
