@@ -113,6 +113,7 @@ class ImageData:
         stats:tuple=None, # (mean, std) of the training pixels; computed if not given
         folder:Path=None, # Cache folder that holds the arrays, if any
     ):
+        name = name.encode('utf-8', 'backslashreplace').decode() # a folder's name need not be text
         arrays = arrays._replace(classes=clean_names(arrays.classes, name))
         self.x, self.y, self.classes, self.coarse, self.coarse_classes = arrays
         self.name, self.source, self.policy, self.folder = name, source, policy, folder

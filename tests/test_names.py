@@ -132,6 +132,9 @@ def test_file_names_that_are_not_utf8(tmp_path, main):
     odd = os.fsencode(data/'train/cat')+b'/caf\xe9.png'
     with open(odd, 'wb') as f: f.write(PNG)
     assert load_data(data).counts().train.tolist() == [2, 1]
+    os.rename(data, os.fsencode(data) + b'\xe9')
+    assert load_data(os.fsdecode(os.fsencode(data) + b'\xe9')).name == r'f\udce9'
+    os.rename(os.fsencode(data) + b'\xe9', data)
     code, out, _ = main('predict', '--json', '--from', 'groupnet', os.fsdecode(odd))
     assert code == 0 and json.loads(out)[0]['file'] == os.fsdecode(odd)
 
