@@ -8,9 +8,10 @@ __all__ = ['POLICIES', 'PICTURES', 'SETTINGS', 'train_command', 'compare_command
            'predict_command', 'export_command', 'bench_command', 'models_command', 'parser', 'main']
 
 # %% ../nbs/38_cli.ipynb #0b14928c
-import argparse, json, math, os, sys
-from contextlib import nullcontext
+import argparse, json, math, os, sys, warnings
+from contextlib import contextmanager, nullcontext
 
+import fastcifar
 from . import __version__
 from .basics import FastcifarError
 
@@ -120,11 +121,8 @@ def summary_command(args):
 
 def _square(file, size):
     "An image file as plot_field takes it"
-    import numpy as np
-    from PIL import Image, UnidentifiedImageError
-    try:
-        with Image.open(file) as im: return np.array(im.convert('RGB').resize((size, size)))
-    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as e: raise FastcifarError(f'cannot read {file} as an image ({str(e)[:80]}): give a PNG or JPEG file') from e
+    from fastcifar.archive import decode_image
+    return decode_image(file, file, convert=True, side=size)
 
 def recipes_command(args) -> dict:
     "Print the settings of the recipes of a net, or save one to be changed and trained with"
@@ -445,6 +443,17 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 # %% ../nbs/38_cli.ipynb #c7d1c1a8
+@contextmanager
+def _plain_warnings():
+    "Context in which what the library warns of is a line, without the place in its code"
+    usual, here = warnings.formatwarning, os.path.join(fastcifar.__path__[0], '')
+    def plain(message, category, filename, *rest):
+        return f'fastcifar: {message}\n' if filename.startswith(here) else usual(message, category, filename, *rest)
+    warnings.formatwarning = plain
+    try: yield
+    finally: warnings.formatwarning = usual
+
+@_plain_warnings()
 def main(
     argv:list=None, # Arguments; `sys.argv[1:]` if None
 ) -> int: # Exit code

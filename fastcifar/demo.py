@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .archive import decode_image
+from .archive import IMAGE_SUFFIXES, decode_image
 from .basics import FastcifarError, optional
 from .explain import grad_cam, overlay
 from .interpret import CifarInterpretation
@@ -69,7 +69,9 @@ def demo_app(
         gr.Markdown(f'# {title}\n`{source}` sees images of 32x32 pixels; larger ones are made small before it looks.')
         with gr.Tab('Your image'), gr.Row():
             with gr.Column():
-                file = gr.File(label=f'Drop an image here, or click (PNG, JPEG, BMP, PPM, WebP; at most {MAX_UPLOAD // 2**20} MB)', file_types=['image'], type='filepath', height=180)
+                kinds = f'PNG, JPEG, BMP, PPM, WebP, TIFF, GIF; at most {MAX_UPLOAD // 2**20} MB'
+                label, accepted = f'Drop an image here, or click ({kinds})', list(IMAGE_SUFFIXES)
+                file = gr.File(label=label, file_types=accepted, type='filepath', height=180)
                 with gr.Row():
                     seen = gr.Image(label='As the net sees it', interactive=False, format='png', height=220, elem_classes='pixels', buttons=[])
                     cam = gr.Image(label='Where it looks (Grad-CAM)', interactive=False, format='png', height=220, elem_classes='pixels', buttons=[])

@@ -6,7 +6,7 @@
 __all__ = ['OPSET', 'write_onnx', 'write_program', 'compare_predictions', 'model_card', 'export_run']
 
 # %% ../nbs/31_export.ipynb #018261f3
-import json, os, shutil, tempfile, warnings
+import json, os, re, shutil, tempfile, warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -78,7 +78,8 @@ def model_card(
     "The README.md of an exported folder"
     m, onnx = c['metrics'], c.get('onnx')
     low, high = binomtest(m['test_images'] - m['wrong'], m['test_images']).proportion_ci(method='wilson')
-    classes = ', '.join(c['classes']) if len(c['classes']) <= 20 else f'{len(c["classes"])} classes, listed in config.json'
+    few, number = len(c['classes']) <= 20, f'{len(c["classes"])} classes, listed in config.json'
+    classes = ', '.join(map(_as_text, c['classes'])) if few else number
     hashed = f'SHA-256 `{m["data_sha256"]}`' if len(m['data_sha256']) == 64 else m['data_sha256']
     views = '' if c['views'] == 'none' else f', averaged over test-time views ({c["views"]})'
     return f"""---
@@ -117,14 +118,21 @@ In Python, `fastcifar.models.zoo.load_model('.')` gives the PyTorch module, whic
 It knows the classes above and nothing else, answers with one of them whatever it is shown, and has seen pictures of 32x32 pixels only. Do not let anything of consequence depend on it.
 """
 
+def _as_text(name):
+    "A class name as Markdown shows it as it is"
+    return re.sub(r'([\\`*_{}\[\]<>()#+!|$~&])', r'\\\1', name)
+
 def _onnx_part(onnx):
     return f"""
 `model.onnx` (opset {onnx['opset']}) takes bytes and normalizes by itself:
 
-    import numpy as np, onnxruntime
-    from PIL import Image
-    image = np.asarray(Image.open('PICTURE.png').convert('RGB').resize((32, 32), Image.Resampling.BILINEAR))
+    import onnxruntime
+    from fastcifar.archive import decode_image
+    image = decode_image('PICTURE.png', convert=True)
     probabilities, = onnxruntime.InferenceSession('model.onnx').run(None, {{'images': image[None]}})
+
+Without fastcifar, give it pictures as `decode_image` makes them: upright by their EXIF orientation, 8 bits, RGB,
+transparency over white, resized to 32x32 with antialiasing; as uint8 of shape (N, 32, 32, 3).
 
 On {onnx['images']:,} images it gave the predictions of the PyTorch module, and its probabilities differ by at most {onnx['max_difference']:.1g}.
 """

@@ -17,6 +17,7 @@ from fastcore.foundation import L
 from scipy import stats
 from torch.nn import functional as F
 
+from .data import draws_names
 from .explain import grad_cam, overlay
 
 # %% ../nbs/24_interpret.ipynb #62874b0d
@@ -195,9 +196,11 @@ class CifarInterpretation(ClassificationInterpretation):
         "Accuracy of each class as bars, with 95 % intervals"
         t = self.class_accuracy()[::-1]
         fig, ax = plt.subplots(figsize=(6, .3 * len(t) + 1), layout='constrained')
-        ax.barh(t.index, t.accuracy * 100, xerr=(100 * np.stack([t.accuracy - t.low, t.high - t.accuracy])).clip(0), ecolor='#888888', capsize=2)
+        error = 100 * np.stack([t.accuracy - t.low, t.high - t.accuracy])
+        ax.barh(range(len(t)), t.accuracy * 100, xerr=error.clip(0), ecolor='#888888', capsize=2)
         for y, r in enumerate(t.itertuples()): ax.text(104, y, f'{100 * r.accuracy:.1f}', va='center', ha='left')
         ax.set(xlabel='accuracy (%)', xlim=(0, 116), xticks=range(0, 101, 20))
+        ax.set_yticks(range(len(t)), t.index)
         return fig
 
     def plot_calibration(self, bins:int=15):
@@ -212,6 +215,11 @@ class CifarInterpretation(ClassificationInterpretation):
         ax.grid(alpha=.3)
         top.set_title(f'expected calibration error {100 * self.ece(bins):.1f} points', fontsize=10)
         return fig
+
+# %% ../nbs/24_interpret.ipynb #c4d40001
+for _name in ('plot_wrong', 'plot_predictions', 'plot_label_errors', 'plot_grad_cam', 'plot_class_accuracy',
+              'plot_confusion_matrix', 'plot_top_losses', 'show_results'): # the last three are fastai's
+    setattr(CifarInterpretation, _name, draws_names(getattr(CifarInterpretation, _name)))
 
 # %% ../nbs/24_interpret.ipynb #4e6d6e67
 def plot_curves(

@@ -8,6 +8,7 @@ __all__ = ['KeyedDL', 'Rows', 'ReadImage', 'ReadLabel', 'BytesToFloat', 'Normali
 
 # %% ../nbs/06_loaders.ipynb #69f5e813
 import functools, random, warnings
+from pathlib import Path
 
 import fastai.vision.data # teaches show_batch to draw images
 import numpy as np
@@ -24,7 +25,7 @@ from PIL import Image
 from .archive import SIDE, decode_image
 from .augment import AlbumentationsTransform, list_policies, policy_transform
 from .basics import FastcifarError, check_name
-from .data import ImageData, stratified_holdout
+from .data import ImageData, draws_names, stratified_holdout
 from .twins import BatchPolicy, has_twin, image_bytes, pack_images, unpack_images
 
 # %% ../nbs/06_loaders.ipynb #41b29156
@@ -99,6 +100,9 @@ class KeyedDL(TfmdDL):
         try: return super().one_batch()
         finally: self.epoch = epoch
 
+# %% ../nbs/06_loaders.ipynb #c4c30000
+for _name in ('show_batch', 'show_results'): setattr(KeyedDL, _name, draws_names(getattr(TfmdDL, _name)))
+
 # %% ../nbs/06_loaders.ipynb #f54eaa0e
 class Rows:
     "Both splits of an `ImageData` under one row number: the training split first"
@@ -126,8 +130,8 @@ class ReadImage(Transform):
         if isinstance(o, np.ndarray):
             if o.dtype != np.uint8 or o.ndim != 3 or o.shape[-1] != 3: raise FastcifarError(f'an image array is {o.dtype} of shape {o.shape}: give uint8 of shape (height, width, 3)')
             o = Image.fromarray(o)
-        if isinstance(o, Image.Image): return PILImage.create(o.convert('RGB').resize((SIDE, SIDE), Image.Resampling.BILINEAR))
-        return PILImage.create(decode_image(o, where=str(o)[:200], convert=True))
+        where = str(o)[:200] if isinstance(o, (str, Path)) else 'the image'
+        return PILImage.create(decode_image(o, where, convert=True))
 
 class ReadLabel(Transform):
     "Row number -> class name; a class name stays what it is"

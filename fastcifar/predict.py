@@ -7,7 +7,7 @@ __all__ = ['OPERATIONS', 'MAX_NUMBERS', 'MAX_TOTAL', 'MAX_WORK', 'PixelNet', 'pi
            'open_predictor', 'find_images', 'predict_files']
 
 # %% ../nbs/30_predict.ipynb #f3a4dddc
-import json, math, sys, zipfile
+import collections, json, math, sys, warnings, zipfile
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .archive import MAX_FILE, SIDE, decode_image
+from .archive import IMAGE_SUFFIXES, MAX_FILE, SIDE, clean_name, decode_image
 from .averages import VIEWS, average_views
 from .basics import FastcifarError, optional
 from .models.zoo import load_model
@@ -39,7 +39,14 @@ class PixelNet(nn.Module):
     ) -> torch.Tensor: # Probabilities (N, classes)
         return average_views(self.model, (images.permute(0, 3, 1, 2).contiguous().float() / 255 - self.mean) / self.std, self.views).softmax(-1)
 
-def _class_names(classes): return isinstance(classes, list) and all(isinstance(c, str) and c.isprintable() for c in classes)
+def _class_names(classes):
+    "The class names of a file in the form that loading gives them, which those of older versions may lack"
+    texts = isinstance(classes, list) and all(isinstance(c, str) for c in classes)
+    if not texts: raise ValueError('it holds no class names')
+    try: classes = [clean_name(c) for c in classes]
+    except FastcifarError as e: raise ValueError(f'the class name {e}') from None
+    if not all(classes): raise ValueError('a class has no name')
+    return classes
 
 def pixel_net(
     model:nn.Module, # Of `load_model`, with its note
@@ -48,10 +55,10 @@ def pixel_net(
     "The net of a weights' file, with what its note says about classes and normalization"
     note = getattr(model, 'note', {})
     try:
-        classes, views = note['classes'], note.get('views', 'none')
+        classes, views = _class_names(note['classes']), note.get('views', 'none')
         numbers = all(math.isfinite(v) and abs(v) < 1e3 for v in (*note['mean'], *note['std'])) and min(note['std']) > 1e-6
-        if not _class_names(classes) or len(classes) != note['model'].get('n_out', 10) or views not in VIEWS or not numbers: raise ValueError
-        return PixelNet(model, note['mean'], note['std'], views).eval(), list(classes)
+        if len(classes) != note['model'].get('n_out', 10) or views not in VIEWS or not numbers: raise ValueError
+        return PixelNet(model, note['mean'], note['std'], views).eval(), classes
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError): raise FastcifarError(f'{where} does not say its classes and how to normalize: it was saved without them') from None
 
 # %% ../nbs/30_predict.ipynb #c460398b
@@ -136,8 +143,10 @@ def _from_onnx(path):
     try:
         session = ort.InferenceSession(data, options, providers=['CPUExecutionProvider']) # from memory, so that no other file can be meant
         note = json.loads(session.get_modelmeta().custom_metadata_map.get('fastcifar', '{}'))
-        classes, (inp,), (out,) = note['classes'], session.get_inputs(), session.get_outputs()
-        if inp.type != 'tensor(uint8)' or list(inp.shape[1:]) != [SIDE, SIDE, 3] or isinstance(inp.shape[0], int) or out.shape[1:] != [len(classes)] or not _class_names(classes): raise ValueError('its input or output is another')
+        classes, (inp,), (out,) = _class_names(note['classes']), session.get_inputs(), session.get_outputs()
+        free, *size = inp.shape
+        images = inp.type == 'tensor(uint8)' and size == [SIDE, SIDE, 3] and not isinstance(free, int)
+        if not images or out.shape[1:] != [len(classes)]: raise ValueError('its input or output is another')
     except Exception as e: raise FastcifarError(f'{path} is not an ONNX file of an exported net ({" ".join(str(e).split())[:160]})') from e
     def predict(images):
         try:
@@ -152,7 +161,7 @@ def _from_program(path, trust):
         if not zipfile.is_zipfile(path): raise ValueError('it is no zip archive') # torch would say so in twenty lines
         extra = {'fastcifar.json': ''}
         program = torch.export.load(str(path), extra_files=extra)
-        classes, net = json.loads(extra['fastcifar.json'])['classes'], program.module()
+        classes, net = _class_names(json.loads(extra['fastcifar.json'])['classes']), program.module()
     except Exception as e: raise FastcifarError(f'{path} is not a program of fastcifar export ({" ".join(str(e).split())[:160]})') from e
     def predict(images):
         with torch.inference_mode(): return net(torch.from_numpy(images)).numpy()
@@ -169,6 +178,19 @@ def open_predictor(
     return _from_weights(source)
 
 # %% ../nbs/30_predict.ipynb #50c8f693
+def _images_in(folder):
+    "The image files below a folder, in order; how many others are left out is told"
+    def hidden(f): return any(p.startswith('.') for p in f.relative_to(folder).parts)
+    files = [f for f in sorted(folder.rglob('*')) if f.is_file() and not hidden(f)]
+    images = [f for f in files if f.suffix.lower() in IMAGE_SUFFIXES]
+    ends = [f.suffix.lower() for f in files]
+    others = collections.Counter(e or 'no ending' for e in ends if e not in IMAGE_SUFFIXES)
+    if others:
+        n, kinds = others.total(), ', '.join(f'{k:,} with {e}' for e, k in sorted(others.items()))
+        left = f'{n:,} {"file is" if n == 1 else "files are"} left out'
+        warnings.warn(f'{folder}: {left}, no images by their names ({kinds})')
+    return images
+
 def find_images(
     sources, # Files, folders and `'-'`
 ) -> list: # Pairs (name, path or bytes)
@@ -180,8 +202,8 @@ def find_images(
             if len(data) > MAX_FILE: raise FastcifarError(f'standard input has more than {MAX_FILE:,} bytes: give one image')
             found.append(('-', data))
         elif Path(s).is_dir():
-            inside = sorted(f for f in Path(s).rglob('*') if f.suffix.lower() in ('.png', '.jpg', '.jpeg', '.bmp', '.ppm', '.webp') and f.is_file() and not any(p.startswith('.') for p in f.relative_to(s).parts))
-            if not inside: raise FastcifarError(f'{s} holds no images (png, jpg, bmp, ppm, webp)')
+            inside = _images_in(Path(s))
+            if not inside: raise FastcifarError(f'{s} holds no images ({", ".join(e[1:] for e in IMAGE_SUFFIXES)})')
             found += [(str(f), f) for f in inside]
         elif not Path(s).exists(): raise FastcifarError(f'there is no image {s}: check the path')
         elif not Path(s).is_file(): raise FastcifarError(f'{s} is neither a file nor a folder')

@@ -6,7 +6,7 @@
 __all__ = ['figure_svg', 'panel_svgs', 'picture_uri', 'table_cells', 'render', 'write_run_report', 'write_study_report']
 
 # %% ../nbs/27_report.ipynb #49fff796
-import base64, io, re
+import base64, io, re, warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -32,12 +32,16 @@ def figure_svg(
     for ax in fig.axes:
         if ax.get_legend(): ax.get_legend().set_frame_on(False)
     buffer = io.StringIO()
-    with plt.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': prefix}): fig.savefig(buffer, format='svg', transparent=True, bbox_inches=bbox, metadata={'Date': None, 'Creator': None})
+    with plt.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': prefix}), warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph .* missing') # the browser has its own fonts
+        fig.savefig(buffer, format='svg', transparent=True, bbox_inches=bbox, metadata={'Date': None, 'Creator': None})
     plt.close(fig)
     svg = buffer.getvalue()
     svg = re.sub(r'<metadata>.*?</metadata>', '', svg[svg.index('<svg'):], flags=re.S)
-    svg = re.sub(r'(\bid="|href="#|url\(#)', lambda m: f'{m[1]}{prefix}-', svg)
-    return svg.replace('#000000', 'currentColor').replace('<svg ', f'<svg role="img" aria-label="{prefix.replace("_", " ")}" ', 1)
+    def tag(m): # text, such as a class named #000000, stays as it is
+        return re.sub(r'(\bid="|href="#|url\(#)', rf'\g<1>{prefix}-', m[0]).replace('#000000', 'currentColor')
+    label = prefix.replace('_', ' ')
+    return re.sub(r'<[^>]*>', tag, svg).replace('<svg ', f'<svg role="img" aria-label="{label}" ', 1)
 
 def panel_svgs(
     fig, # A matplotlib figure with panels side by side, which is closed

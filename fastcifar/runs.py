@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 import fastcifar
 from .averages import Views
 from .basics import FastcifarError, as_json, check_name, optional, read_json, remove_unfinished, seed_everything, write_atomic, write_json, write_text
-from .data import NAMED, load_data, place_of
+from .data import NAMED, legible, load_data, place_of
 from .fetch import ARCHIVES
 from .interpret import CifarInterpretation, plot_curves, plot_schedule
 from .layers import NORMS
@@ -273,7 +273,7 @@ def _fit(learn, c, out, every, say):
 # %% ../nbs/28_runs.ipynb #d249c023
 def _save_fig(fig, path):
     trim = None if fig.get_layout_engine() else 'tight' # which draws everything a second time
-    write_atomic(path, lambda tmp: fig.savefig(tmp, dpi=110, bbox_inches=trim))
+    write_atomic(path, lambda tmp: legible(fig).savefig(tmp, dpi=110, bbox_inches=trim))
     plt.close(fig)
 
 def draw_interpretation(

@@ -171,7 +171,7 @@ BAD = {
     'layer of no picture': (['evaluate', '{tree}', '--layer', 'x'], 'add --plots'),
     'port': (['demo', 'groupnet', '--port', '99999'], 'at most 65535'),
     'huge image': (['summary', 'groupnet', '--size', '1000000'], 'does not take images'),
-    'no image': (['summary', 'groupnet', '--field', 'f.png', '--image', '{tree}/none.png'], 'cannot read'),
+    'no image': (['summary', 'groupnet', '--field', 'f.png', '--image', '{tree}/none.png'], 'there is no image'),
     'sweep': (['sweep', '--data', '{tree}', '--model', 'normnet31k', '--bs', '20', '--out', 'sw'], 'cannot hold out 5000'),
 }
 

@@ -1,5 +1,5 @@
 "Runs that the world interferes with, and the same run under other circumstances: the result has to be the same, bit for bit."
-import contextlib, json, os, pickletools, shutil, signal, subprocess, sys, time, warnings, zipfile
+import contextlib, json, os, pickletools, re, shutil, signal, subprocess, sys, time, warnings, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -345,6 +345,11 @@ def test_export_and_every_way_to_predict(whole, tree, cli, main, tmp_path):
     answers = [json.loads(main('predict', '--json', '--trust', '--from', f, tree/'test')[1]) for f in (whole, out, out/'model.safetensors', out/'model.onnx', out/'model.pt2')]
     for a in answers: assert [r['prediction'] for r in a] == [r['prediction'] for r in answers[0]] and len(a) == len(images) == 24
     assert max(abs(r['probability'] - s['probability']) for a in answers for r, s in zip(a, answers[0])) < 1e-4
+    shutil.copyfile(images[0], out/'PICTURE.png')
+    code = next(c for c in re.findall(r'(?:^    .*\n)+', card, re.M) if 'onnxruntime' in c) # as a reader would copy it
+    with contextlib.chdir(out): exec(re.sub('^    ', '', code, flags=re.M), said := {})
+    (out/'PICTURE.png').unlink()
+    assert said['probabilities'].max() == pytest.approx(answers[0][0]['probability'], abs=1e-4)
     code, _, err = main('predict', '--from', out/'model.pt2', images[0])
     assert code == 2 and '--trust' in err
     code, _, err = main('export', whole, '--out', out)

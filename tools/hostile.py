@@ -82,6 +82,14 @@ def _pictures():
     im, res = Image.radial_gradient('L').resize((40, 40)).convert('RGB'), []
     for kind in ('PNG', 'JPEG', 'BMP', 'PPM', 'WEBP', 'GIF', 'TIFF'):
         f = io.BytesIO(); im.save(f, kind); res.append(f.getvalue())
+    grey, exif = np.asarray(im.convert('L')), Image.Exif()
+    exif[0x0112] = 6
+    odd = [(Image.fromarray(grey * np.uint16(257)), 'PNG', dict(transparency=0)), (Image.fromarray(grey * np.uint16(257)), 'TIFF', {}),
+           (Image.fromarray(grey.astype(np.int32) * 257), 'TIFF', {}), (Image.fromarray(grey / np.float32(255)), 'TIFF', {}),
+           (im.convert('RGBA'), 'WEBP', {}), (im.convert('P'), 'GIF', dict(transparency=0)), (im.convert('P'), 'PNG', dict(transparency=b'\0\xff')),
+           (im, 'JPEG', dict(exif=exif)), (im, 'PNG', dict(exif=exif)), (im, 'TIFF', dict(exif=exif, compression='tiff_lzw'))]
+    for im, kind, how in odd:
+        f = io.BytesIO(); im.save(f, kind, **how); res.append(f.getvalue())
     return res
 
 def images(tmp):
