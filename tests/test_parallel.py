@@ -90,6 +90,26 @@ def test_parts_are_disjoint_and_complete_in_every_epoch(tmp_path):
     assert epochs[0] != epochs[1]
     assert a['values'] == b['values'], 'losses and metrics are those of the whole set, on every process'
 
+def test_a_net_gets_its_own_batch_norm_back(monkeypatch):
+    "Synchronised batch norm stands in for it during a fit, with the same weights and averages"
+    from fastcifar import parallel
+    from fastcifar.all import cifar_learner, load_data, nn
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()), nn.Flatten(), nn.Linear(7200, 10))
+    learn = cifar_learner(load_data('digits').dataloaders(bs=128, device='cpu'), net)
+    own, cb = net[1][0], parallel.ShareTraining(sync_bn=True)
+    learn.add_cb(cb)
+    with pytest.warns(UserWarning, match='that can be done on GPUs only'): cb._sync_norms()
+    assert net[1][0] is own
+    monkeypatch.setattr(parallel, '_why_not_synced', lambda model: None) # as on a GPU
+    cb._sync_norms()
+    synced = net[1][0]
+    assert type(synced) is nn.SyncBatchNorm and learn.model is net
+    assert synced.weight is own.weight and synced.running_mean is own.running_mean
+    synced.num_batches_tracked.add_(3)
+    net.eval()
+    cb.after_fit()
+    assert net[1][0] is own and not own.training and own.num_batches_tracked == 3
+
 def test_resume_after_one_process_is_killed(tmp_path):
     args = [*SETTINGS, '--dropout', '.1', '--checkpoint-every', '4', '--recipe', 'fast'] # with random numbers of each process
     assert run(torchrun('-m', 'fastcifar', 'train', *args, '--out', str(tmp_path/'whole'))).returncode == 0
