@@ -167,6 +167,7 @@ class ReadLabel(Transform):
 class RowDatasets(Datasets):
     "fastai's `Datasets` over row numbers, which holds no images once it is emptied"
     def new_empty(self):
+        "The transforms alone: no items, and no images or labels behind them"
         res, rows = super().new_empty(), {}
         def emptied(t):
             if not isinstance(t, (ReadImage, ReadLabel)): return t
