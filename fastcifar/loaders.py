@@ -358,8 +358,8 @@ def dataloaders(self:ImageData,
     if path == 'batch': num_workers = 0 # there is nothing for them to do
     tfm = policy_transform(policy, self.fill, seed)
     tfm.order = 0 # before fastai's item transforms, such as `Resize`: a policy is made for images of 32x32
-    dsets = RowDatasets(list(range(len(rows))), [[ReadImage(rows)], [ReadLabel(rows), Categorize(vocab=self.classes, sort=False)]],
-                     splits=[L(s.tolist()) for s in splits])
+    labels = [ReadLabel(rows), Categorize(vocab=self.classes, sort=False)]
+    dsets = RowDatasets(list(range(len(rows))), [[ReadImage(rows)], labels], splits=[L(s.tolist()) for s in splits])
     device = checked_device(device)
     mean, std = stats or (self.mean, self.std)
     norm = NormalizeOnce.from_stats(mean, std, cuda=False)

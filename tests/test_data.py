@@ -65,7 +65,8 @@ def test_bombs_are_refused_before_they_unpack(tmp_path):
         i = tarfile.TarInfo('train/cat/1.png')
         i.size = f.tell(); f.seek(0)
         t.addfile(i, f)
-    with pytest.raises(FastcifarError, match='1.png cannot be read.*Bomb'): read_images(tmp_path/'bomb.tgz', convert=True)
+    with pytest.raises(FastcifarError, match='1.png cannot be read.*Bomb'):
+        read_images(tmp_path/'bomb.tgz', convert=True)
     with zipfile.ZipFile(tmp_path/'bomb.zip', 'w', zipfile.ZIP_DEFLATED) as z: z.writestr('train/cat/1.png', bytes(300 * 2**20))
     with pytest.raises(FastcifarError, match='bytes'): read_images(tmp_path/'bomb.zip')
 

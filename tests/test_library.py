@@ -140,7 +140,8 @@ def test_other_sizes_and_item_transforms(tree):
 def test_labels_of_files(tree, tmp_path):
     "`test_dl(files, with_labels=True)`: the label of a file is its folder"
     from fastcifar.all import FastcifarError, cifar_learner, get_image_files, load_data, nn
-    learn = cifar_learner(load_data(tree).dataloaders(bs=16, device='cpu'), nn.Sequential(nn.Flatten(), nn.Linear(3072, 3)))
+    dls = load_data(tree).dataloaders(bs=16, device='cpu')
+    learn = cifar_learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(3072, 3)))
     files = get_image_files(tree/'test').sorted(reverse=True)
     for items in (files, [str(f) for f in files]):
         dl = learn.dls.test_dl(items, with_labels=True)

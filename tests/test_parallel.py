@@ -94,7 +94,8 @@ def test_a_net_gets_its_own_batch_norm_back(monkeypatch):
     "Synchronised batch norm stands in for it during a fit, with the same weights and averages"
     from fastcifar import parallel
     from fastcifar.all import cifar_learner, load_data, nn
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()), nn.Flatten(), nn.Linear(7200, 10))
+    inner = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), inner, nn.Flatten(), nn.Linear(7200, 10))
     learn = cifar_learner(load_data('digits').dataloaders(bs=128, device='cpu'), net)
     own, cb = net[1][0], parallel.ShareTraining(sync_bn=True)
     learn.add_cb(cb)

@@ -41,7 +41,8 @@ def test_start_methods(tree, tmp_path):
     (tmp_path/'w.py').write_text(CODE)
     soak = ['spawn:4'] if os.environ.get('FASTCIFAR_SOAK') == '1' else []
     ways = ['fork:0', 'fork:2', 'fork:4', 'forkserver:2', 'forkserver:4', 'spawn:2', *soak]
-    done = subprocess.run([sys.executable, 'w.py', str(tree), *ways], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, 'w.py', str(tree), *ways], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     parent, alone, *others = map(json.loads, done.stdout.splitlines())
     assert alone['made'] == {str(parent['pid']): 4} and len(set(alone['batches'])) == 4
