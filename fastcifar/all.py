@@ -6,8 +6,6 @@
 __all__ = []
 
 # %% ../nbs/39_all.ipynb #6f0b8030
-from fastai.vision.all import *
-
 from .archive import *
 from .augment import *
 from .averages import *
@@ -18,6 +16,7 @@ from .demo import *
 from .explain import *
 from .export import *
 from .fetch import *
+from .graph import *
 from .inspect import *
 from .interpret import *
 from .layers import *
@@ -42,5 +41,14 @@ from .sweep import *
 from .train import *
 from .twins import *
 from .weights import *
+from fastai.vision.all import * # last: its names stay
 
-__all__ = [n for n in globals() if not n.startswith('_')] # nbdev lists only what a module defines; here it is what it imports
+from fastcore import xml as _xml
+
+# %% ../nbs/39_all.ipynb #b0c1a7d4
+del MAX_TOTAL
+
+def _is_html(o): return isinstance(o, partial) and o.func is _xml.ft
+
+# nbdev lists only what a module defines; here it is what it imports
+__all__ = [n for n, o in globals().items() if not n.startswith('_') and not _is_html(o)]

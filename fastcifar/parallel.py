@@ -7,7 +7,7 @@ __all__ = ['world_size', 'rank', 'check_launcher', 'process_group', 'rank_device
            'first_process_first', 'ShareTraining', 'shared_training']
 
 # %% ../nbs/19_parallel.ipynb #6d9cfd9b
-import contextlib, datetime, os
+import contextlib, datetime, os, warnings
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from fastai.torch_core import default_device
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .basics import FastcifarError
+from .basics import FastcifarError, check_name
 
 # %% ../nbs/19_parallel.ipynb #be358962
 def world_size() -> int:
@@ -94,23 +94,35 @@ def first_process_first():
     if not rank(): wait_for_all()
 
 # %% ../nbs/19_parallel.ipynb #72573f45
+def _why_not_synced(model):
+    "What keeps batch norm from being synchronised, or None"
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if norms and next(model.parameters()).device.type != 'cuda': return 'that can be done on GPUs only'
+    if any('weight' in m._buffers for m in norms): return 'it has no learned scale, as in speednet'
+
 class ShareTraining(Callback):
     "Train on this process's part of each batch, and average gradients and metrics over the processes"
     order = 11 # after `NumberFormat`, before `Recorder` reads its sums
     afresh = True # a checkpoint holds nothing of it
-    def __init__(self, sync_bn:bool=False): self.sync_bn, self._ddp, self._trained, self.loaders = sync_bn, None, (), []
+    def __init__(self, sync_bn:bool=False):
+        self.sync_bn, self._ddp, self._trained, self.loaders, self._norms = sync_bn, None, (), [], {}
 
     def before_fit(self):
         kinds = [m.name for m in self.learn.metrics if not isinstance(m, (AvgMetric, AvgLoss))]
         if kinds: raise FastcifarError(f'the metric {kinds[0]} is no mean over images, so it cannot be put together from {world_size()} processes: use one that is, such as accuracy')
         if not all(hasattr(dl, 'share') for dl in self.dls.loaders): raise FastcifarError('these loaders cannot be shared by several processes: make them with load_data(...).dataloaders()')
-        if self.sync_bn:
-            if next(self.model.parameters()).device.type != 'cuda': raise FastcifarError('batch norm can be synchronised on GPUs only: leave out sync_bn')
-            if any(isinstance(m, nn.BatchNorm2d) and 'weight' in m._buffers for m in self.model.modules()): raise FastcifarError('batch norm without a learned scale, as speednet has it, cannot be synchronised: leave out sync_bn')
-            self.learn.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        if self.sync_bn: self._sync_norms()
         self.loaders = list(self.dls.loaders)
         for dl in self.loaders: dl.share(rank(), world_size())
         if rank(): torch.manual_seed(torch.initial_seed() + rank()) # or dropout would leave out the same places of other images
+
+    def _sync_norms(self):
+        "One batch norm over all processes; the modules that it replaces share its weights and averages"
+        why = _why_not_synced(self.model)
+        if why and not rank(): warnings.warn(f'batch norm is not synchronised over the processes: {why}')
+        if why: return
+        norms = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+        self.learn.model, self._norms = nn.SyncBatchNorm.convert_sync_batchnorm(self.model), norms
 
     def before_train(self):
         trained = [n for n, p in self.model.named_parameters() if p.requires_grad]
@@ -144,18 +156,35 @@ class ShareTraining(Callback):
 
     def after_fit(self):
         self._ddp = None
+        for name, norm in self._norms.items(): self.model.set_submodule(name, norm.train(self.model.training))
+        self._norms = {}
         for dl in self.loaders: dl.share()
+
+# what fastai hands on to accelerate, which has no part here
+_ACCELERATE = ('device_placement split_batches mixed_precision gradient_accumulation_steps dataloader_config rng_types '
+               'deepspeed_plugin deepspeed_plugins fsdp_plugin megatron_lm_plugin torch_tp_plugin parallelism_config '
+               'log_with logging_dir project_dir project_config gradient_accumulation_plugin kwargs_handlers fp16 '
+               'step_scheduler_with_optimizer dynamo_backend dynamo_plugin dispatch_batches even_batches '
+               'use_seedable_sampler').split()
 
 @contextlib.contextmanager
 def shared_training(
     learn, # A `CifarLearner`
-    sync_bn:bool=False, # One batch norm over all processes? GPUs only
+    sync_bn:bool=False, # One batch norm over all processes, where that can be?
+    in_notebook:bool=False, # Started by accelerate's `notebook_launcher`?
+    cpu:bool=False, # Move nets and loaders to the CPU first?
+    **settings, # What else accelerate's `Accelerator` takes; no effect, and a warning
 ):
-    "Context in which a learner trains together with the other processes that were started; with one process nothing changes"
-    check_launcher()
+    "Context in which a learner trains together with the other processes that were started; one process trains as ever"
+    for name in settings: check_name(name, [*_ACCELERATE, 'sync_bn', 'in_notebook', 'cpu'], 'setting of distrib_ctx')
+    if settings and not rank(): warnings.warn(f'{", ".join(settings)}: no effect here, accelerate is not used')
+    if not in_notebook: check_launcher()
     if world_size() == 1:
         yield learn
         return
+    if cpu:
+        learn.dls.cpu()
+        learn.model.cpu()
     with process_group(next(learn.model.parameters()).device):
         cb = ShareTraining(sync_bn)
         learn.add_cb(cb)

@@ -264,7 +264,7 @@ def _fit(learn, c, out, every, say):
     try:
         with request:
             if done < c.epochs:
-                with learn.distrib_ctx(): fit_recipe(learn, c, lrs[:2], done, cbs=[checkpoints] if rank() else [checkpoints, history])
+                with learn.distrib_ctx(sync_bn=False): fit_recipe(learn, c, lrs[:2], done, cbs=[checkpoints] if rank() else [checkpoints, history])
             else: checkpoints.conclude(learn)
         if request.number: raise Stopped(f'stopped after epoch {c.epochs}, with a checkpoint', request.number)
     except Stopped as e: raise Stopped(f'{e}; go on with: fastcifar train --resume {shlex.quote(str(out))}', e.exit_code - 128) from None

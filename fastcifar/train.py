@@ -272,9 +272,9 @@ class CifarLearner(LeanLearner):
         if kwargs.get('inner') and hasattr(dl, 'epoch'): dl.epoch = self.epoch - 1 # the passes of `tta` are to be augmented differently
         return super().get_preds(ds_idx, dl, *args, **kwargs)
 
-    def distrib_ctx(self, sync_bn:bool=False):
-        "fastai's `distrib_ctx`: inside, `fit` trains together with the other processes that `torchrun` started; see `fastcifar.parallel`"
-        return shared_training(self, sync_bn)
+    def distrib_ctx(self, sync_bn:bool=True, in_notebook:bool=False, cpu:bool=False, **kwargs):
+        "Context in which `fit` trains together with the other processes that `torchrun` started, see `shared_training`"
+        return shared_training(self, sync_bn, in_notebook, cpu, **kwargs)
 
     def lr_range(self, start_lr:float=1e-6, end_lr:float=1., num_it:int=100, show_plot:bool=True):
         "LRMIN and LRMAX from a range test that leaves weights, optimizer and random generators as they were"

@@ -124,7 +124,7 @@ def test_refused_command_leaves_the_folder_free(main, tree, tmp_path):
 def test_killed_and_continued(run, cli, tree, tmp_path):
     "SIGKILL between two epochs; the same command goes on and ends bit-equal"
     out = tmp_path/'killed'
-    cmd = [sys.executable, '-m', 'fastcifar', 'train', '--data', str(tree), *map(str, QUICK), '--out', str(out), '--workers', '1']
+    cmd = [sys.executable, '-m', 'fastcifar', 'train', '--data', str(tree), *map(str, QUICK), '--out', str(out)]
     p = subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     end = time.monotonic() + 120
     while not list(out.glob('checkpoints/epoch_*')):

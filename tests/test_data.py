@@ -66,7 +66,8 @@ def test_bombs_are_refused_before_they_unpack(tmp_path):
         i = tarfile.TarInfo('train/cat/1.png')
         i.size = f.tell(); f.seek(0)
         t.addfile(i, f)
-    with pytest.raises(FastcifarError): read_images(tmp_path/'bomb.tgz', convert=True)
+    with pytest.raises(FastcifarError, match='1.png cannot be read.*Bomb'):
+        read_images(tmp_path/'bomb.tgz', convert=True)
     with zipfile.ZipFile(tmp_path/'bomb.zip', 'w', zipfile.ZIP_DEFLATED) as z: z.writestr('train/cat/1.png', bytes(300 * 2**20))
     with pytest.raises(FastcifarError, match='bytes'): read_images(tmp_path/'bomb.zip')
 
@@ -91,6 +92,12 @@ def test_folder_with_a_device_or_a_loop(tmp_path, tree):
     shutil.copytree(tree, tmp_path/'t')
     os.mkfifo(tmp_path/'t/train/red/pipe.png')
     with pytest.raises(FastcifarError, match='pipe.png is not a regular file'): load_data(tmp_path/'t')
+    (tmp_path/'t/train/red/pipe.png').unlink()
+    (tmp_path/'t/train/red/null.png').symlink_to('/dev/null')
+    with pytest.raises(FastcifarError, match='null.png is not a regular file'): load_data(tmp_path/'t')
+    (tmp_path/'t/train/red/null.png').unlink()
+    (tmp_path/'t/train/red/again').symlink_to(tmp_path/'t')
+    with pytest.raises(FastcifarError, match='again is a link to a folder'): load_data(tmp_path/'t')
 
 def test_two_processes_start_together(tmp_path, tree):
     code = f'from fastcifar.data import load_data; d = load_data({str(tree)!r}); print(int(d.x["train"].astype(int).sum()))'

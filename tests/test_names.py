@@ -87,7 +87,9 @@ def test_what_is_loaded_can_be_predicted(tmp_path_factory, names):
 
 def test_changes_are_told_and_say_where(tmp_path):
     with pytest.warns(UserWarning, match=r"a\.tar.*'red\\xa0apple' is now 'red apple'"): load_data(packed(['red\u00a0apple', 'pear'], tmp_path/'a.tar'))
-    with warnings.catch_warnings(action='error'): load_data(packed(['red apple', 'US$_5_bill', '犬', '#000000'], tmp_path/'b.tar'))
+    with warnings.catch_warnings(record=True, action='always') as told:
+        load_data(packed(['red apple', 'US$_5_bill', '犬', '#000000'], tmp_path/'b.tar'))
+    assert not [w for w in told if 'is now' in str(w.message) or 'left out' in str(w.message)]
 
 @pytest.mark.parametrize('names,said', [(['é', 'e\u0301'], "both read 'é'"), (['a  b', 'a b'], "both read 'a b'"), (['cat', 'cat\u200b'], "both read 'cat'"), (['\u200d', 'cat'], 'no character that can be seen'),
                                         (['caf\udce9', 'tea'], 'not valid UTF-8')])

@@ -52,7 +52,7 @@ def test_a_smooth_net_gets_the_same_weights(tmp_path):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.GELU(), nn.Conv2d(8, 16, 3, stride=2), nn.GELU(), nn.Flatten(), nn.Linear(784, 10))
         learn = cifar_learner(load_data('digits').dataloaders(bs=128, device='cpu'), net, precision='fp32', opt_func=SGD)
-        with learn.distrib_ctx(), learn.no_bar(), learn.no_logging(): learn.fit(1, .2)
+        with learn.distrib_ctx(in_notebook=True, cpu=True), learn.no_bar(), learn.no_logging(): learn.fit(1, .2)
         torch.save(learn.model.state_dict(), r'{tmp_path}' + '/' + os.environ.get('WORLD_SIZE', '1') + os.environ.get('RANK', '0') + '.pt')
     '''))
     for cmd in ([sys.executable, str(script)], torchrun(str(script))):
@@ -80,6 +80,7 @@ def test_parts_are_disjoint_and_complete_in_every_epoch(tmp_path):
     '''))
     done = run(torchrun(str(script)))
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count('that can be done on GPUs only') == 1, 'the first process says so of batch norm'
     a, b = (json.loads((tmp_path/f'rank{i}.json').read_text()) for i in (0, 1))
     assert [t for t, _ in a['seen']] == [t for t, _ in b['seen']] == [True, False] * 2
     epochs = []
@@ -88,6 +89,27 @@ def test_parts_are_disjoint_and_complete_in_every_epoch(tmp_path):
         if train: epochs.append(x + y)
     assert epochs[0] != epochs[1]
     assert a['values'] == b['values'], 'losses and metrics are those of the whole set, on every process'
+
+def test_a_net_gets_its_own_batch_norm_back(monkeypatch):
+    "Synchronised batch norm stands in for it during a fit, with the same weights and averages"
+    from fastcifar import parallel
+    from fastcifar.all import cifar_learner, load_data, nn
+    inner = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), inner, nn.Flatten(), nn.Linear(7200, 10))
+    learn = cifar_learner(load_data('digits').dataloaders(bs=128, device='cpu'), net)
+    own, cb = net[1][0], parallel.ShareTraining(sync_bn=True)
+    learn.add_cb(cb)
+    with pytest.warns(UserWarning, match='that can be done on GPUs only'): cb._sync_norms()
+    assert net[1][0] is own
+    monkeypatch.setattr(parallel, '_why_not_synced', lambda model: None) # as on a GPU
+    cb._sync_norms()
+    synced = net[1][0]
+    assert type(synced) is nn.SyncBatchNorm and learn.model is net
+    assert synced.weight is own.weight and synced.running_mean is own.running_mean
+    synced.num_batches_tracked.add_(3)
+    net.eval()
+    cb.after_fit()
+    assert net[1][0] is own and not own.training and own.num_batches_tracked == 3
 
 def test_resume_after_one_process_is_killed(tmp_path):
     args = [*SETTINGS, '--dropout', '.1', '--checkpoint-every', '4', '--recipe', 'fast'] # with random numbers of each process

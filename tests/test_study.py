@@ -4,6 +4,7 @@ import json, os, shutil, signal, subprocess, sys, time
 import pandas as pd
 import psutil
 import pytest
+from safetensors.numpy import load_file
 
 QUICK = ('--models', 'normnet31k', '--norms', 'bn,gn', '--seeds', 2, '--epochs', 2, '--bs', '20', '--no-pictures')
 
@@ -116,6 +117,8 @@ def test_same_run_in_and_out_of_a_study(study, main, tree):
                         '--lr-min', pd.read_json(study[0]/'study.json').runs['normnet31k-gn-fast-bs20-seed1']['lr_min'])[1])
     r = pd.read_csv(study[0]/'results.csv').set_index(['norm', 'seed']).loc[('gn', 1)]
     assert m['train_accuracy'] == r.train_accuracy
+    a, b = (load_file(f'{d}/model.safetensors') for d in ('r', study[0]/'runs/normnet31k-gn-fast-bs20-seed1'))
+    assert a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a)
 
 BAD = {
     'unknown norm': (['--norms', 'bn,gm'], "did you mean 'gn'"),

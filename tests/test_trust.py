@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from safetensors.numpy import load_file
@@ -52,9 +53,24 @@ def fitted(tree, workers=0, first=None, bars=False):
     return torch.cat([v.double().flatten() for v in learn.model.state_dict().values()])
 
 def test_workers_range_tests_and_bars_change_nothing(tree, tmp_path, monkeypatch):
+    from fastcifar.loaders import ArrayDL
     monkeypatch.chdir(tmp_path)
+    make = ArrayDL.create_batches
+    def noted(self, samps):
+        (tmp_path/f'{os.getpid()}.pid').touch()
+        yield from make(self, samps)
+    monkeypatch.setattr(ArrayDL, 'create_batches', noted)
+    here = tmp_path/f'{os.getpid()}.pid'
+    def makers():
+        pids = list(tmp_path.glob('*.pid'))
+        for f in pids: f.unlink()
+        return pids
     plain = fitted(tree)
-    for workers in (1, 2, 4): assert fitted(tree, workers).equal(plain), workers
+    assert makers() == [here]
+    for workers in (1, 2, 4):
+        assert fitted(tree, workers).equal(plain), workers
+        pids = makers()
+        assert len(pids) >= workers and here not in pids
     assert fitted(tree, bars=True).equal(plain)
     assert fitted(tree, first=lambda learn: learn.lr_range(num_it=12, show_plot=False, end_lr=.1)).equal(plain)
     assert fitted(tree, first=lambda learn: learn.lr_find(num_it=12, end_lr=.1, show_plot=False)).equal(plain)
@@ -125,8 +141,8 @@ def test_ctrl_c_reaches_workers_too(tree, tmp_path, main):
     out = tmp_path/'run'
     more = ('--path', 'item', '--policy', 'crop_flip_cutout', '--workers', 2, '--checkpoint-every', 1, '--out', out)
     p = subprocess.Popen([sys.executable, '-m', 'fastcifar', *map(str, TRAIN), '--data', str(tree), *map(str, more)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    end = time.monotonic() + 120
-    while not list(out.glob('checkpoints/epoch_*')):
+    end, workers = time.monotonic() + 120, psutil.Process(p.pid).children
+    while not (list(out.glob('checkpoints/epoch_*')) and len(workers()) == 2):
         assert p.poll() is None and time.monotonic() < end, p.stderr.read()
         time.sleep(.005)
     os.killpg(p.pid, signal.SIGINT)

@@ -1,22 +1,67 @@
-"Batches do not depend on how workers are started."
-import subprocess, sys
+"Item batches do not depend on how many workers make them, nor on how the workers are started; who made them is asked."
+import json, os, pickle, subprocess, sys
+from multiprocessing.reduction import ForkingPickler
+
+import numpy as np
 
 CODE = '''
-import multiprocessing, sys, torch
+import hashlib, json, multiprocessing, os, sys
+from collections import Counter
+from pathlib import Path
 from fastcifar.data import load_data
-from fastcifar.loaders import CifarDataLoaders
+from fastcifar.loaders import ArrayDL
+
+class Watched(ArrayDL):
+    "Notes which process makes each batch"
+    def create_batches(self, samps):
+        for batch in super().create_batches(samps):
+            with open(self.log, 'a') as f: f.write(f'{os.getpid()} ')
+            yield batch
+
+def digest(batch):
+    return hashlib.sha256(b''.join(t.contiguous().numpy().tobytes() for t in batch)).hexdigest()
+
 if __name__ == '__main__':
-    if sys.argv[1] != 'none': multiprocessing.set_start_method(sys.argv[1])
-    dl = load_data(sys.argv[2]).dataloaders(bs=16, policy='crop_flip_cutout', seed=5, num_workers=0 if sys.argv[1] == 'none' else 2, device='cpu').train
-    print([float(x.double().sum()) for _ in range(2) for x, _ in dl])
+    tree, *ways = sys.argv[1:]
+    multiprocessing.set_forkserver_preload(['fastcifar.loaders']) # imported once, not by each worker
+    data = load_data(tree)
+    print(json.dumps(dict(pid=os.getpid())))
+    for way in ways:
+        method, n = way.split(':')
+        multiprocessing.set_start_method(method, force=True)
+        dls = data.dataloaders(bs=16, policy='crop_flip_cutout', seed=5, num_workers=int(n), path='item', device='cpu')
+        dl = dls.train.new(cls=Watched)
+        dl.log, dl.epoch = Path(f'{way}.log'), 0 # so that the second epoch is made: a worker has to know it
+        batches = [digest(b) for b in dl]
+        print(json.dumps(dict(way=way, batches=batches, made=Counter(map(int, dl.log.read_text().split())))))
 '''
 
-def sums(method, tree, tmp_path):
-    (tmp_path/'w.py').write_text(CODE)
-    done = subprocess.run([sys.executable, tmp_path/'w.py', method, str(tree)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
 def test_start_methods(tree, tmp_path):
-    base = sums('none', tree, tmp_path)
-    for method in ('fork', 'spawn', 'forkserver'): assert sums(method, tree, tmp_path) == base, method
+    "4 batches by 0, 2 and 4 workers; each worker under spawn imports fastai anew, so 4 of those only in `make soak`"
+    (tmp_path/'w.py').write_text(CODE)
+    soak = ['spawn:4'] if os.environ.get('FASTCIFAR_SOAK') == '1' else []
+    ways = ['fork:0', 'fork:2', 'fork:4', 'forkserver:2', 'forkserver:4', 'spawn:2', *soak]
+    done = subprocess.run([sys.executable, 'w.py', str(tree), *ways], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    parent, alone, *others = map(json.loads, done.stdout.splitlines())
+    assert alone['made'] == {str(parent['pid']): 4} and len(set(alone['batches'])) == 4
+    assert [o['way'] for o in others] == ways[1:]
+    for o in others:
+        workers = int(o['way'].split(':')[1])
+        assert o['batches'] == alone['batches'], o['way']
+        assert len(o['made']) == workers and str(parent['pid']) not in o['made'], o
+        assert set(o['made'].values()) == {4 // workers}, o
+
+def test_the_cache_is_not_sent_to_workers(tree):
+    "What is pickled to a worker names the folder of the memory-mapped images and holds none of them"
+    from fastcifar.data import load_data
+    import fastcifar.loaders
+    data = load_data(tree)
+    dl = data.dataloaders(bs=16, num_workers=2, path='item', device='cpu').train
+    for _ in dl: pass # as in a second epoch: with all that the first has left behind
+    sent = bytes(ForkingPickler.dumps(dl))
+    assert not [i for s in data.x for i, x in enumerate(data.x[s]) if x.tobytes() in sent]
+    assert len(sent) < 100_000 < sum(x.nbytes for x in data.x.values())
+    again = pickle.loads(sent)
+    assert (np.asarray(again.dataset[7][0]) == np.asarray(dl.dataset[7][0])).all()
