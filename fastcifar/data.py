@@ -15,7 +15,7 @@ from filelock import FileLock
 from PIL import Image
 
 from .archive import Arrays, SIDE, check_arrays, file_sha256, read_images
-from .basics import FastcifarError, check_name, read_json, write_json
+from .basics import FastcifarError, check_name, read_json, write_json, user_path
 from .fetch import ARCHIVES, fetch_archive
 
 # %% ../nbs/03_data.ipynb #213a2b8c
@@ -122,8 +122,9 @@ _FORMAT = 1 # Of the cache folder; a change makes old folders invisible
 
 def cache_root() -> Path:
     "Where decoded data is kept: `$FASTCIFAR_CACHE`, else `fastcifar` below the user's cache folder"
-    if os.environ.get('FASTCIFAR_CACHE'): return Path(os.environ['FASTCIFAR_CACHE']).expanduser()
-    return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()/'fastcifar'
+    what = 'the folder for decoded data ($FASTCIFAR_CACHE)'
+    if os.environ.get('FASTCIFAR_CACHE'): return user_path(os.environ['FASTCIFAR_CACHE'], what)
+    return user_path(Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache')/'fastcifar', what)
 
 def content_hash(
     a:Arrays, # A decoded set
