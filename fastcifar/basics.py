@@ -106,11 +106,11 @@ def _option(value):
     return ','.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 def command_line(
-    command:str, # `'train'`, ...
+    *words, # The command, and what it takes without an option
     **options, # Option -> value; None, False and empty lists are left out, True is an option without a value
 ) -> str:
     "A command of fastcifar, to be copied into a shell"
-    words = ['fastcifar', command]
+    words = ['fastcifar', *map(str, words)]
     for name, value in options.items():
         if value is None or value is False or value == (): continue
         words += [f'--{name.replace("_", "-")}', *([] if value is True else [_option(value)])]
