@@ -223,7 +223,7 @@ def _write_table(t, file, say):
     "Write a table that nothing depends on; a spreadsheet may hold it locked"
     with attempt(file.name, say): write_atomic(file, lambda tmp: t.to_csv(tmp, index=False))
 
-def _write(out, grid, say):
+def _write(out, grid, say, page=attempt):
     folders = [out/'runs'/run_name(c) for c in grid]
     r, curves = collect_runs(folders, grid), collect_curves(folders, grid)
     differences = paired_differences(r)
@@ -237,7 +237,7 @@ def _write(out, grid, say):
     plots |= dict(differences=lambda: plot_differences(differences)) if len(differences) else {}
     for name, plot in plots.items(): save_plot(plot, out/f'{name}.png', say)
     pages = [f'runs/{f.name}' if (f/'report.html').exists() else None for f in folders]
-    with attempt('report.html', say): write_study_report(out, r.assign(folder=pages), tables['summary'], differences, answer, drawn_svgs(plots, plots, say))
+    with page('report.html', say): write_study_report(out, r.assign(folder=pages), tables['summary'], differences, answer, drawn_svgs(plots, plots, say))
     return r
 
 def report_study(
@@ -250,7 +250,7 @@ def report_study(
     saved = read_json(f) if f.is_file() else None
     try: grid = [Config(**c).checked() for c in saved['runs'].values()]
     except (TypeError, KeyError, AttributeError): raise FastcifarError(f'{out} is not a study folder: it holds no study.json of this version') from None
-    _write(out, grid, say)
+    _write(out, grid, say, contextlib.nullcontext) # without its page it has failed
     return out/'report.html'
 
 def _numbered(i, work, args): return i, work(*args)
