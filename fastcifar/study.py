@@ -223,7 +223,7 @@ def _write_table(t, file, say):
     "Write a table that nothing depends on; a spreadsheet may hold it locked"
     with attempt(file.name, say): write_atomic(file, lambda tmp: t.to_csv(tmp, index=False))
 
-def _write(out, grid, say, page=attempt):
+def _write(out, grid, say, page=attempt): # `page` is the context in which the page is written
     folders = [out/'runs'/run_name(c) for c in grid]
     r, curves = collect_runs(folders, grid), collect_curves(folders, grid)
     differences = paired_differences(r)
@@ -250,7 +250,7 @@ def report_study(
     saved = read_json(f) if f.is_file() else None
     try: grid = [Config(**c).checked() for c in saved['runs'].values()]
     except (TypeError, KeyError, AttributeError): raise FastcifarError(f'{out} is not a study folder: it holds no study.json of this version') from None
-    _write(out, grid, say, contextlib.nullcontext) # without its page it has failed
+    _write(out, grid, say, lambda *_: contextlib.nullcontext()) # without its page this has failed
     return out/'report.html'
 
 def _numbered(i, work, args): return i, work(*args)
