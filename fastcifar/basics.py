@@ -8,7 +8,7 @@ __all__ = ['FastcifarError', 'check_name', 'optional', 'env_number', 'say', 'len
            'remove_unfinished', 'rng_state', 'set_rng_state', 'preserve_rng', 'seed_everything']
 
 # %% ../nbs/00_basics.ipynb #dee8c037
-import contextlib, difflib, getpass, importlib, json, os, random, re, shlex, sys, tempfile
+import contextlib, difflib, getpass, importlib, io, json, os, random, re, shlex, sys, tempfile
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +54,8 @@ def env_number(
     "A whole number from the environment"
     text = os.environ.get(name) or str(default)
     if text.strip().isdecimal() and int(text) >= least: return int(text)
-    raise FastcifarError(f'{name} is {text!r} in the environment, where launchers put whole numbers of at least {least}: unset it')
+    raise FastcifarError(f'{name} is {text!r} in the environment, where launchers put whole numbers of at least {least}: '
+                         'unset it')
 
 # %% ../nbs/00_basics.ipynb #425535c1
 try: getpass.getuser()
@@ -74,12 +75,13 @@ def say(
 @contextlib.contextmanager
 def lenient_output():
     "Context in which nothing that is printed fails for its characters, whoever prints it; for programs"
-    streams = [s for s in (sys.stdout, sys.stderr) if getattr(s, 'errors', None) == 'strict' and hasattr(s, 'reconfigure')]
+    streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper) and s.errors == 'strict']
     for s in streams: s.reconfigure(errors='replace')
     try: yield
     finally:
         for s in streams:
-            with contextlib.suppress(OSError, ValueError): s.reconfigure(errors='strict') # it writes what is left, perhaps to nobody
+            with contextlib.suppress(OSError, ValueError): # it writes what is left, perhaps to nobody
+                s.reconfigure(errors='strict')
 
 # %% ../nbs/00_basics.ipynb #5c7919b0
 def in_a_line(
@@ -102,7 +104,8 @@ def attempt(
 # %% ../nbs/00_basics.ipynb #f46916d0
 def _option(value):
     "A value as the command line takes it"
-    if isinstance(value, dict): return ','.join(f'{k}={v if isinstance(v, str) else json.dumps(v)}' for k, v in value.items())
+    text = lambda v: v if isinstance(v, str) else json.dumps(v)
+    if isinstance(value, dict): return ','.join(f'{k}={text(v)}' for k, v in value.items())
     return ','.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 def command_line(
@@ -122,15 +125,16 @@ def user_path(
     what:str=None, # Where it was given, for the message
 ) -> Path: # With the home folder in the place of `~`
     "A path of a user; one that cannot even be looked at is an error in one line"
-    lead = f'{what}: ' if what else ''
+    given = f'{what}: ' if what else ''
+    given += repr(str(path)[:100])
     try:
         res = Path(path).expanduser()
         os.stat(os.path.join(res, '.')) # the dot looks into a folder, which may be closed
     except (FileNotFoundError, NotADirectoryError): pass # that is for who wants to read or write it
-    except RuntimeError: raise FastcifarError(f'{lead}there is no home folder for the ~ in {str(path)[:100]!r}: give a path without it') from None
+    except RuntimeError: raise FastcifarError(f'{given}: there is no home folder for its ~: give a path without it') from None
     except (OSError, ValueError, TypeError) as e:
         why = getattr(e, 'strerror', None) or e
-        raise FastcifarError(f'{lead}{str(path)[:100]!r} cannot be used as a path ({why}): check it, and that you may look into its folders') from e
+        raise FastcifarError(f'{given} cannot be used as a path ({why}): check it, and whether you may look there') from e
     return res
 
 # %% ../nbs/00_basics.ipynb #998fc7d3
@@ -146,7 +150,7 @@ def write_atomic(
 ) -> Path: # `path`
     "Write a file so that `path` always holds the whole old or the whole new content, even after a crash"
     path = user_path(path)
-    short = path.name.encode('utf-8', 'replace')[:200].decode('utf-8', 'ignore') # with what is added it has to stay a name
+    short = path.name.encode('utf-8', 'replace')[:200].decode('utf-8', 'ignore') # it has to stay a name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{short}.', suffix=f'.tmp{path.suffix[:20]}')

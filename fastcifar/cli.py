@@ -37,7 +37,7 @@ def _given(args):
     return _options(args, *SETTINGS) | more
 
 def _options(args, *names):
-    "Those of some options that were given, or have a default on the command line"
+    "Those of some options that were given"
     return {k: v for k in names if (v := getattr(args, k, None)) is not None}
 
 def _records(t):
@@ -81,7 +81,8 @@ def compare_command(args) -> dict:
     from fastcifar.statistics import paired_differences, study_answer, study_summary
     from fastcifar.study import Study
     settings = _given(args)
-    s = Study(args.out, args.models, _data(args), args.norms, args.recipes, args.seeds, settings.pop('bs', None), **_options(args, 'valid', 'precision', 'convert'), **settings)
+    settings |= _options(args, 'valid', 'precision', 'convert')
+    s = Study(args.out, args.models, _data(args), args.norms, args.recipes, args.seeds, settings.pop('bs', None), **settings)
     tasks = None
     if args.on == 'ray':
         from fastcifar.cluster import RayTasks
@@ -98,11 +99,14 @@ def sweep_command(args) -> dict:
     "Search for better settings of a recipe on a validation split"
     import matplotlib; matplotlib.use('agg')
     from fastcifar.sweep import Sweep
-    s = Sweep(args.out, args.model or 'custom_resnet', _data(args), args.recipe, args.tune, 5000 if args.valid is None else args.valid, **_options(args, 'norm', 'seed', 'precision', 'convert'), **_given(args))
+    settings = _options(args, 'valid', 'norm', 'seed', 'precision', 'convert') | _given(args)
+    s = Sweep(args.out, args.model or 'custom_resnet', _data(args), args.recipe, args.tune, **settings)
     r, say = s.run(args.trials, args.threads, args.device, _bars(args), _say(args)), _say(args)
     if not r: raise FastcifarError(f'no trial was trained to its end: try more --trials, or fewer --epochs; {args.out} keeps what there is')
-    again = command_line('train', recipe=f'{args.out}/recipe.json', **_options(args, 'data', 'convert', 'seed', 'precision', 'device', 'threads'))
-    say(f'best: {r["found"]["valid_accuracy"]:.2%} of {r["found"]["valid_images"]:,} held-out images; trials and plot: {args.out}\ntrain with it: {again}')
+    kept = _options(args, 'data', 'convert', 'seed', 'precision', 'device', 'threads') # what a recipe does not hold
+    accuracy, images = f'{r["found"]["valid_accuracy"]:.2%}', f'{r["found"]["valid_images"]:,}'
+    say(f'best: {accuracy} of {images} held-out images; trials and plot: {args.out}')
+    say(f'train with it: {command_line("train", recipe=f"{args.out}/recipe.json", **kept)}')
     return r
 
 def summary_command(args):
@@ -468,7 +472,8 @@ def main(
         args = parser().parse_args(argv)
         if args.command is None: return parser().print_help() or 0
         processes, rank = env_number('WORLD_SIZE', 1, 1), env_number('RANK', 0)
-        if args.command != 'train' and processes > 1: raise FastcifarError(f'only train runs on several processes: start fastcifar {args.command} without torchrun')
+        if args.command != 'train' and processes > 1:
+            raise FastcifarError(f'only train runs on several processes: start fastcifar {args.command} without torchrun')
         res = args.f(args)
         if args.json and not rank: print(json.dumps(res, indent=1))
         return getattr(args, 'exit_code', 0)
@@ -484,5 +489,5 @@ def main(
         return 0
     except OSError as e:
         if e.filename is None: raise # nothing that a person gave
-        print(f'fastcifar: {e.filename} cannot be used ({e.strerror}): check it, and that you may read and write there', file=sys.stderr)
+        print(f'fastcifar: {e.filename} cannot be used ({e.strerror}): check it, and your permissions', file=sys.stderr)
     return 2

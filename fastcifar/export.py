@@ -167,11 +167,13 @@ def export_run(
     "Write a finished run as a folder to share; the folder is there when it is complete, or not at all"
     run, c = user_path(run), run_config(run)
     out = user_path(out) if out else run.resolve().with_name(f'{run.resolve().name}-export')
-    if not (run/'metrics.json').is_file(): raise FastcifarError(f'{run} is not finished: continue it with {command_line("train", resume=run)}')
+    if not (run/'metrics.json').is_file():
+        raise FastcifarError(f'{run} is not finished: continue it with {command_line("train", resume=run)}')
     if out.exists(): raise FastcifarError(f'{out} exists already and is left as it is: remove it, or choose another --out')
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        tmp = Path(tempfile.mkdtemp(dir=out.parent, prefix=f'.{out.name[:60]}.', suffix='.tmp')) # with what is added it has to stay a name
+        short = out.name[:60] # it has to stay a name
+        tmp = Path(tempfile.mkdtemp(dir=out.parent, prefix=f'.{short}.', suffix='.tmp'))
     except OSError as e: raise FastcifarError(f'cannot write {out}: {e.strerror or e}; choose a folder you can write to, with free space') from e
     try:
         config = _fill(tmp, run, onnx, pt2, data)

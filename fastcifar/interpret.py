@@ -54,7 +54,7 @@ def _smoothing(loss_func):
     f = getattr(loss_func, 'func', None) # fastai's losses, whose predictions are probabilities
     return getattr(f, 'label_smoothing', 0.) or getattr(f, 'eps', 0.) if getattr(f, 'weight', None) is None else 0.
 
-NUMBERED = 25 # Classes up to which the cells of a confusion matrix hold numbers: four digits fit, and drawing stays quick
+NUMBERED = 25 # Classes up to which the cells of a confusion matrix have room for numbers of four digits
 
 class CifarInterpretation(ClassificationInterpretation):
     "fastai's `ClassificationInterpretation`, with predictions computed once, and more to see"
@@ -208,9 +208,10 @@ class CifarInterpretation(ClassificationInterpretation):
     ):
         "fastai's plot, as large as the classes need, with numbers only where they can be read"
         n = len(self.vocab)
-        side = min(max(6, 2 + .4 * n), 16)
-        super().plot_confusion_matrix(normalize, title, cmap, norm_dec, n <= NUMBERED if plot_txt is None else plot_txt, figsize=figsize or (side, side), **kwargs)
-        room = .75 * 72 * (figsize or (side, side))[1] / n # points, for a line of the labels
+        if plot_txt is None: plot_txt = n <= NUMBERED
+        if figsize is None: figsize = (min(max(6, 2 + .4 * n), 16),) * 2
+        super().plot_confusion_matrix(normalize, title, cmap, norm_dec, plot_txt, figsize=figsize, **kwargs)
+        room = .75 * 72 * figsize[1] / n # points, for a line of the labels
         plt.gca().tick_params(labelsize=min(plt.rcParams['font.size'], max(room, 1)))
 
     def plot_class_accuracy(self):

@@ -27,9 +27,9 @@ def world_size() -> int:
 def rank() -> int:
     "The number of this process, from 0"
     if world_size() == 1: return 0
-    number = env_number('RANK', 0)
-    if number >= world_size(): raise FastcifarError(f'RANK is {number} in the environment and WORLD_SIZE {world_size()}: ranks go from 0 to {world_size() - 1}')
-    return number
+    number, n = env_number('RANK', 0), world_size()
+    if number < n: return number
+    raise FastcifarError(f'RANK is {number} in the environment and WORLD_SIZE {n}: ranks go from 0 to {n - 1}')
 
 def check_launcher():
     "Refuse to train in one process where several were asked for"

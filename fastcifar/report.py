@@ -62,7 +62,8 @@ def drawn_svgs(
     "Figures as parts of a page, as far as they can be drawn"
     res = {name: [] for name in plots}
     for name, plot in plots.items():
-        with attempt_plot(f'{name} in report.html', say): res[name] = panel_svgs(plot(), name) if name in panels else [figure_svg(plot(), name)]
+        with attempt_plot(f'{name} in report.html', say):
+            res[name] = panel_svgs(plot(), name) if name in panels else [figure_svg(plot(), name)]
     return res
 
 def picture_uri(

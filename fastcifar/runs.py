@@ -20,8 +20,8 @@ from filelock import FileLock, Timeout
 
 import fastcifar
 from .averages import Views
-from .basics import FastcifarError, as_json, attempt, check_name, command_line, optional, read_json, read_text, remove_unfinished, say, seed_everything, user_path
-from .basics import write_atomic, write_json, write_text
+from .basics import FastcifarError, as_json, attempt, check_name, command_line, optional, read_json, read_text
+from .basics import remove_unfinished, say, seed_everything, user_path, write_atomic, write_json, write_text
 from .data import load_data
 from .fetch import ARCHIVES
 from .interpret import CifarInterpretation, plot_curves, plot_schedule, save_plot
@@ -89,7 +89,9 @@ def build_model(
 # %% ../nbs/28_runs.ipynb #f9914ec2
 def _cpu_name():
     "The processor, and whether it has matrix units, which decide how quick bfloat16 is"
-    try: about = dict(map(str.strip, l.split(':', 1)) for l in read_text('/proc/cpuinfo').split('\n\n')[0].splitlines() if ':' in l)
+    try:
+        lines = read_text('/proc/cpuinfo').split('\n\n')[0].splitlines()
+        about = dict(map(str.strip, l.split(':', 1)) for l in lines if ':' in l)
     except FastcifarError: about = {} # another system
     return (about.get('model name') or platform.processor() or platform.machine()) + (' with AMX' if 'amx_bf16' in about.get('flags', '').split() else '')
 
@@ -127,8 +129,8 @@ class RunHistory(Callback):
     ): self.checkpoints, self.out, self.split, self.say, self._header = checkpoints, out, split, say, False
 
     def write(self):
-        with attempt('history.csv', self.say): # the rows are in the checkpoints too; a spreadsheet may hold the file locked
-            write_atomic(self.out/'history.csv', lambda tmp: pd.DataFrame(self.checkpoints.history).to_csv(tmp, index=False))
+        t = pd.DataFrame(self.checkpoints.history) # which keep it too; a spreadsheet may hold the table locked
+        with attempt('history.csv', self.say): write_atomic(self.out/'history.csv', lambda tmp: t.to_csv(tmp, index=False))
 
     def after_epoch(self):
         self.write()
@@ -140,7 +142,7 @@ class RunHistory(Callback):
 # %% ../nbs/28_runs.ipynb #7b4836ca
 def default_out(c:Config) -> Path:
     "`runs/<data>-<model>-<norm>-<recipe>-<epochs>ep-seed<seed>`"
-    data = re.sub(r'[^\w.-]+', '_', Path(c.data).name)[:60] or 'data' # a name of the file system's whole length has no room for the rest
+    data = re.sub(r'[^\w.-]+', '_', Path(c.data).name)[:60] or 'data' # which leaves room for the rest
     return Path('runs')/f'{data}-{c.model}-{c.norm}-{c.recipe}-{c.epochs}ep-seed{c.seed}'
 
 def complete_config(
@@ -244,7 +246,8 @@ def draw_interpretation(
     try: out.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise FastcifarError(f'cannot write {out}: {e.strerror}; choose a folder you can write to') from e
     plots = dict(misclassified=interp.plot_wrong, predictions=interp.plot_predictions, class_accuracy=interp.plot_class_accuracy, calibration=interp.plot_calibration,
-                 grad_cam=lambda: interp.plot_grad_cam(layer=layer), label_errors=interp.plot_label_errors, confusion_matrix=interp.plot_confusion_matrix,
+                 grad_cam=lambda: interp.plot_grad_cam(layer=layer), label_errors=interp.plot_label_errors,
+                 confusion_matrix=interp.plot_confusion_matrix,
                  top_losses=lambda: interp.plot_top_losses(min(16, len(interp.targs)), figsize=(9, 9)))
     for name, table in (('wrong_predictions', interp.wrong()), ('class_accuracy', interp.class_accuracy().reset_index())):
         with attempt(f'{name}.csv', say): write_atomic(out/f'{name}.csv', lambda tmp: table.to_csv(tmp, index=False))
@@ -264,7 +267,8 @@ def draw_run(
 ):
     "Draw the pictures of a run folder"
     out, dls = Path(out), interp.learn.dls
-    plots = dict(_training_plots(lrs, c, history), samples=dls.data.show_samples, augmented=lambda: dls.show_batch(max_n=16, figsize=(8, 8)))
+    plots = dict(_training_plots(lrs, c, history), samples=dls.data.show_samples,
+                 augmented=lambda: dls.show_batch(max_n=16, figsize=(8, 8)))
     for name, plot in plots.items(): save_plot(plot, out/f'{name}.png', say)
     draw_interpretation(interp, out, say=say)
 
@@ -279,7 +283,7 @@ def _report(interp, out, lrs, c, history, metrics, say):
 def _views(c): return [Views(c.views)] if c.views != 'none' else []
 
 def finish_run(learn, c:Config, out:Path, lrs, history:list, say=say, pictures:bool=True) -> dict:
-    "Evaluate the last epoch, write weights and then `metrics.json`, with which the run is finished, and draw last of all"
+    "Evaluate the last epoch, write weights, then `metrics.json`, with which the run is finished, and then draw"
     say('evaluating')
     with learn.added_cbs(_views(c)): test = CifarInterpretation.from_learner(learn, len(learn.dls.loaders) - 1)
     train, data = CifarInterpretation.from_learner(learn, 0), learn.dls.data
@@ -370,10 +374,12 @@ def train_run(
     if rank(): say, bars, log = (lambda *_: None), False, ()
     if (out/'metrics.json').exists():
         m = _finished(c, out, say)
-        if pictures and not (out/'report.html').exists(): say(f'its page is missing, to write it: {command_line("report", out)}')
+        if pictures and not (out/'report.html').exists():
+            say(f'its page is missing, to write it: {command_line("report", out)}')
         return m
-    again = command_line('train', resume=out, data=None if c.data == Config.data else c.data, workers=workers or None, threads=threads, device=device, compile=compile,
-                         checkpoint_every=checkpoint_every, deterministic=deterministic, no_pictures=not pictures, log=tuple(log))
+    again = command_line('train', resume=out, data=None if c.data == Config.data else c.data, workers=workers or None,
+                         threads=threads, device=device, compile=compile, checkpoint_every=checkpoint_every,
+                         deterministic=deterministic, no_pictures=not pictures, log=tuple(log))
     device = checked_device(rank_device(device)) # each process looks at its own GPU alone
     with cpu_threads(threads), process_group(device):
         with first_process_first(): data = load_data(c.data, c.convert) # the first prepares the cache

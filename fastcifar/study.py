@@ -18,7 +18,8 @@ from joblib.externals.loky import ProcessPoolExecutor
 from tqdm.auto import tqdm
 
 from .cluster import RayTasks, everywhere
-from .basics import FastcifarError, as_json, attempt, check_name, in_a_line, read_json, read_text, say, user_path, write_atomic, write_json, write_text
+from .basics import FastcifarError, as_json, attempt, check_name, in_a_line, read_json, read_text, say
+from .basics import user_path, write_atomic, write_json, write_text
 from .data import load_data
 from .interpret import save_plot
 from .layers import NORMS
@@ -92,7 +93,7 @@ def _one_run(c, out, threads, device, wait, pictures):
 def _log(out):
     "A function that adds a line to the log of a run"
     out.mkdir(parents=True, exist_ok=True)
-    with open(out/'log.txt', 'a', encoding='utf-8') as f: yield lambda s: print(s, file=f, flush=True)
+    with open(out/'log.txt', 'a', encoding='utf-8', errors='replace') as f: yield lambda s: print(s, file=f, flush=True)
 
 def _one_pass(cs, folder, threads, device, parent=None, wait=0, pictures=True):
     "Train configurations that differ in their seeds alone, together if there are several; returns None for each, or why it failed"
@@ -216,7 +217,7 @@ class Study:
         return collect_curves([self.out/'runs'/run_name(c) for c in self.grid], self.grid)
 
     def write(self, say=say) -> pd.DataFrame: # `results()`
-        "Write the tables (CSV), plots and page (report.html) of what is there, and the answer in words; what fails is said in a line"
+        "Write tables (CSV), plots, the answer in words and the page (report.html), and say in a line what fails"
         return _write(self.out, self.grid, say)
 
 def _write_table(t, file, say):
@@ -237,7 +238,8 @@ def _write(out, grid, say, page=attempt): # `page` is the context in which the p
     plots |= dict(differences=lambda: plot_differences(differences)) if len(differences) else {}
     for name, plot in plots.items(): save_plot(plot, out/f'{name}.png', say)
     pages = [f'runs/{f.name}' if (f/'report.html').exists() else None for f in folders]
-    with page('report.html', say): write_study_report(out, r.assign(folder=pages), tables['summary'], differences, answer, drawn_svgs(plots, plots, say))
+    svgs, r_pages = drawn_svgs(plots, plots, say), r.assign(folder=pages)
+    with page('report.html', say): write_study_report(out, r_pages, tables['summary'], differences, answer, svgs)
     return r
 
 def report_study(

@@ -14,7 +14,8 @@ import pandas as pd
 from fastai.callback.core import Callback
 from tqdm.auto import tqdm
 
-from .basics import FastcifarError, as_json, attempt, check_name, optional, read_json, say, seed_everything, user_path, write_atomic, write_json
+from .basics import FastcifarError, as_json, attempt, check_name, optional, read_json, say, seed_everything
+from .basics import user_path, write_atomic, write_json
 from .data import load_data
 from .interpret import save_plot
 from .loaders import CifarDataLoaders, checked_device # with this import an ImageData has its dataloaders

@@ -245,7 +245,8 @@ class _Histories(RunHistory):
 
     def write(self):
         for i, out in enumerate(self.outs):
-            with attempt(f'{out}/history.csv', self.say): write_atomic(out/'history.csv', lambda tmp: pd.DataFrame(self.rows(i)).to_csv(tmp, index=False))
+            f, t = out/'history.csv', pd.DataFrame(self.rows(i))
+            with attempt(str(f), self.say): write_atomic(f, lambda tmp: t.to_csv(tmp, index=False))
 
 def train_together(
     configs, # `Config`s that differ in their seeds alone
