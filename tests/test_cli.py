@@ -54,7 +54,6 @@ def commands():
 
 def helped(main, *args):
     "What --help prints, which ends the program"
-    said = []
     with pytest.raises(SystemExit) as e, contextlib.redirect_stdout(io.StringIO()) as s: main(*args, '--help')
     assert e.value.code in (0, None)
     return ' '.join(s.getvalue().split())
@@ -66,7 +65,8 @@ def test_help_of_every_command(main):
     for name in names:
         text = helped(main, name)
         assert f' {name} ' in top and text.startswith(f'usage: fastcifar {name} ')
-        for a in commands()[name]._actions: assert (a.option_strings or [a.metavar or a.dest])[0] in text and a.help, (name, a)
+        for a in commands()[name]._actions:
+            assert (a.option_strings or [a.metavar or a.dest])[0] in text and a.help, (name, a)
 
 def test_help_without_a_command(main):
     code, said, err = main()
@@ -100,17 +100,20 @@ def test_finished_run_is_left_alone(run, main, tree):
     assert main('train', '--resume', out)[0] == 0
     assert snapshot(out) == before
 
-RESUMABLE = {'help', 'json', 'data', 'device', 'workers', 'threads', 'compile', 'no_pictures', 'log', 'checkpoint_every', 'deterministic', 'resume'} # where and how, not what
+RESUMABLE = {'help', 'json', 'data', 'device', 'workers', 'threads', 'compile', 'no_pictures', 'log', 'checkpoint_every',
+             'deterministic', 'resume'} # where and how, not what
 
 def test_resume_refuses_every_setting(run, main):
     "Even one that is as the run has it, or as it would be without the option"
     out, _ = run
-    usual = dict(seed='0', recipe='one_cycle', precision='auto', path='auto', epochs='3', bs='20', set='anneal=cos', model_args='n_in=3', out=str(out))
+    usual = dict(seed='0', recipe='one_cycle', precision='auto', path='auto', epochs='3', bs='20', out=str(out),
+                 set='anneal=cos', model_args='n_in=3')
     for a in commands()['train']._actions:
         if a.dest in RESUMABLE: continue
         value = () if a.nargs == 0 else (usual.get(a.dest, '1'),)
-        code, said, err = main('train', '--resume', out, a.option_strings[0], *value)
-        assert code == 2 and err == f'fastcifar: --resume goes on with the settings of the run: leave out {a.option_strings[0]}\n', a
+        option = a.option_strings[0]
+        code, said, err = main('train', '--resume', out, option, *value)
+        assert code == 2 and err == f'fastcifar: --resume goes on with the settings of the run: leave out {option}\n'
 
 def test_hint_on_how_to_go_on_holds_what_was_given(main, tree, tmp_path, monkeypatch):
     from fastcifar.loop import CrossEntropy
@@ -121,10 +124,11 @@ def test_hint_on_how_to_go_on_holds_what_was_given(main, tree, tmp_path, monkeyp
         if n == 4: os.kill(os.getpid(), signal.SIGINT)
         return call(self, inp, targ)
     monkeypatch.setattr(CrossEntropy, '__call__', stop)
-    code, said, err = main('train', '--data', tree, *QUICK, '--model', 'normnet31k', '--path', 'item', '--workers', 1, '--device', 'cpu', '--threads', 1, '--checkpoint-every', 1, '--no-pictures', '--out', 'my run')
+    kept = ['--data', str(tree), '--workers', '1', '--threads', '1', '--device', 'cpu', '--checkpoint-every', '1', '--no-pictures']
+    code, said, err = main('train', *kept, *QUICK, '--model', 'normnet31k', '--path', 'item', '--out', 'my run')
     assert code == 130 and err.count('\n') == 1, err
     hint = shlex.split(err.partition('go on with: ')[2])
-    assert hint == ['fastcifar', 'train', '--resume', 'my run', '--data', str(tree), '--workers', '1', '--threads', '1', '--device', 'cpu', '--checkpoint-every', '1', '--no-pictures']
+    assert hint == ['fastcifar', 'train', '--resume', 'my run', *kept]
     code, said, err = main(*hint[1:])
     assert code == 0 and 'continuing after' in said, err
 
