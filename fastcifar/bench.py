@@ -446,7 +446,7 @@ def _in_processes(name, steps, processes, threads):
     "Seconds of an epoch, with the processes and threads of each that are given"
     with tempfile.TemporaryDirectory() as d:
         script = Path(d)/'train.py'
-        script.write_text(_PROCESSES)
+        script.write_text(_PROCESSES, encoding='utf-8')
         launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)] if processes > 1 else []
         done = subprocess.run([sys.executable, *launcher, str(script), name, str(steps), str(threads)], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': str(threads)})
     told = [l.split()[1] for l in done.stdout.splitlines() if l.startswith('seconds ')]

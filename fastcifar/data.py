@@ -17,7 +17,7 @@ from filelock import FileLock
 from PIL import Image
 
 from .archive import Arrays, SIDE, check_arrays, clean_names, file_sha256, read_images
-from .basics import FastcifarError, check_name, read_json, write_json
+from .basics import FastcifarError, check_name, read_json, user_path, write_json
 from .fetch import ARCHIVES, fetch_archive
 
 # %% ../nbs/03_data.ipynb #213a2b8c
@@ -280,8 +280,9 @@ _FORMAT = 3 # Of the cache folder; a change makes old folders invisible
 
 def cache_root() -> Path:
     "Where decoded data is kept: `$FASTCIFAR_CACHE`, else `fastcifar` below the user's cache folder"
-    if os.environ.get('FASTCIFAR_CACHE'): return Path(os.environ['FASTCIFAR_CACHE']).expanduser()
-    return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()/'fastcifar'
+    what = 'the folder for decoded data ($FASTCIFAR_CACHE)'
+    if os.environ.get('FASTCIFAR_CACHE'): return user_path(os.environ['FASTCIFAR_CACHE'], what)
+    return user_path(Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache')/'fastcifar', what)
 
 def count_copies(
     a:Arrays, # A decoded set
@@ -366,6 +367,7 @@ def _folder_key(path):
     h = hashlib.sha256(str(path.resolve()).encode(errors='surrogateescape'))
     for root, dirs, files in os.walk(path):
         dirs.sort()
+        h.update(f'{root}|{dirs}\n'.encode(errors='surrogateescape')) # empty ones too
         for f in sorted(files):
             try: st = os.stat(os.path.join(root, f))
             except OSError: continue # a dangling link; reading the folder will name it

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .archive import IMAGE_SUFFIXES, decode_image
-from .basics import FastcifarError, optional
+from .basics import FastcifarError, optional, say
 from .explain import grad_cam, overlay
 from .interpret import CifarInterpretation
 from .models.zoo import load_model
@@ -94,7 +94,7 @@ def serve_demo(
     port:int=7860, # Port to listen at
     device=None, # Where to predict the test split; fastai's default device if None
     block:bool=True, # Wait until it is stopped?
-    say=print, # Called with a line for each thing to know
+    say=say, # Called with a line for each thing to know
 ): # (the app, its address)
     "Serve the page of a trained net"
     interp, note = None, 'only a run folder knows its test images'

@@ -15,7 +15,7 @@ import torch
 from scipy.stats import binomtest
 
 from .archive import SIDE, file_sha256
-from .basics import FastcifarError, optional, read_json, write_atomic, write_json, write_text
+from .basics import FastcifarError, command_line, optional, read_json, user_path, write_atomic, write_json, write_text
 from .models.zoo import load_model, save_model
 from .predict import checked_onnx, open_predictor, pixel_net
 from .runs import run_config, run_data
@@ -171,13 +171,16 @@ def export_run(
     data=None, # Where the data of the run lies, if it has moved
 ) -> dict: # What was written to config.json
     "Write a finished run as a folder to share; the folder is there when it is complete, or not at all"
-    run, c = Path(run), run_config(run)
-    out = Path(out) if out else run.resolve().with_name(f'{run.resolve().name}-export')
-    if not (run/'metrics.json').is_file(): raise FastcifarError(f'{run} is not finished: continue it with fastcifar train --resume {run}')
+    run = user_path(run)
+    run_config(run) # refuses what is no run folder
+    out = user_path(out) if out else run.resolve().with_name(f'{run.resolve().name}-export')
+    if not (run/'metrics.json').is_file():
+        raise FastcifarError(f'{run} is not finished: continue it with {command_line("train", resume=run)}')
     if out.exists(): raise FastcifarError(f'{out} exists already and is left as it is: remove it, or choose another --out')
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        tmp = Path(tempfile.mkdtemp(dir=out.parent, prefix=f'.{out.name}.', suffix='.tmp'))
+        short = out.name[:60] # it has to stay a name
+        tmp = Path(tempfile.mkdtemp(dir=out.parent, prefix=f'.{short}.', suffix='.tmp'))
     except OSError as e: raise FastcifarError(f'cannot write {out}: {e.strerror or e}; choose a folder you can write to, with free space') from e
     try:
         config = _fill(tmp, run, onnx, pt2, data)

@@ -9,7 +9,6 @@ __all__ = ['why_not_recorded', 'StepGraph']
 import warnings
 
 import torch
-from fastai.callback.core import event
 from fastai.losses import CrossEntropyLossFlat
 from torch import nn
 

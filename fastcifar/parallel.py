@@ -17,16 +17,19 @@ from fastai.torch_core import default_device
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .basics import FastcifarError, check_name
+from .basics import FastcifarError, check_name, env_number
 
 # %% ../nbs/19_parallel.ipynb #be358962
 def world_size() -> int:
     "How many processes train together"
-    return int(os.environ.get('WORLD_SIZE') or 1)
+    return env_number('WORLD_SIZE', 1, 1)
 
 def rank() -> int:
     "The number of this process, from 0"
-    return int(os.environ.get('RANK') or 0) if world_size() > 1 else 0
+    if world_size() == 1: return 0
+    number, n = env_number('RANK', 0), world_size()
+    if number < n: return number
+    raise FastcifarError(f'RANK is {number} in the environment and WORLD_SIZE {n}: ranks go from 0 to {n - 1}')
 
 def check_launcher():
     "Refuse to train in one process where several were asked for"
@@ -54,7 +57,7 @@ def rank_device(
 ): # With the GPU of this process; what was asked for if that is one already, or no GPU
     "The device of this process among those of its machine"
     if world_size() == 1 or str(default_device().type if device is None else device) != 'cuda': return device
-    local = int(os.environ.get('LOCAL_RANK') or 0)
+    local = env_number('LOCAL_RANK', 0)
     if local >= torch.cuda.device_count(): raise FastcifarError(f'process {local} has no GPU of its own, there are {torch.cuda.device_count()}: start as many processes as there are GPUs')
     torch.cuda.set_device(local)
     return torch.device('cuda', local)

@@ -13,7 +13,6 @@ import contextlib, dataclasses, os, platform, re, shlex, subprocess, sys
 from importlib.metadata import version
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from fastai.callback.core import Callback
@@ -22,15 +21,16 @@ from filelock import FileLock, Timeout
 
 import fastcifar
 from .averages import Views
-from .basics import FastcifarError, as_json, check_name, optional, read_json, remove_unfinished, seed_everything, write_atomic, write_json, write_text
-from .data import NAMED, legible, load_data, place_of
+from .basics import FastcifarError, as_json, attempt, check_name, command_line, optional, read_json, read_text
+from .basics import remove_unfinished, say, seed_everything, user_path, write_atomic, write_json, write_text
+from .data import NAMED, load_data, place_of
 from .fetch import ARCHIVES
-from .interpret import CifarInterpretation, plot_curves, plot_schedule
+from .interpret import CifarInterpretation, plot_curves, plot_schedule, save_plot
 from .layers import NORMS
 from .loaders import CifarDataLoaders, checked_device # with this import an ImageData has its dataloaders
 from .models.zoo import count_parameters, create_model, list_models, save_model
 from .parallel import check_launcher, first_process_first, process_group, rank, rank_device, world_size
-from .report import figure_svg, panel_svgs, write_run_report
+from .report import drawn_svgs, write_run_report
 from .recipes import Recipe, create_recipe, fit_recipe, list_recipes, recipe_learner, recipe_rates
 from .schedule import LRRange, plot_range
 from .state import Checkpoints, StopRequest, Stopped
@@ -90,8 +90,10 @@ def build_model(
 # %% ../nbs/28_runs.ipynb #f9914ec2
 def _cpu_name():
     "The processor, and whether it has matrix units, which decide how quick bfloat16 is"
-    try: about = dict(map(str.strip, l.split(':', 1)) for l in Path('/proc/cpuinfo').read_text().split('\n\n')[0].splitlines() if ':' in l)
-    except OSError: about = {}
+    try:
+        lines = read_text('/proc/cpuinfo').split('\n\n')[0].splitlines()
+        about = dict(map(str.strip, l.split(':', 1)) for l in lines if ':' in l)
+    except FastcifarError: about = {} # another system
     return (about.get('model name') or platform.processor() or platform.machine()) + (' with AMX' if 'amx_bf16' in about.get('flags', '').split() else '')
 
 def _commit():
@@ -124,11 +126,12 @@ class RunHistory(Callback):
         checkpoints:Checkpoints, # Keeps the rows
         out:Path, # Run folder
         split:str='test', # What the second split is: `'test'` or `'valid'`
-        say=print, # Called with each line
+        say=say, # Called with each line
     ): self.checkpoints, self.out, self.split, self.say, self._header = checkpoints, out, split, say, False
 
     def write(self):
-        write_atomic(self.out/'history.csv', lambda tmp: pd.DataFrame(self.checkpoints.history).to_csv(tmp, index=False))
+        t = pd.DataFrame(self.checkpoints.history) # which keep it too; a spreadsheet may hold the table locked
+        with attempt('history.csv', self.say): write_atomic(self.out/'history.csv', lambda tmp: t.to_csv(tmp, index=False))
 
     def after_epoch(self):
         self.write()
@@ -145,7 +148,7 @@ def default_out(c:Config) -> Path:
 
 def _called(data):
     "A data set as part of a file name: two that share a name are apart"
-    name = re.sub(r'[^\w.-]+', '_', Path(data.name).name) or 'data'
+    name = re.sub(r'[^\w.-]+', '_', Path(data.name).name)[:60] or 'data' # which leaves room for the rest
     return name if data.name in NAMED else f'{name}-{data.source[:8]}'
 
 def complete_config(
@@ -261,40 +264,32 @@ def _fit(learn, c, out, every, say):
     if (done or batch) and not c.lr_max and not (out/'lr_range.json').exists(): raise FastcifarError(f'{out}/lr_range.json is missing, so the training cannot go on at its learning rates: put it back, or choose another --out')
     with first_process_first(): lrs = _find_lrs(learn, c, out, say) # the first finds them and writes them down
     if (done or batch) and done < c.epochs: say(f'continuing after {f"batch {batch} of epoch {done + 1}" if batch else f"epoch {done}"} of {c.epochs}')
-    try:
-        with request:
-            if done < c.epochs:
-                with learn.distrib_ctx(sync_bn=False): fit_recipe(learn, c, lrs[:2], done, cbs=[checkpoints] if rank() else [checkpoints, history])
-            else: checkpoints.conclude(learn)
-        if request.number: raise Stopped(f'stopped after epoch {c.epochs}, with a checkpoint', request.number)
-    except Stopped as e: raise Stopped(f'{e}; go on with: fastcifar train --resume {shlex.quote(str(out))}', e.exit_code - 128) from None
+    with request:
+        if done < c.epochs:
+            with learn.distrib_ctx(sync_bn=False): fit_recipe(learn, c, lrs[:2], done, cbs=[checkpoints] if rank() else [checkpoints, history])
+        else: checkpoints.conclude(learn)
+    if request.number: raise Stopped(f'stopped after epoch {c.epochs}, with a checkpoint', request.number)
     return lrs, checkpoints.history
 
 # %% ../nbs/28_runs.ipynb #d249c023
-def _save_fig(fig, path):
-    trim = None if fig.get_layout_engine() else 'tight' # which draws everything a second time
-    write_atomic(path, lambda tmp: legible(fig).savefig(tmp, dpi=110, bbox_inches=trim))
-    plt.close(fig)
-
 def draw_interpretation(
     interp:CifarInterpretation, # Predictions of a split
     out, # Folder, made if need be
     layer:str=None, # The layer that Grad-CAM looks at; the deepest map if None
+    say=say, # Called with a line for each picture or table that fails; the others are made all the same
 ):
     "Draw what a net gets right and wrong, and write the tables behind it: all that needs no history of the training"
-    out = Path(out)
+    out = user_path(out)
+    if layer: interp.grad_cam([0], layer) # a wrong name is an error before anything is written
     try: out.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise FastcifarError(f'cannot write {out}: {e.strerror}; choose a folder you can write to') from e
     plots = dict(misclassified=interp.plot_wrong, predictions=interp.plot_predictions, class_accuracy=interp.plot_class_accuracy, calibration=interp.plot_calibration,
-                 grad_cam=lambda: interp.plot_grad_cam(layer=layer), label_errors=interp.plot_label_errors)
-    for name, plot in plots.items(): _save_fig(plot(), out/f'{name}.png')
-    fastai_plots = dict(confusion_matrix=lambda: interp.plot_confusion_matrix(figsize=(6, 6)),
-                        top_losses=lambda: interp.plot_top_losses(min(16, len(interp.targs)), figsize=(9, 9)))
-    for name, plot in fastai_plots.items():
-        plot() # draws on the current figure
-        _save_fig(plt.gcf(), out/f'{name}.png')
+                 grad_cam=lambda: interp.plot_grad_cam(layer=layer), label_errors=interp.plot_label_errors,
+                 confusion_matrix=interp.plot_confusion_matrix,
+                 top_losses=lambda: interp.plot_top_losses(min(16, len(interp.targs)), figsize=(9, 9)))
     for name, table in (('wrong_predictions', interp.wrong()), ('class_accuracy', interp.class_accuracy().reset_index())):
-        write_atomic(out/f'{name}.csv', lambda tmp: table.to_csv(tmp, index=False))
+        with attempt(f'{name}.csv', say): write_atomic(out/f'{name}.csv', lambda tmp: table.to_csv(tmp, index=False))
+    for name, plot in plots.items(): save_plot(plot, out/f'{name}.png', say)
 
 def _training_plots(lrs, c, history):
     plots = dict(curves=lambda: plot_curves(pd.DataFrame(history), 'validation' if c.valid else 'test'), schedule=lambda: plot_schedule(recipe_rates(c, lrs[:2]), c.epochs))
@@ -306,38 +301,41 @@ def draw_run(
     lrs, # `LRRange`, or (LRMIN, LRMAX)
     c:Config, # Its configuration
     history:list, # A row an epoch
+    say=say, # Called with a line for each that fails
 ):
     "Draw the pictures of a run folder"
     out, dls = Path(out), interp.learn.dls
-    for name, plot in dict(_training_plots(lrs, c, history), samples=dls.data.show_samples).items(): _save_fig(plot(), out/f'{name}.png')
-    draw_interpretation(interp, out)
-    dls.show_batch(max_n=16, figsize=(8, 8))
-    _save_fig(plt.gcf(), out/'augmented.png')
+    plots = dict(_training_plots(lrs, c, history), samples=dls.data.show_samples,
+                 augmented=lambda: dls.show_batch(max_n=16, figsize=(8, 8)))
+    for name, plot in plots.items(): save_plot(plot, out/f'{name}.png', say)
+    draw_interpretation(interp, out, say=say)
 
-def _report(interp, out, lrs, c, history, metrics):
+def _report(interp, out, lrs, c, history, metrics, say):
     "The page of a run, from what is known when it ends"
     plots = dict(_training_plots(lrs, c, history), class_accuracy=interp.plot_class_accuracy, calibration=interp.plot_calibration)
     model = build_model(c, len(interp.vocab))
     model.load_state_dict({k: v.detach().cpu() for k, v in interp.learn.model.state_dict().items()})
     return write_run_report(out, interp, model, read_json(out/'config.json'), metrics, pd.DataFrame(history), read_json(out/'environment.json'),
-                            {name: (panel_svgs(plot(), name) if name in ('curves', 'schedule') else [figure_svg(plot(), name)]) for name, plot in plots.items()})
+                            drawn_svgs(plots, ('curves', 'schedule'), say), say)
 
 def _views(c): return [Views(c.views)] if c.views != 'none' else []
 
-def finish_run(learn, c:Config, out:Path, lrs, history:list, say=print, pictures:bool=True) -> dict:
-    "Evaluate the last epoch, draw, save weights, and write `metrics.json` last of all"
+def finish_run(learn, c:Config, out:Path, lrs, history:list, say=say, pictures:bool=True) -> dict:
+    "Evaluate the last epoch, write weights, then `metrics.json`, with which the run is finished, and then draw"
     say('evaluating')
     with learn.added_cbs(_views(c)): test = CifarInterpretation.from_learner(learn, len(learn.dls.loaders) - 1)
     train, data = CifarInterpretation.from_learner(learn, 0), learn.dls.data
     save_model(learn.model, out/'model.safetensors', classes=list(data.classes), mean=learn.dls.stats[0], std=learn.dls.stats[1], data=data.name, data_sha256=data.source, views=c.views)
-    if pictures: draw_run(test, out, lrs, c, history)
     m = dict(test_accuracy=test.accuracy, test_loss=test.loss, test_images=len(test.targs), wrong=len(test.wrong()), train_accuracy=train.accuracy, train_loss=train.loss,
              valid_accuracy=history[-1]['accuracy'] if c.valid else None, valid_images=c.valid, epochs=c.epochs, seed=c.seed, lr_min=lrs.lr_min, lr_max=lrs.lr_max,
              model=c.model, norm=c.norm, recipe=c.recipe, bs=c.bs, views=c.views, parameters=count_parameters(learn.model), data=data.name, data_sha256=data.source, precision=c.precision,
              seconds=round(sum(h['seconds'] for h in history), 1))
-    if pictures: _report(test, out, lrs, c, history, m)
     write_json(out/'metrics.json', m)
-    say(f'test accuracy {m["test_accuracy"]:.2%} ({m["test_images"] - m["wrong"]:,} of {m["test_images"]:,} images of {data.name}, last epoch, seed {c.seed}{", test-time views" if c.views != "none" else ""})\nrun folder: {out}' + (f'\nto read: {out}/report.html' if pictures else ''))
+    page = None
+    if pictures:
+        draw_run(test, out, lrs, c, history, say)
+        with attempt('report.html', say): page = _report(test, out, lrs, c, history, m, say)
+    say(f'test accuracy {m["test_accuracy"]:.2%} ({m["test_images"] - m["wrong"]:,} of {m["test_images"]:,} images of {data.name}, last epoch, seed {c.seed}{", test-time views" if c.views != "none" else ""})\nrun folder: {out}' + (f'\nto read: {page}' if page else ''))
     return m
 
 # %% ../nbs/28_runs.ipynb #f3ac882e
@@ -403,23 +401,31 @@ def train_run(
     pictures:bool=True, # Draw pictures and write report.html at the end? That takes some seconds
     wait:float=0, # Seconds to wait for the folder if another process trains in it
     log=(), # `'tensorboard'`, `'wandb'` (offline, unless $WANDB_MODE says otherwise), or both
-    say=print, # Called with each line of the report
+    say=say, # Called with each line of the report
 ) -> dict: # The metrics
     "Train, evaluate and draw everything into a run folder; called again, continue or say that it is finished"
     c = c.checked()
     for name in log: check_name(name, ('tensorboard', 'wandb'), 'logger')
     check_launcher()
-    out = Path(out) if out else default_out(c)
+    out = user_path(out) if out else default_out(c)
     bars = sys.stdout.isatty() if bars is None else bars
     if rank(): say, bars, log = (lambda *_: None), False, ()
-    if (out/'metrics.json').exists(): return _finished(c, out, say)
+    if (out/'metrics.json').exists():
+        m = _finished(c, out, say)
+        if pictures and not (out/'report.html').exists():
+            say(f'its page is missing, to write it: {command_line("report", out)}')
+        return m
+    again = command_line('train', resume=out, data=None if c.data == Config.data else c.data, workers=workers or None,
+                         threads=threads, device=device, compile=compile, checkpoint_every=checkpoint_every,
+                         deterministic=deterministic, no_pictures=not pictures, log=tuple(log))
     device = checked_device(rank_device(device)) # each process looks at its own GPU alone
     with cpu_threads(threads), process_group(device):
         with first_process_first(): data = load_data(c.data, c.convert) # the first prepares the cache
         seed_everything(c.seed)
         net = build_model(c, len(data.classes)) # before there is a folder: arguments of a net can be refused
         with contextlib.nullcontext() if rank() else run_folder(out, wait), explained(out), deterministic_only(device) if deterministic else contextlib.nullcontext():
-            return _train(c, net, data, out, workers, device, bars, compile, checkpoint_every, deterministic, log, say, pictures)
+            try: return _train(c, net, data, out, workers, device, bars, compile, checkpoint_every, deterministic, log, say, pictures)
+            except Stopped as e: raise Stopped(f'{e}; go on with: {again}', e.exit_code - 128) from None
 
 def _train(c, net, data, out, workers, device, bars, compile, checkpoint_every, deterministic, log, say, pictures):
     "What `train_run` does while the folder is its own"
@@ -437,15 +443,17 @@ def _train(c, net, data, out, workers, device, bars, compile, checkpoint_every, 
 # %% ../nbs/28_runs.ipynb #89f89ab2
 def run_config(out) -> Config:
     "The configuration of a run folder"
-    if not (Path(out)/'config.json').is_file(): raise FastcifarError(f'{out} is not a run folder: it holds no config.json')
-    saved = read_json(Path(out)/'config.json')
+    out = user_path(out)
+    if not (out/'config.json').is_file(): raise FastcifarError(f'{out} is not a run folder: it holds no config.json')
+    saved = read_json(out/'config.json')
     if not isinstance(saved, dict) or not {'data', 'model', 'epochs', 'seed'} <= set(saved): raise FastcifarError(f'{out}/config.json is not the configuration of a run')
     saved = complete_config(saved)
     return Config(**{f.name: saved[f.name] for f in dataclasses.fields(Config)}).checked()
 
 def data_place(out) -> str:
     "Where the data of a run lay when it was trained; kept apart from what is worth sharing"
-    return (Path(out)/'.data').read_text().strip() if (Path(out)/'.data').is_file() else run_config(out).data
+    f = user_path(out)/'.data'
+    return read_text(f).strip() if f.is_file() else run_config(out).data
 
 def run_data(
     out, # A run folder
@@ -459,7 +467,7 @@ def run_data(
 
 def threads_of(out) -> int:
     "CPU threads a run was begun with, as far as this machine has them: with other ones its last digits would differ"
-    f = Path(out)/'environment.json'
+    f = user_path(out)/'environment.json'
     began = read_json(f) if f.is_file() else {}
     n = began.get('threads') if isinstance(began, dict) else None
     return min(n, os.cpu_count()) if isinstance(n, int) and n > 0 else None
@@ -470,7 +478,7 @@ def load_run(
     device=None, # fastai's default device if None
 ): # A `CifarLearner`
     "The learner of a finished run; its last loader is the test split"
-    out, c = Path(out), run_config(out)
+    out, c = user_path(out), run_config(out)
     if not (out/'model.safetensors').is_file(): raise FastcifarError(f'{out} is not finished: continue it with the command that began it')
     tensors, note = load_tensors(out/'model.safetensors')
     data = run_data(out, data, lambda d: c.valid is not None or note.get('classes', d.classes) != d.classes)
@@ -495,14 +503,15 @@ def report_run(
     data=None, # Where its data lies, if it has moved
     device=None, # fastai's default device if None
     bars:bool=None, # Progress bars? None: if this is a terminal
+    say=say, # Called with a line for each picture that cannot be drawn
 ) -> Path: # out/report.html
     "Write the page of a finished run again, from its folder and one pass over the test split"
-    out, c = Path(out), run_config(out)
+    out, c = user_path(out), run_config(out)
     if not (out/'metrics.json').is_file(): raise FastcifarError(f'{out} is not finished: continue it with the command that began it')
     m = read_json(out/'metrics.json')
     try:
         lrs = LRRange(**read_json(out/'lr_range.json')) if (out/'lr_range.json').exists() else LRRange(m['lr_min'], m['lr_max'])
         history = pd.read_csv(out/'history.csv')
         if not {'epoch', 'train_loss', 'train_accuracy', 'valid_loss', 'accuracy'} <= set(history): raise KeyError('history.csv')
-        return _report(evaluate_run(out, data, device, bars), out, lrs, c, history.to_dict('records'), m)
+        return _report(evaluate_run(out, data, device, bars), out, lrs, c, history.to_dict('records'), m, say)
     except (KeyError, TypeError, ValueError, OSError) as e: raise FastcifarError(f'the tables of {out} are damaged ({type(e).__name__}: {e}): nothing was written') from e

@@ -19,7 +19,7 @@ from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.learner import CastToTensor
 from fastai.optimizer import Lookahead, Optimizer
 
-from .basics import FastcifarError, remove_unfinished, rng_state, set_rng_state
+from .basics import FastcifarError, remove_unfinished, rng_state, say, set_rng_state
 from .loop import LeanLearner
 from .parallel import everyones, rank, total, wait_for_all, world_size
 from .train import FreezeParts, StopOnNaN
@@ -135,7 +135,7 @@ class Stopped(FastcifarError):
 
 class StopRequest:
     "Context in which SIGINT and SIGTERM are noted in `number`; in other threads than the main one nothing changes"
-    def __init__(self, say=print): self.number, self.say, self._old, self._pid = None, say, {}, os.getpid()
+    def __init__(self, say=say): self.number, self.say, self._old, self._pid = None, say, {}, os.getpid()
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
             self._old = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -172,7 +172,7 @@ class Checkpoints(Callback):
         every:int=None, # Write one after so many batches, too
         keep:int=2, # How many of the newest to keep
         request:StopRequest=None, # Looked at after each batch
-        say=print, # Called with a line when something is worth telling
+        say=say, # Called with a line when something is worth telling
     ):
         if every is not None and every < 1: raise FastcifarError(f'a checkpoint every {every} batches: give at least 1')
         self.folder, self.every, self.keep, self.request, self.say = Path(folder), every, keep, request, say

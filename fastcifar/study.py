@@ -18,13 +18,15 @@ from joblib.externals.loky import ProcessPoolExecutor
 from tqdm.auto import tqdm
 
 from .cluster import RayTasks, everywhere
-from .basics import FastcifarError, as_json, check_name, read_json, write_atomic, write_json, write_text
+from .basics import FastcifarError, as_json, attempt, check_name, in_a_line, read_json, read_text, say
+from .basics import user_path, write_atomic, write_json, write_text
 from .data import load_data
+from .interpret import save_plot
 from .layers import NORMS
 from .loaders import checked_device
 from .models.zoo import list_models
 from .recipes import list_recipes
-from .report import panel_svgs, write_study_report
+from .report import drawn_svgs, write_study_report
 from .runs import Config, build_model, check_same, configure, run_config, settings_on, train_run
 from .state import Stopped
 from .statistics import CELL, paired_differences, plot_differences, plot_study_curves, study_answer, study_summary
@@ -85,15 +87,13 @@ def _one_run(c, out, threads, device, wait, pictures):
     with _log(out) as say:
         try: train_run(c, out, threads=threads, device=device, bars=False, wait=wait, pictures=pictures, say=say)
         except Stopped: raise
-        except Exception as e:
-            reason = str(getattr(e, 'msg', e)).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-            return reason if isinstance(e, FastcifarError) else f'{type(e).__name__}: {reason}'
+        except Exception as e: return in_a_line(e)
 
 @contextlib.contextmanager
 def _log(out):
     "A function that adds a line to the log of a run"
     out.mkdir(parents=True, exist_ok=True)
-    with open(out/'log.txt', 'a', encoding='utf-8') as f: yield lambda s: print(s, file=f, flush=True)
+    with open(out/'log.txt', 'a', encoding='utf-8', errors='replace') as f: yield lambda s: print(s, file=f, flush=True)
 
 def _one_pass(cs, folder, threads, device, parent=None, wait=0, pictures=True):
     "Train configurations that differ in their seeds alone, together if there are several; returns None for each, or why it failed"
@@ -139,7 +139,7 @@ class Study:
         batch_sizes=(None,), # One or several; None: that of the recipe
         **settings, # Any other fields of `Config` and `Recipe`, the same for all
     ):
-        self.out, self.data = Path(out), str(data)
+        self.out, self.data = user_path(out), str(data)
         self.grid = study_grid(models, norms, recipes, seeds, batch_sizes, data=self.data, **settings)
 
     def _settle(self):
@@ -167,7 +167,7 @@ class Study:
         tasks:RayTasks=None, # A Ray cluster to run on, instead of this machine; it needs a shared file system
         together:int=1, # Seeds that are trained in one pass, where nets are too small for a GPU
         bars:bool=None, # A progress bar? None: if this is a terminal
-        say=print, # Called with a line for each run
+        say=say, # Called with a line for each run
     ) -> pd.DataFrame: # `results()`
         "Run what is not finished yet, and write tables and plots"
         for n, v in (('jobs', jobs), ('threads', threads), ('together', together)):
@@ -196,17 +196,17 @@ class Study:
                         bar.n += 1
                         (tqdm.write if bars else say)(f'{bar.n}/{bar.total} {name}: {said}')
                     bar.refresh()
-                    self.results().to_csv(self.out/'results.csv', index=False)
+                    _write_table(self.results(), self.out/'results.csv', say)
         except Stopped as e: raise Stopped('stopped; the same command continues the study from the last checkpoints', e.exit_code - 128) from None
         with contextlib.suppress(OSError): (self.out/'together').rmdir() # if nothing is left in it
-        return self.write()
+        return self.write(say)
 
     def _on_ray(self, tasks, todo, threads, device, pictures):
         "(position, what `_one_pass` gives) of each pass, in the order in which they are ready"
         folder = self.out.resolve()/'runs'
         calls = [([dataclasses.replace(c, data=everywhere(c.data)) for c in cs], folder, threads, device, None, LOST_WAIT, pictures) for cs in todo]
         for i, back in tasks(_one_pass, calls):
-            yield i, [f'{type(back).__name__}: {str(back).strip().splitlines()[0][:200]}'] * len(todo[i]) if isinstance(back, Exception) else back # it died each time
+            yield i, [in_a_line(back)] * len(todo[i]) if isinstance(back, Exception) else back # it died each time
 
     def results(self) -> pd.DataFrame:
         "A row for each run: what it is, whether it is finished, failed (and why) or missing, and its numbers"
@@ -216,38 +216,43 @@ class Study:
         "A row for each epoch of each run"
         return collect_curves([self.out/'runs'/run_name(c) for c in self.grid], self.grid)
 
-    def write(self) -> pd.DataFrame: # `results()`
-        "Write the tables (CSV), plots and page (report.html) of what is there, and the answer in words"
-        return _write(self.out, self.grid)
+    def write(self, say=say) -> pd.DataFrame: # `results()`
+        "Write tables (CSV), plots, the answer in words and the page (report.html), and say in a line what fails"
+        return _write(self.out, self.grid, say)
 
-def _write(out, grid):
+def _write_table(t, file, say):
+    "Write a table that nothing depends on; a spreadsheet may hold it locked"
+    with attempt(file.name, say): write_atomic(file, lambda tmp: t.to_csv(tmp, index=False))
+
+def _write(out, grid, say, page=attempt): # `page` is the context in which the page is written
     folders = [out/'runs'/run_name(c) for c in grid]
     r, curves = collect_runs(folders, grid), collect_curves(folders, grid)
     differences = paired_differences(r)
     tables = dict(results=r, curves=curves, summary=study_summary(r).reset_index(), differences=differences)
-    for name, t in tables.items(): write_atomic(out/f'{name}.csv', lambda tmp: t.to_csv(tmp, index=False))
-    answer, svgs = study_answer(r), {}
-    write_text(out/'answer.txt', '\n'.join(answer) + '\n')
+    for name, t in tables.items(): _write_table(t, out/f'{name}.csv', say)
+    answer = study_answer(r)
+    with attempt('answer.txt', say): write_text(out/'answer.txt', '\n'.join(answer) + '\n')
     done = [(f, c) for f, c in zip(folders, grid) if (f/'metrics.json').exists()] # a curve that ends early would move the means
     whole, split = collect_curves(*zip(*done)) if done else (), 'validation' if grid[0].valid else 'test'
-    for name, t, plot in (('curves', whole, lambda t: plot_study_curves(t, split)), ('differences', differences, plot_differences)):
-        if not len(t): continue
-        fig = plot(t)
-        write_atomic(out/f'{name}.png', lambda tmp: fig.savefig(tmp, dpi=110, bbox_inches='tight'))
-        svgs[name] = panel_svgs(fig, name)
-    write_study_report(out, r.assign(folder=[f'runs/{f.name}' if (f/'report.html').exists() else None for f in folders]), tables['summary'], tables['differences'], answer, svgs)
+    plots = dict(curves=lambda: plot_study_curves(whole, split)) if len(whole) else {}
+    plots |= dict(differences=lambda: plot_differences(differences)) if len(differences) else {}
+    for name, plot in plots.items(): save_plot(plot, out/f'{name}.png', say)
+    pages = [f'runs/{f.name}' if (f/'report.html').exists() else None for f in folders]
+    svgs, r_pages = drawn_svgs(plots, plots, say), r.assign(folder=pages)
+    with page('report.html', say): write_study_report(out, r_pages, tables['summary'], differences, answer, svgs)
     return r
 
 def report_study(
     out, # A study folder
+    say=say, # Called with a line for what fails
 ) -> Path: # out/report.html
     "Write tables, plots and page of a study again, from its run folders"
-    out = Path(out)
+    out = user_path(out)
     f = out/'study.json'
     saved = read_json(f) if f.is_file() else None
     try: grid = [Config(**c).checked() for c in saved['runs'].values()]
     except (TypeError, KeyError, AttributeError): raise FastcifarError(f'{out} is not a study folder: it holds no study.json of this version') from None
-    _write(out, grid)
+    _write(out, grid, say, lambda *_: contextlib.nullcontext()) # without its page this has failed
     return out/'report.html'
 
 def _numbered(i, work, args): return i, work(*args)
@@ -285,6 +290,11 @@ def _epochs_to(history, accuracy):
     reached = history.epoch[history.accuracy >= accuracy]
     return int(reached.iloc[0]) if len(reached) else None
 
+def _history(folder):
+    "The epochs of a run; none where the table could not be written"
+    f = folder/'history.csv'
+    return pd.read_csv(f) if f.is_file() else pd.DataFrame(dict(epoch=[], accuracy=[]))
+
 def collect_runs(
     folders, # Run folders
     configs=None, # Their configurations, for those that have not begun; None: as in the folders
@@ -295,10 +305,10 @@ def collect_runs(
         c = configs[i] if configs else run_config(f)
         row = {**{k: getattr(c, k) for k in (*CELL, 'seed', 'epochs')}, 'status': 'missing', 'reason': ''}
         if (f/'metrics.json').exists():
-            m, h, settled = read_json(f/'metrics.json'), pd.read_csv(f/'history.csv'), run_config(f)
+            m, h, settled = read_json(f/'metrics.json'), _history(f), run_config(f)
             row |= dict(status='finished', **{k: m[k] for k in ('test_accuracy', 'test_loss', 'train_accuracy', 'test_images', 'parameters', 'precision', 'seconds', 'data')}, path=settled.path, views=settled.views,
                         epochs_to_60=_epochs_to(h, .6), epochs_to_70=_epochs_to(h, .7))
-        elif (f/'failure.txt').exists(): row |= dict(status='failed', reason=(f/'failure.txt').read_text())
+        elif (f/'failure.txt').exists(): row |= dict(status='failed', reason=read_text(f/'failure.txt'))
         elif (f/'checkpoints').exists(): row |= dict(status='interrupted')
         rows.append(row)
     return pd.DataFrame(rows, columns=None if rows else [*CELL, 'seed', 'epochs', 'status', 'reason'])
@@ -310,7 +320,7 @@ def collect_curves(
     "The histories of many runs, a row an epoch"
     parts = []
     for i, f in enumerate(map(Path, folders)):
-        if not (f/'history.csv').exists(): continue
-        c, h = configs[i] if configs else run_config(f), pd.read_csv(f/'history.csv')
+        c, h = configs[i] if configs else run_config(f), _history(f)
+        if not len(h): continue
         parts.append(pd.concat([pd.DataFrame([{k: getattr(c, k) for k in (*CELL, 'seed')}] * len(h)), h[['epoch', 'train_loss', 'train_accuracy', 'valid_loss', 'accuracy']]], axis=1))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()

@@ -14,8 +14,10 @@ import pandas as pd
 from fastai.callback.core import Callback
 from tqdm.auto import tqdm
 
-from .basics import FastcifarError, as_json, check_name, optional, read_json, seed_everything, write_atomic, write_json
+from .basics import FastcifarError, as_json, attempt, check_name, optional, read_json, say, seed_everything
+from .basics import user_path, write_atomic, write_json
 from .data import load_data
+from .interpret import save_plot
 from .loaders import CifarDataLoaders, checked_device # with this import an ImageData has its dataloaders
 from .recipes import fit_recipe, override_recipe, recipe_learner, write_recipe
 from .runs import build_model, configure, settings_on
@@ -71,7 +73,7 @@ class Sweep:
         for k in tune: check_name(k, TUNABLE, 'setting to tune')
         if not tune: raise FastcifarError(f'there is nothing to tune: name some of {", ".join(TUNABLE)}')
         if not valid or valid < 1: raise FastcifarError('a sweep needs held-out images: give --valid of at least 1')
-        self.out, self.tune = Path(out), tuple(tune)
+        self.out, self.tune = user_path(out), tuple(tune)
         self.base = configure(recipe, model, data=str(data), valid=valid, **settings)
         if self.base.lr_max is None: raise FastcifarError(f'the recipe {recipe} has no learning rate of its own: give --lr-max, or use fast or reference')
 
@@ -100,7 +102,7 @@ class Sweep:
         threads:int=None, # CPU threads; torch's own choice if None
         device=None, # fastai's default device if None
         bars:bool=None, # A progress bar? None: if this is a terminal
-        say=print, # Called with a line for each trial
+        say=say, # Called with a line for each trial
     ) -> dict: # What is in recipe.json
         "Try settings and write the best as a recipe file"
         optuna = optional('optuna', 'sweep', 'a sweep')
@@ -118,8 +120,8 @@ class Sweep:
                 c = override_recipe(self.base, **suggest_settings(trial, self.base, self.tune))
                 said = self._try(study, trial, c, data, device, request)
                 say(f'{i + 1}/{trials} ' + ', '.join(f'{k} {v:.3g}' if isinstance(v, float) else f'{k} {v}' for k, v in trial.params.items()) + f': {said}')
-                self.write(study, data)
-        return self.write(study, data)
+                self.write(study, data, say)
+        return self.write(study, data, say)
 
     def _try(self, study, trial, c, data, device, request):
         "Train once; what to say of it"
@@ -140,19 +142,17 @@ class Sweep:
         study.tell(trial, report.accuracy)
         return f'{report.accuracy:.2%}'
 
-    def write(self, study, data) -> dict: # What is in recipe.json
+    def write(self, study, data, say=say) -> dict: # What is in recipe.json
         "Write the trials, a picture of them, and the best recipe"
         t = pd.DataFrame([dict(trial=o.number, state=o.state.name.lower(), valid_accuracy=o.value, epochs=len(o.intermediate_values), **o.params) for o in study.trials])
-        write_atomic(self.out/'trials.csv', lambda tmp: t.to_csv(tmp, index=False))
+        with attempt('trials.csv', say): write_atomic(self.out/'trials.csv', lambda tmp: t.to_csv(tmp, index=False))
         done = t[t.state == 'complete']
         if not len(done): return {}
         best = study.best_trial
         found = dict(trials=len(t), complete=len(done), valid_accuracy=best.value, valid_images=self.base.valid, data=data.name, data_sha256=data.source, epochs=self.base.epochs, seed=self.base.seed)
         best = override_recipe(self.base, **suggest_settings(_again(best), self.base, self.tune))
         res = write_recipe(self.out/'recipe.json', best, best.recipe, best.model, norm=best.norm, groups=best.groups, found=found)
-        fig = plot_sweep(t)
-        write_atomic(self.out/'sweep.png', lambda tmp: fig.savefig(tmp, dpi=110, bbox_inches='tight'))
-        plt.close(fig)
+        save_plot(lambda: plot_sweep(t), self.out/'sweep.png', say)
         return res
 
 def _again(trial):

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.dropout import _DropoutNd
 
-from .basics import FastcifarError, seed_everything, write_atomic
+from .basics import FastcifarError, attempt, say, seed_everything, write_atomic
 from .data import load_data
 from .loaders import CifarDataLoaders, checked_device # with this import an ImageData has its dataloaders
 from .recipes import fit_recipe, recipe_learner
@@ -246,7 +246,9 @@ class _Histories(RunHistory):
         return [{**h, **each, 'seconds': round(h['seconds'] / len(self.outs), 2)} for h, each in zip(self.checkpoints.history, self.each.rows(i))]
 
     def write(self):
-        for i, out in enumerate(self.outs): write_atomic(out/'history.csv', lambda tmp: pd.DataFrame(self.rows(i)).to_csv(tmp, index=False))
+        for i, out in enumerate(self.outs):
+            f, t = out/'history.csv', pd.DataFrame(self.rows(i))
+            with attempt(str(f), self.say): write_atomic(f, lambda tmp: t.to_csv(tmp, index=False))
 
 def train_together(
     configs, # `Config`s that differ in their seeds alone
@@ -258,7 +260,7 @@ def train_together(
     checkpoint_every:int=None, # Write a checkpoint after so many batches, besides the one after each epoch
     pictures:bool=True, # Draw pictures and write report.html of each run at the end?
     wait:float=0, # Seconds to wait for a folder if another process trains in it
-    say=print, # Called with each line of the report
+    say=say, # Called with each line of the report
 ):
     "Train runs that differ in their seeds in one pass, and leave a run folder of each; called again, continue"
     configs, outs, work = [c.checked() for c in configs], [Path(o) for o in outs], Path(work)

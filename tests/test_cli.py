@@ -1,5 +1,5 @@
 "The whole program, as a person uses it."
-import json, os, shutil, signal, subprocess, sys, time
+import argparse, contextlib, io, json, os, shlex, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pandas as pd
@@ -48,11 +48,29 @@ def test_tables_and_progress_in_a_terminal(tree, tmp_path):
     code, shown = in_a_terminal('train', '--data', tree, '--model', 'normnet31k', '--epochs', 1, '--bs', 20, '--lr-max', '1e-3', '--no-pictures', cwd=tmp_path)
     assert code == 0 and '3/3' in shown and 'Traceback' not in shown
 
-def test_help_of_every_command(cli):
-    text = cli('--help').stdout
-    for c in ('train', 'find-lr', 'evaluate', 'predict', 'models'):
-        assert c in text
-        assert cli(c, '--help').returncode == 0
+def commands():
+    from fastcifar.cli import parser
+    return next(a.choices for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
+
+def helped(main, *args):
+    "What --help prints, which ends the program"
+    with pytest.raises(SystemExit) as e, contextlib.redirect_stdout(io.StringIO()) as s: main(*args, '--help')
+    assert e.value.code in (0, None)
+    return ' '.join(s.getvalue().split())
+
+def test_help_of_every_command(main):
+    names = 'train compare sweep find-lr evaluate report demo predict export models recipes summary bench'.split()
+    assert sorted(commands()) == sorted(names)
+    top = helped(main)
+    for name in names:
+        text = helped(main, name)
+        assert f' {name} ' in top and text.startswith(f'usage: fastcifar {name} ')
+        for a in commands()[name]._actions:
+            assert (a.option_strings or [a.metavar or a.dest])[0] in text and a.help, (name, a)
+
+def test_help_without_a_command(main):
+    code, said, err = main()
+    assert code == 0 and err == '' and ' '.join(said.split()) == helped(main)
 
 def test_run_folder(run):
     out, said = run
@@ -81,6 +99,38 @@ def test_finished_run_is_left_alone(run, main, tree):
     assert code == 2 and 'seed=0, not 1' in err and err.count('\n') == 1
     assert main('train', '--resume', out)[0] == 0
     assert snapshot(out) == before
+
+RESUMABLE = {'help', 'json', 'data', 'device', 'workers', 'threads', 'compile', 'no_pictures', 'log', 'checkpoint_every',
+             'deterministic', 'resume'} # where and how, not what
+
+def test_resume_refuses_every_setting(run, main):
+    "Even one that is as the run has it, or as it would be without the option"
+    out, _ = run
+    usual = dict(seed='0', recipe='one_cycle', precision='auto', path='auto', epochs='3', bs='20', out=str(out),
+                 set='anneal=cos', model_args='n_in=3')
+    for a in commands()['train']._actions:
+        if a.dest in RESUMABLE: continue
+        value = () if a.nargs == 0 else (usual.get(a.dest, '1'),)
+        option = a.option_strings[0]
+        code, said, err = main('train', '--resume', out, option, *value)
+        assert code == 2 and err == f'fastcifar: --resume goes on with the settings of the run: leave out {option}\n'
+
+def test_hint_on_how_to_go_on_holds_what_was_given(main, tree, tmp_path, monkeypatch):
+    from fastcifar.loop import CrossEntropy
+    call, n = CrossEntropy.__call__, 0
+    def stop(self, inp, targ):
+        nonlocal n
+        n += 1
+        if n == 4: os.kill(os.getpid(), signal.SIGINT)
+        return call(self, inp, targ)
+    monkeypatch.setattr(CrossEntropy, '__call__', stop)
+    kept = ['--data', str(tree), '--workers', '1', '--threads', '1', '--device', 'cpu', '--checkpoint-every', '1', '--no-pictures']
+    code, said, err = main('train', *kept, *QUICK, '--model', 'normnet31k', '--path', 'item', '--out', 'my run')
+    assert code == 130 and err.count('\n') == 1, err
+    hint = shlex.split(err.partition('go on with: ')[2])
+    assert hint == ['fastcifar', 'train', '--resume', 'my run', *kept]
+    code, said, err = main(*hint[1:])
+    assert code == 0 and 'continuing after' in said, err
 
 def test_evaluate_and_predict(run, main, tree):
     out, _ = run
@@ -148,6 +198,7 @@ def test_second_process_is_refused(tmp_path, main, tree):
 
 BAD = {
     'unknown model': (['train', '--data', '{tree}', '--model', 'custom_resnt'], "did you mean 'custom_resnet'"),
+    'model of another library': (['train', '--data', '{tree}', '--model', 'resnet18'], "there is no model named 'resnet18': known: "),
     'unknown policy': (['train', '--data', '{tree}', '--policy', 'crop_flop'], "did you mean 'crop_flip'"),
     'unknown norm': (['train', '--data', '{tree}', '--norm', 'batchnorm'], 'no norm named'),
     'unknown data': (['train', '--data', 'cifra10'], "did you mean 'cifar10'"),
