@@ -81,7 +81,6 @@ def model_card(
     low, high = binomtest(m['test_images'] - m['wrong'], m['test_images']).proportion_ci(method='wilson')
     classes = ', '.join(c['classes']) if len(c['classes']) <= 20 else f'{len(c["classes"])} classes, listed in config.json'
     hashed = f'SHA-256 `{m["data_sha256"]}`' if len(m['data_sha256']) == 64 else m['data_sha256']
-    views = '' if c['views'] == 'none' else f', averaged over test-time views ({c["views"]})'
     return f"""---
 library_name: fastcifar
 pipeline_tag: image-classification
@@ -99,7 +98,7 @@ An image classifier for 32x32 colour pictures with {m['parameters']:,} parameter
 |--|--|--|--|
 | {m['test_accuracy']:.2%} | {low:.2%} to {high:.2%} | {m['seed']} | 1 |
 
-Measured after the last epoch{views}. One run: another seed gives another accuracy, and the interval does not say how far away.
+Measured after the last epoch, test-time views: {c['views']}. One run: another seed gives another accuracy, and the interval does not say how far away.
 
 ## How it was trained
 

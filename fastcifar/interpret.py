@@ -13,10 +13,12 @@ import pandas as pd
 import torch
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner
+from fastai.vision.core import PILImage
 from fastcore.foundation import L
 from scipy import stats
 from torch.nn import functional as F
 
+from .averages import viewed
 from .explain import grad_cam, overlay
 
 # %% ../nbs/24_interpret.ipynb #62874b0d
@@ -52,28 +54,36 @@ def _smoothing(loss_func):
 
 class CifarInterpretation(ClassificationInterpretation):
     "fastai's `ClassificationInterpretation`, with predictions computed once, and more to see"
-    def __init__(self, learn:Learner, dl, losses, preds, targs):
+    def __init__(self, learn:Learner, dl, losses, preds, targs, views:str='none'):
         super().__init__(learn, dl, losses)
-        self.preds, self.targs, self.decoded = preds, targs, preds.argmax(-1)
+        self.preds, self.targs, self.decoded, self.views = preds, targs, preds.argmax(-1), views
 
     @classmethod
     def from_learner(cls,
         learn:Learner, # A trained learner
         ds_idx:int=1, # Which of its loaders: 0 train, 1 validation, 2 test if there is a validation split
         dl=None, # Another loader instead
+        views:str=None, # Test-time views, one of `fastcifar.averages.VIEWS`; None: those of the learner, if it has any
     ) -> 'CifarInterpretation':
         "Predict every image of a loader once, without augmentation"
         if dl is None: dl = learn.dls.evaluation(ds_idx) if hasattr(learn.dls, 'evaluation') else learn.dls[ds_idx].new(shuffle=False, drop_last=False)
         learn.model.to(getattr(dl, 'device', None) or 'cpu') # fastai moves it when a fit starts, not before
-        with learn.no_logging(): preds, targs, losses = learn.get_preds(dl=dl, with_loss=True)
+        with viewed(learn, views) as views, learn.no_logging(): preds, targs, losses = learn.get_preds(dl=dl, with_loss=True)
         if _smoothing(learn.loss_func): losses = F.nll_loss(preds.float().clamp_min(torch.finfo(torch.float32).tiny).log(), targs.long(), reduction='none')
-        return cls(learn, dl, losses, preds.float(), targs)
+        return cls(learn, dl, losses, preds.float(), targs, views)
 
     def __getitem__(self, idxs):
         idxs = torch.as_tensor(idxs).reshape(-1)
         items = getattr(self.dl.items, 'iloc', L(self.dl.items))[idxs.tolist()]
         inputs = self.learn.dls.test_dl(items, with_labels=True, bs=max(len(idxs), 1)).one_batch()[0]
         return inputs, self.preds[idxs], self.targs[idxs], self.decoded[idxs], self.losses[idxs]
+
+    def predict(self,
+        images, # uint8 arrays (height, width, 3)
+    ) -> torch.Tensor: # Probabilities (n, classes)
+        "What the net says of other images, with the test-time views of these predictions"
+        dl = self.learn.dls.test_dl([PILImage.create(im) for im in images])
+        with viewed(self.learn, self.views), self.learn.no_bar(), self.learn.no_logging(): return self.learn.get_preds(dl=dl)[0]
 
     def confusion_matrix(self) -> np.ndarray: # (classes, classes): rows are the truth
         "How often each class was taken for each"
