@@ -108,8 +108,9 @@ def _regrouped(seen, out):
             elif left % n: return Seen()
             axis.append((k, min(n, left)))
             left //= min(n, left)
+        if left > 1: return Seen()
         axes.append(tuple(axis))
-    return _kept(seen, axes, out.shape)
+    return Seen() if factors else _kept(seen, axes, out.shape)
 
 def _whole(seen, dims):
     "The fields after all places of some axes have met"
@@ -201,7 +202,7 @@ def _reduced(op, args, out, seen):
     axes = [() if d in dims else a for d, a in enumerate(seen.axes) if out.ndim == ndim or d not in dims]
     return _kept(seen, axes, out.shape, _whole(seen, dims))
 
-def _multiplied(op, args, seen_of):
+def _multiplied(op, args, out, seen_of):
     "After a matrix product with something that has not seen the image"
     i = _products[op]
     a, b = map(seen_of, args[i:i + 2])
@@ -209,7 +210,7 @@ def _multiplied(op, args, seen_of):
     seen, axis = (a, -1) if a else (b, -2)
     axes = list(seen.axes)
     axes[axis] = ()
-    return Seen(_whole(seen, [axis % len(axes)]), tuple(axes))
+    return _kept(seen, axes, out.shape, _whole(seen, [axis % len(axes)]))
 
 def _cut(op, args, out, seen):
     "After a slice, one place of an axis, or constant padding"
@@ -261,7 +262,7 @@ def _after(op, args, out, seen_of):
         low, high = ([f(getattr(s.fields[i], k) for s in ins) for i in (0, 1)] for f, k in ((min, 'low'), (max, 'high')))
         return _kept(Seen(tuple(Field(*f, ins[0].fields[i].jump) for i, f in enumerate(zip(low, high)))), ((),) * out.ndim, out.shape)
     if op in _by_value: return _met(ins, out)
-    if op in _products: return _multiplied(op, args, seen_of)
+    if op in _products: return _multiplied(op, args, out, seen_of)
     if op in ('cat', 'stack'): return _joined(op, args, ins, out)
     seen = seen_of(args[0]) if isinstance(args[0], torch.Tensor) else None
     if len(ins) > 1 or not seen: return Seen()
