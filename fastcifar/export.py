@@ -15,7 +15,7 @@ import torch
 from scipy.stats import binomtest
 
 from .archive import SIDE, file_sha256
-from .basics import FastcifarError, optional, read_json, write_atomic, write_json, write_text
+from .basics import FastcifarError, optional, read_json, spread_evenly, write_atomic, write_json, write_text
 from .data import load_data
 from .models.zoo import load_model, save_model
 from .predict import checked_onnx, open_predictor, pixel_net
@@ -131,11 +131,11 @@ On {onnx['images']:,} images it gave the predictions of the PyTorch module, and 
 
 # %% ../nbs/31_export.ipynb #63734178
 def _test_images(out, data, n=1000):
-    "Test images of a run, and training images if those are too few"
+    "Test images of a run, from all over the split, and training images if those are too few"
     d = load_data(data or data_place(out), run_config(out).convert)
     if d.source != read_json(Path(out)/'config.json').get('data_sha256'): raise FastcifarError(f'{d.name} is not the data set of {out} (its hash differs): give the right one with --data')
-    parts = [np.asarray(d.x['test'][:n]), np.asarray(d.x['train'][:max(n - len(d.x['test']), 0)])]
-    return np.concatenate(parts)
+    def spread(x, n): return np.asarray(x)[spread_evenly(len(x), n)]
+    return np.concatenate([spread(d.x['test'], n), spread(d.x['train'], max(n - len(d.x['test']), 0))])
 
 def _fill(folder, run, onnx, pt2, data):
     "Write all files of an exported run into an empty folder"

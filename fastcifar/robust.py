@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .basics import FastcifarError, check_name
+from .basics import FastcifarError, check_name, spread_evenly
 from .interpret import CifarInterpretation, share_interval
 
 # %% ../nbs/25_robust.ipynb #7f3b6517
@@ -55,10 +55,6 @@ def plot_corruptions(
     return fig
 
 # %% ../nbs/25_robust.ipynb #78919316
-def _spread(total, n):
-    "Evenly spread positions, `n` of them or all"
-    return np.unique(np.linspace(0, total - 1, min(n or total, total)).round().astype(int))
-
 def _row(interp, name, severity, right, n):
     "What is known of one corruption at one severity"
     low, high = share_interval(right, n)
@@ -74,7 +70,7 @@ def robustness(
     seed:int=0, # Of what is random in the corruptions
 ) -> pd.DataFrame: # corruption, severity, images, right, accuracy, low, high (95 % interval), views
     "Accuracy on corrupted images; severity 0 is the clean images, from the predictions that are there, and the others are predicted with the same views"
-    idxs = _spread(len(interp.targs), n)
+    idxs = spread_evenly(len(interp.targs), n)
     targs, images = interp.targs[idxs], interp.images(idxs)
     clean, rows = int((interp.decoded[idxs] == targs).sum()), []
     for name in names:
@@ -134,7 +130,7 @@ def published_robustness(
     classes = len(interp.vocab)
     counts = [np.bincount(np.asarray(y), minlength=classes).tolist() for y in (labels, interp.targs)]
     if counts[0] != counts[1]: raise FastcifarError(f'{folder} has other numbers of images of each class than the test split: it does not belong to these data')
-    idxs, right = _spread(len(labels), n), int((interp.decoded == interp.targs).sum())
+    idxs, right = spread_evenly(len(labels), n), int((interp.decoded == interp.targs).sum())
     rows = []
     for name in files if names is None else names:
         images = files[check_name(name, files, 'corruption')]
