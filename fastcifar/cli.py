@@ -177,8 +177,10 @@ def evaluate_command(args) -> dict:
     "Predict the test split with a finished run and print accuracy, classes and confusions; draw and measure more if asked to"
     import matplotlib; matplotlib.use('agg')
     from pathlib import Path
+    from fastcifar.robust import read_corruptions
     from fastcifar.runs import draw_interpretation, evaluate_run
     if args.layer and not args.plots: raise FastcifarError('--layer is for Grad-CAM, which is drawn into a folder: add --plots FOLDER')
+    if args.corruptions: read_corruptions(args.corruptions) # before anything takes minutes
     i = evaluate_run(args.run, args.data, args.device, _bars(args))
     say, classes = _say(args), i.class_accuracy()
     say(f'test accuracy {i.accuracy:.2%} ({int(classes.right.sum()):,} of {len(i.targs):,} images), loss {i.loss:.4f}, calibration error {100 * i.ece():.1f} points; test-time views: {i.views}\n')

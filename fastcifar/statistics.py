@@ -147,10 +147,11 @@ def _compared(done, factor):
         if wide.shape[1] < 2: continue
         even, means, n = not wide.isna().any(axis=None), wide.mean().sort_values(ascending=False), wide.count()
         pairs = [r for r in rows if shared.items() <= r.items()]
-        alone = [f'{a} and {b}' for a, b in itertools.combinations(wide, 2) if wide[[a, b]].dropna().shape[0] < 2]
-        few = f'; fewer than two seeds in common: {", ".join(alone)}' if not even and len(alone) < math.comb(wide.shape[1], 2) else ''
+        tested = {(r['a'], r['b']) for r in pairs if r['n'] > 1}
+        alone = [f'{a} and {b}' for a, b in itertools.combinations(wide, 2) if (a, b) not in tested]
+        few = f'; fewer than two seeds in common: {", ".join(alone)}' if tested and alone else ''
         said = ', '.join(f'{k} {v:.2f} %' + ('' if even else f' (n = {n[k]})') for k, v in means.items())
-        yield f'{_named(shared)}: {said}{f" (n = {len(wide)})" if even else ""}; {_claim(pairs, means.index, even)}' + (few if pairs else '')
+        yield f'{_named(shared)}: {said}{f" (n = {len(wide)})" if even else ""}; {_claim(pairs, means.index, even)}{few}'
 
 UNLIKE = dict(precision='precision', path='path', views='views', epochs='epochs', bs='batch size', data='data') # column -> its name
 
