@@ -324,16 +324,19 @@ def accuracy_difference(
 ) -> tuple: # (low, high): 95 % interval of the difference of the means; NaN with one run of either
     "Welch's interval, of ours minus theirs"
     if min(len(ours), len(theirs)) < 2: return math.nan, math.nan
-    if len({*ours}) + len({*theirs}) < 3: return (statistics.mean(ours) - statistics.mean(theirs),) * 2 # there is no spread
+    if len({*ours}) + len({*theirs}) < 3: return (statistics.mean(ours) - statistics.mean(theirs),
+        ) * 2 # there is no spread
     return tuple(map(float, stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(.95)))
 
 def _rivals(runs):
     "For each recipe that trained the custom ResNet for 24 epochs: (recipe, epochs of the speedrun, whether it is no worse then: None if that is not known, what to say of it)"
     runs = runs[runs.norm == 'bn']
     ours = runs[(runs.model == 'speednet') & (runs.recipe == 'speedrun')].groupby('epochs').test_accuracy.apply(list)
-    theirs = runs[(runs.model == 'custom_resnet') & (runs.epochs == 24) & runs.recipe.isin(['reference', 'fast'])].groupby('recipe').test_accuracy.apply(list)
+    theirs = runs[(runs.model == 'custom_resnet') & (runs.epochs == 24) & runs.recipe.isin(['reference',
+        'fast'])].groupby('recipe').test_accuracy.apply(list)
     if not len(ours) or not len(theirs): raise FastcifarError('these results have no whole speedrun, or no custom ResNet of 24 epochs: leave --results out to compare times alone')
-    return [_rival(recipe, ours, theirs[recipe]) for recipe in sorted(theirs.index, key=lambda r: r != 'reference')] # which is the one that everybody knows
+    return [_rival(recipe, ours, theirs[recipe]) for recipe in sorted(theirs.index,
+        key=lambda r: r != 'reference')] # which is the one that everybody knows
 
 def _rival(recipe, ours, theirs):
     "The shortest training of the speedrun that is shown to be no worse than a rival, coming from the longest"
@@ -353,7 +356,9 @@ def _share(recipe, epochs, counts, note, rounds, k):
     shares = [a / b for a, b in pairs]
     a, b = (statistics.median(t) for t in zip(*pairs))
     name = 'cpu/speedrun_vs_custom_resnet' + ('' if recipe == 'reference' else f'_{recipe}')
-    return Row(name, statistics.median(shares), min(shares), max(shares), 'share', a, b, 'whole training and evaluation, from parts', *((None, None) if counts is None else (0.3, 0.15)), f'{best_precision("cpu")}; {note}', counts=counts is not False)
+    return Row(name, statistics.median(shares), min(shares), max(shares), 'share', a, b,
+        'whole training and evaluation, from parts', *((None, None) if counts is None else (0.3, 0.15)),
+        f'{best_precision("cpu")}; {note}', counts=counts is not False)
 
 def bench_cpu_speedrun(
     rounds:int=3, # Rounds of each
@@ -361,7 +366,8 @@ def bench_cpu_speedrun(
     results=(), # Files with the accuracies of whole trainings, see `read_accuracies`; without them times alone are compared, and nothing is judged
 ) -> list: # Of `Row`
     "The time of a whole speedrun over that of the custom ResNet's 24 epochs, for each recipe of those"
-    rivals = _rivals(read_accuracies(results)) if results else [('reference', create_recipe('speedrun', 'speednet').epochs, None, 'accuracies are not compared')]
+    rivals = _rivals(read_accuracies(results)) if results else [('reference',
+        create_recipe('speedrun', 'speednet').epochs, None, 'accuracies are not compared')]
     return [_share(*rival, rounds, k) for rival in rivals]
 
 # %% ../nbs/37_bench.ipynb #7681b8a6
@@ -409,7 +415,8 @@ def _against(times, accs, their_times, their_accs):
     rng = np.random.default_rng(0)
     medians = [np.median(rng.choice(t, (10_000, len(t))), axis=1) for t in (times, their_times)]
     a, b = statistics.median(times), statistics.median(their_times)
-    return Row('gpu/speedrun_vs_airbench', a / b, *map(float, np.quantile(medians[0] / medians[1], (.025, .975))), 'share', a, b, f'n = {len(times)}, 95 % interval', *((None, None) if math.isnan(low) else (1.3, 1.0)),
+    return Row('gpu/speedrun_vs_airbench', a / b, *map(float, np.quantile(medians[0] / medians[1], (.025, .975))),
+        'share', a, b, f'n = {len(times)}, 95 % interval', *((None, None) if math.isnan(low) else (1.3, 1.0)),
                f'accuracy: ours {statistics.mean(accs):.4f}, theirs {statistics.mean(their_accs):.4f}, difference {low:+.4f} to {high:+.4f}', counts=bool(low >= -MARGIN))
 
 def bench_gpu_speedrun(

@@ -187,11 +187,13 @@ def evaluate_command(args) -> dict:
     say(classes.to_string(formatters={k: '{:.2%}'.format for k in ('accuracy', 'low', 'high')}))
     confused = [(a, b, int(n)) for a, b, n in i.most_confused(1)[:5]]
     say('\nmost confused (actual, predicted, times): ' + ', '.join(f'{a} -> {b} {n}' for a, b, n in confused))
-    res = dict(views=i.views, test_accuracy=i.accuracy, test_loss=i.loss, test_images=len(i.targs), calibration_error=i.ece(), class_accuracy=classes.accuracy.to_dict(), most_confused=confused)
+    res = dict(views=i.views, test_accuracy=i.accuracy, test_loss=i.loss, test_images=len(i.targs),
+        calibration_error=i.ece(), class_accuracy=classes.accuracy.to_dict(), most_confused=confused)
     if args.plots:
         draw_interpretation(i, args.plots, args.layer)
         say(f'\nplots and tables: {args.plots}')
-    if args.robustness or args.corruptions: res['robustness'] = _robustness(i, args.robustness, args.corruptions, args.plots and Path(args.plots), say)
+    if args.robustness or args.corruptions: res['robustness'] = _robustness(i, args.robustness, args.corruptions,
+        args.plots and Path(args.plots), say)
     return res
 
 def _robustness(interp, n, folder, out, say):

@@ -152,13 +152,19 @@ cos detach div dropout elu eq erf exp expm1 fill floor ge gelu gt hardshrink har
 log log1p log_sigmoid_forward logical_and logical_not logical_or lt masked_fill maximum minimum mish mul ne neg pow _prelu_kernel
 reciprocal relu relu6 remainder round rsqrt rsub selu sigmoid sign silu sin softplus softshrink sqrt square sub tanh threshold _to_copy
 where xlogy native_dropout""".split())
-_norms = {'native_batch_norm', '_native_batch_norm_legit', '_native_batch_norm_legit_no_training', 'cudnn_batch_norm', 'native_group_norm', 'native_layer_norm'}
+_norms = {'native_batch_norm', '_native_batch_norm_legit', '_native_batch_norm_legit_no_training', 'cudnn_batch_norm',
+    'native_group_norm', 'native_layer_norm'}
 _views = {'view', '_unsafe_view', 'reshape', '_reshape_alias', 'squeeze', 'unsqueeze'}
-_same = _views | {'clone', 'detach', 'alias', 't', 'transpose', 'permute', 'expand', '_to_copy', 'contiguous'} # not worth a row
-_new = {'zeros_like', 'ones_like', 'empty_like', 'full_like', 'rand_like', 'randn_like', 'new_zeros', 'new_ones', 'new_empty', 'new_full'} # nothing of the values
-_over = {'mean': 1, 'sum': 1, 'amax': 1, 'amin': 1, 'max': 1, 'min': 1, 'var': 1, 'std': 1, 'logsumexp': 1, 'linalg_vector_norm': 2} # -> argument that names axes
-_along = dict(_softmax=(1, -1), _log_softmax=(1, -1), cumsum=(1, 0), glu=(1, -1), flip=(1, None), split=(2, 0), split_with_sizes=(2, 0), unbind=(1, 0),
-              index_select=(1, 0), channel_shuffle=(None, 1), native_channel_shuffle=(None, 1)) # -> (argument that names axes, default): known along channels only
+_same = _views | {'clone', 'detach', 'alias', 't', 'transpose', 'permute', 'expand', '_to_copy',
+    'contiguous'} # not worth a row
+_new = {'zeros_like', 'ones_like', 'empty_like', 'full_like', 'rand_like', 'randn_like', 'new_zeros', 'new_ones',
+    'new_empty', 'new_full'} # nothing of the values
+_over = {'mean': 1, 'sum': 1, 'amax': 1, 'amin': 1, 'max': 1, 'min': 1, 'var': 1, 'std': 1, 'logsumexp': 1,
+    'linalg_vector_norm': 2} # -> argument that names axes
+_along = dict(_softmax=(1, -1), _log_softmax=(1, -1), cumsum=(1, 0), glu=(1, -1), flip=(1, None), split=(2, 0),
+    split_with_sizes=(2, 0), unbind=(1, 0),
+              index_select=(1, 0), channel_shuffle=(None, 1),
+                  native_channel_shuffle=(None, 1)) # -> (argument that names axes, default): known along channels only
 _moves_axes, _cuts = {'permute', 'transpose', 't', 'expand', 'repeat'}, {'slice', 'select', 'constant_pad_nd'}
 _products = {'mm': 0, 'bmm': 0, 'addmm': 1, 'baddbmm': 1} # -> position of the first factor
 _adaptive = {'_adaptive_avg_pool2d', 'adaptive_avg_pool2d', 'adaptive_max_pool2d'}
@@ -245,7 +251,8 @@ def _moved(op, args, out, seen):
         a, b = (d % ndim for d in args[1:3])
         order[a], order[b] = b, a
     axes = [()] * (out.ndim - ndim) + [seen.axes[d] for d in order]
-    if any(a and math.prod(k for _, k in a) != n and _places(a) for a, n in zip(axes, out.shape)): return Seen() # places repeated
+    if any(a and math.prod(k for _, k in a) != n and _places(a) for a,
+        n in zip(axes, out.shape)): return Seen() # places repeated
     return _kept(seen, axes, out.shape)
 
 def _joined(op, args, ins, out):
@@ -259,8 +266,10 @@ def _after(op, args, out, seen_of):
     ins = [s for a in tree_leaves(args) if isinstance(a, torch.Tensor) and (s := seen_of(a))]
     if not ins or any(s.fields is None for s in ins): return Seen()
     if not any(_places(a) for s in ins for a in s.axes): # every value has seen the same
-        low, high = ([f(getattr(s.fields[i], k) for s in ins) for i in (0, 1)] for f, k in ((min, 'low'), (max, 'high')))
-        return _kept(Seen(tuple(Field(*f, ins[0].fields[i].jump) for i, f in enumerate(zip(low, high)))), ((),) * out.ndim, out.shape)
+        low, high = ([f(getattr(s.fields[i], k) for s in ins) for i in (0, 1)] for f,
+            k in ((min, 'low'), (max, 'high')))
+        return _kept(Seen(tuple(Field(*f, ins[0].fields[i].jump) for i, f in enumerate(zip(low, high)))),
+            ((),) * out.ndim, out.shape)
     if op in _by_value: return _met(ins, out)
     if op in _products: return _multiplied(op, args, out, seen_of)
     if op in ('cat', 'stack'): return _joined(op, args, ins, out)
@@ -277,7 +286,8 @@ class _Trace(TorchDispatchMode):
     def __init__(self, x):
         super().__init__()
         self.rows, self.stack, self.kept = [], [], [x]
-        self.known = {id(x): (-1, Seen((Field(), Field()), _named_axes(x.shape)))} # tensor -> (row that made it, what it saw)
+        self.known = {id(x): (-1, Seen((Field(), Field()),
+            _named_axes(x.shape)))} # tensor -> (row that made it, what it saw)
         self.counted = set()
 
     def enter(self, name, module):
@@ -295,7 +305,8 @@ class _Trace(TorchDispatchMode):
             self.rows.append(Row(name or type(module).__name__, type(module).__name__, []))
             at = len(self.rows) - 1
         row = self.rows[at]
-        row.parameters, row.inputs, row.before = sum(p.numel() for p in fresh), list(dict.fromkeys(i for i, _ in ins)), ins[0][1].fields
+        row.parameters, row.inputs, row.before = sum(p.numel() for p in fresh), list(dict.fromkeys(i for i,
+            _ in ins)), ins[0][1].fields
         for o in tree_leaves(out):
             if not isinstance(o, torch.Tensor): continue
             seen = self.known[id(o)][1] if id(o) in self.known else Seen() # made where nobody saw it
@@ -342,7 +353,8 @@ def _note(op, args, out, row):
         row.groups = args[8]
         row.macs += math.prod(out.shape[1:]) * math.prod(args[1].shape[1:])
     if op in _products: row.macs += out.numel() * args[_products[op]].shape[-1]
-    if op in _pools and x.ndim == 4 and (windows := _windows(op, args, out)): row.kernel, row.stride, row.padding, row.dilation = zip(*windows)
+    if op in _pools and x.ndim == 4 and (windows := _windows(op, args,
+        out)): row.kernel, row.stride, row.padding, row.dilation = zip(*windows)
     if op in _over and x.ndim == 4:
         over = {2, 3} & set(_dims(_given(args, *[None] * 3)[_over[op]], 4))
         row.kernel = tuple(x.shape[d] if d in over else 1 for d in (2, 3)) if over else None
@@ -418,7 +430,8 @@ def _collapse(rows):
     for i, r in enumerate(rows):
         if not r.output: continue
         p = list(dict.fromkeys(box_of[j] for j in r.inputs)) or [0]
-        merge = not (r.kernel or r.macs or 'pool' in r.kind.lower() or r.kind.rstrip('_') in ('add', 'cat')) and len(p) == 1 and p[0]
+        merge = not (r.kernel or r.macs or 'pool' in r.kind.lower() or r.kind.rstrip('_') in ('add',
+            'cat')) and len(p) == 1 and p[0]
         if r.kind in ('Identity', 'Flatten'): box_of[i] = p[0]; continue
         if merge and not any(q[0] == p[0] for q in parents if q):
             texts[p[0]][1].append(r.kind)

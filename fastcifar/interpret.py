@@ -70,7 +70,8 @@ class CifarInterpretation(ClassificationInterpretation):
         "Predict every image of a loader once, without augmentation"
         if dl is None: dl = learn.dls.evaluation(ds_idx) if hasattr(learn.dls, 'evaluation') else learn.dls[ds_idx].new(shuffle=False, drop_last=False)
         learn.model.to(getattr(dl, 'device', None) or 'cpu') # fastai moves it when a fit starts, not before
-        with viewed(learn, views) as views, learn.no_logging(): preds, targs, losses = learn.get_preds(dl=dl, with_loss=True)
+        with viewed(learn, views) as views, learn.no_logging(): preds, targs, losses = learn.get_preds(dl=dl,
+            with_loss=True)
         if _smoothing(learn.loss_func): losses = F.nll_loss(preds.float().clamp_min(torch.finfo(torch.float32).tiny).log(), targs.long(), reduction='none')
         return cls(learn, dl, losses, preds.float(), targs, views)
 
@@ -165,7 +166,8 @@ class CifarInterpretation(ClassificationInterpretation):
         p = self.preds.double().numpy()[:, known]
         p = p / np.maximum(p.sum(1, keepdims=True), 1e-12)
         idxs = find_label_issues(np.searchsorted(known, labels), p, return_indices_ranked_by='self_confidence', n_jobs=1) if len(known) > 1 else np.zeros(0, int)
-        t = t.iloc[idxs].assign(label_probability=self.preds.numpy()[idxs, labels[idxs]]).drop(columns='log_probability')
+        t = t.iloc[idxs].assign(label_probability=self.preds.numpy()[idxs,
+            labels[idxs]]).drop(columns='log_probability')
         return t[t.probability >= self.sure_enough()].reset_index(drop=True)
 
     def grad_cam(self,

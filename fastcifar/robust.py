@@ -25,7 +25,9 @@ CORRUPTIONS = { # name -> (what it is, strengths of severities 1 to 5, strength 
     'jpeg': ('JPEG quality', (80, 60, 40, 25, 10), lambda s: A.ImageCompression(quality_range=(s, s), p=1)),
     'bright': ('brightness added, share of the range', (.1, .2, .3, .4, .5), lambda s: A.RandomBrightnessContrast((s, s), (0, 0), p=1)),
     'dark': ('brightness taken, share of the range', (.1, .2, .3, .4, .5), lambda s: A.RandomBrightnessContrast((-s, -s), (0, 0), p=1)),
-    'contrast': ('contrast lost, share', (.2, .4, .6, .75, .9), lambda s: A.ColorJitter((1, 1), (1 - s, 1 - s), (1, 1), (0, 0), p=1)), # torchvision's: around the mean grey of the image
+    'contrast': ('contrast lost, share', (.2, .4, .6, .75, .9),
+        lambda s: A.ColorJitter((1, 1), (1 - s, 1 - s), (1, 1), (0, 0), p=1)),
+        # torchvision's: around the mean grey of the image
 }
 
 def corrupt(
@@ -58,7 +60,8 @@ def plot_corruptions(
 def _row(interp, name, severity, right, n):
     "What is known of one corruption at one severity"
     low, high = share_interval(right, n)
-    return dict(corruption=name, severity=severity, images=n, right=right, accuracy=right / n, low=low[0], high=high[0], views=interp.views)
+    return dict(corruption=name, severity=severity, images=n, right=right, accuracy=right / n, low=low[0], high=high[0],
+        views=interp.views)
 
 def _right(interp, images, targs): return int((interp.predict(images).argmax(-1) == torch.as_tensor(targs)).sum())
 
@@ -117,7 +120,8 @@ def read_corruptions(
     n = len(labels) // 5
     if len(labels) % 5 or (labels.reshape(5, n) != labels[:n]).any():
         raise FastcifarError(f'{folder}/labels.npy does not hold the same labels for each of five severities: it is not that of CIFAR-10-C')
-    return np.array(labels[:n], np.int64), {f.stem: _array(f, (5 * n, 32, 32, 3)).reshape(5, n, 32, 32, 3) for f in files}
+    return np.array(labels[:n], np.int64), {f.stem: _array(f, (5 * n, 32, 32, 3)).reshape(5, n, 32, 32,
+        3) for f in files}
 
 def published_robustness(
     interp:CifarInterpretation, # Predictions of the clean test split
@@ -135,7 +139,8 @@ def published_robustness(
     for name in files if names is None else names:
         images = files[check_name(name, files, 'corruption')]
         rows.append(_row(interp, name, 0, right, len(interp.targs)))
-        rows += [_row(interp, name, s, _right(interp, images[s - 1][idxs], labels[idxs]), len(idxs)) for s in range(1, 6)]
+        rows += [_row(interp, name, s, _right(interp, images[s - 1][idxs], labels[idxs]), len(idxs)) for s in range(1,
+            6)]
     return pd.DataFrame(rows)
 
 def mean_corruption_error(

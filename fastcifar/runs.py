@@ -291,8 +291,11 @@ def finish_run(learn, c:Config, out:Path, lrs, history:list, say=print, pictures
     save_model(learn.model, out/'model.safetensors', classes=list(data.classes), mean=learn.dls.stats[0], std=learn.dls.stats[1], data=data.name, data_sha256=data.source, views=c.views)
     if pictures: draw_run(test, out, lrs, c, history)
     m = dict(test_accuracy=test.accuracy, test_loss=test.loss, test_images=len(test.targs), wrong=len(test.wrong()), train_accuracy=train.accuracy, train_loss=train.loss,
-             valid_accuracy=predicted(1).accuracy if c.valid else None, valid_images=c.valid, epochs=c.epochs, seed=c.seed, lr_min=lrs.lr_min, lr_max=lrs.lr_max,
-             model=c.model, norm=c.norm, recipe=c.recipe, bs=c.bs, views=test.views, train_views=train.views, parameters=count_parameters(learn.model), data=data.name, data_sha256=data.source, precision=c.precision,
+             valid_accuracy=predicted(1).accuracy if c.valid else None, valid_images=c.valid, epochs=c.epochs,
+                 seed=c.seed, lr_min=lrs.lr_min, lr_max=lrs.lr_max,
+             model=c.model, norm=c.norm, recipe=c.recipe, bs=c.bs, views=test.views, train_views=train.views,
+                 parameters=count_parameters(learn.model), data=data.name, data_sha256=data.source,
+                 precision=c.precision,
              seconds=round(sum(h['seconds'] for h in history), 1))
     if pictures: _report(test, out, lrs, c, history, m)
     write_json(out/'metrics.json', m)

@@ -71,7 +71,8 @@ def study_summary(
     for key, g in results.groupby(list(by), sort=False):
         done = g[g.status == 'finished']
         row = dict(zip(by, key)) | dict(n=len(done), failed=int((g.status == 'failed').sum()))
-        row |= dict(zip(('mean', 'sd', 'low', 'high'), mean_interval(100 * done.test_accuracy, resolution=_resolution(done), bounds=(0, 100)) if len(done) else (math.nan,) * 4))
+        row |= dict(zip(('mean', 'sd', 'low', 'high'), mean_interval(100 * done.test_accuracy,
+            resolution=_resolution(done), bounds=(0, 100)) if len(done) else (math.nan,) * 4))
         for k in ('epochs_to_60', 'epochs_to_70'):
             median = done[k].astype(float).fillna(math.inf).median() if len(done) and k in done else math.nan
             row[k] = median if math.isfinite(median) else math.nan
@@ -130,14 +131,16 @@ def _claim(pairs, values, even):
     better = {}
     for r in pairs:
         winner, loser = (r['a'], r['b']) if r['difference'] > 0 else (r['b'], r['a'])
-        if r['p_holm'] < 0.05: better[winner, loser] = '' if even else f' by {abs(r["difference"]):.2f} points (n = {r["n"]})'
+        if r['p_holm'] < 0.05: better[winner,
+            loser] = '' if even else f' by {abs(r["difference"]):.2f} points (n = {r["n"]})'
     if not pairs: return 'no two of them have a seed in common, so nothing is compared'
     if max(r['n'] for r in pairs) < 2: return 'one run each says nothing about which is better'
     order = _ranking(better, values)
     if order and even: return 'ranking: ' + ' > '.join(map(str, order))
     if order: return 'ranking: ' + ', '.join(f'{a} > {b}{better[a, b]}' for a, b in itertools.pairwise(order))
     if not better: return 'no difference is supported by these runs'
-    return 'supported: ' + ', '.join(f'{a} > {b}{size}' for (a, b), size in better.items()) + '; the rest is within chance'
+    return 'supported: ' + ', '.join(f'{a} > {b}{size}' for (a, b),
+        size in better.items()) + '; the rest is within chance'
 
 def _compared(done, factor):
     "A line for each group of runs that are equal in all but a factor"
@@ -153,7 +156,8 @@ def _compared(done, factor):
         said = ', '.join(f'{k} {v:.2f} %' + ('' if even else f' (n = {n[k]})') for k, v in means.items())
         yield f'{_named(shared)}: {said}{f" (n = {len(wide)})" if even else ""}; {_claim(pairs, means.index, even)}{few}'
 
-UNLIKE = dict(precision='precision', path='path', views='views', epochs='epochs', bs='batch size', data='data') # column -> its name
+UNLIKE = dict(precision='precision', path='path', views='views', epochs='epochs', bs='batch size',
+    data='data') # column -> its name
 
 def _unlike(done, factors):
     "What else compared runs differ in, as recipes do in their test-time views, and runs of a study that went on on another machine or with another version"
@@ -163,7 +167,8 @@ def _unlike(done, factors):
             if g[factor].nunique() < 2: continue
             values = {k: g[k].dropna().unique() for k in UNLIKE if k in g and k != factor}
             apart = {k: ', '.join(map(_plain, sorted(v))) for k, v in values.items() if len(v) > 1}
-            lines += [f'{_named(dict(zip(rest, key)))}: the runs compared differ in {UNLIKE[k]} ({v}) as well' for k, v in apart.items()]
+            lines += [f'{_named(dict(zip(rest, key)))}: the runs compared differ in {UNLIKE[k]} ({v}) as well' for k,
+                v in apart.items()]
     return lines
 
 def _plain(v): return str(v) if isinstance(v, str) else f'{v:g}' # a column with gaps holds 8.0

@@ -79,7 +79,8 @@ class Sweep:
     def _settle(self, source):
         "Write what the sweep is, or compare with what is there"
         judged = dict(judged_with_views=self.base.views) # older sweeps judged without
-        f, new = self.out/'sweep.json', as_json(dict(dataclasses.asdict(self.base), data=source, tune=sorted(self.tune), **judged))
+        f, new = self.out/'sweep.json', as_json(dict(dataclasses.asdict(self.base), data=source, tune=sorted(self.tune),
+            **judged))
         old = read_json(f) if f.exists() else new
         was = complete_config({'path': 'auto', 'judged_with_views': 'none', **old}) if isinstance(old, dict) else {}
         apart = [f'{k}={was.get(k)!r}, not {v!r}' for k, v in new.items() if was.get(k) != v]
@@ -131,7 +132,8 @@ class Sweep:
         try:
             with learn.no_bar(), learn.no_logging():
                 fit_recipe(learn, c, cbs=[report])
-                valid = CifarInterpretation.from_learner(learn, 1, views=c.views).accuracy # as `train` evaluates what is found
+                valid = CifarInterpretation.from_learner(learn, 1,
+                    views=c.views).accuracy # as `train` evaluates what is found
         except optuna.TrialPruned:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             return f'{report.accuracy:.2%} after epoch {learn.epoch + 1}, given up'
@@ -151,7 +153,9 @@ class Sweep:
         done = t[t.state == 'complete']
         if not len(done): return {}
         best = study.best_trial
-        found = dict(trials=len(t), complete=len(done), valid_accuracy=best.value, valid_images=self.base.valid, views=self.base.views, data=data.name, data_sha256=data.source, epochs=self.base.epochs, seed=self.base.seed)
+        found = dict(trials=len(t), complete=len(done), valid_accuracy=best.value, valid_images=self.base.valid,
+            views=self.base.views, data=data.name, data_sha256=data.source, epochs=self.base.epochs,
+            seed=self.base.seed)
         best = override_recipe(self.base, **suggest_settings(_again(best), self.base, self.tune))
         res = write_recipe(self.out/'recipe.json', best, best.recipe, best.model, norm=best.norm, groups=best.groups, found=found)
         fig = plot_sweep(t)
