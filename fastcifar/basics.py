@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FastcifarError', 'check_name', 'optional', 'env_number', 'say', 'lenient_output', 'in_a_line', 'attempt',
            'command_line', 'user_path', 'write_atomic', 'write_text', 'read_text', 'as_json', 'write_json', 'read_json',
-           'remove_unfinished', 'rng_state', 'set_rng_state', 'preserve_rng', 'seed_everything']
+           'remove_unfinished', 'rng_state', 'set_rng_state', 'preserve_rng', 'seed_everything', 'spread_evenly']
 
 # %% ../nbs/00_basics.ipynb #dee8c037
 import contextlib, difflib, getpass, importlib, io, json, os, random, re, shlex, sys, tempfile
@@ -246,3 +246,12 @@ def seed_everything(
     random.seed(seed)
     np.random.seed(seed)
     if 'torch' in sys.modules: sys.modules['torch'].manual_seed(seed)
+
+# %% ../nbs/00_basics.ipynb #80cdf952
+def spread_evenly(
+    total:int, # So many there are
+    n:int=None, # So many to take, or all if there are not more; None: all
+) -> np.ndarray: # int64, ascending
+    "Positions from the first to the last, evenly spread"
+    if n == 0 or not total: return np.zeros(0, np.int64)
+    return np.unique(np.linspace(0, total - 1, min(n or total, total)).round().astype(np.int64))

@@ -188,29 +188,34 @@ def evaluate_command(args) -> dict:
     "Predict the test split with a finished run and print accuracy, classes and confusions; draw and measure more if asked to"
     import matplotlib; matplotlib.use('agg')
     from pathlib import Path
+    from fastcifar.robust import read_corruptions
     from fastcifar.runs import draw_interpretation, evaluate_run
     if args.layer and not args.plots: raise FastcifarError('--layer is for Grad-CAM, which is drawn into a folder: add --plots FOLDER')
+    if args.corruptions: read_corruptions(args.corruptions) # before anything takes minutes
     i = evaluate_run(args.run, args.data, args.device, _bars(args))
     say, classes = _say(args), i.class_accuracy()
-    say(f'test accuracy {i.accuracy:.2%} ({int(classes.right.sum()):,} of {len(i.targs):,} images), loss {i.loss:.4f}, calibration error {100 * i.ece():.1f} points\n')
+    say(f'test accuracy {i.accuracy:.2%} ({int(classes.right.sum()):,} of {len(i.targs):,} images), loss {i.loss:.4f}, calibration error {100 * i.ece():.1f} points; test-time views: {i.views}\n')
     say(classes.to_string(formatters={k: '{:.2%}'.format for k in ('accuracy', 'low', 'high')}))
     confused = [(a, b, int(n)) for a, b, n in i.most_confused(1)[:5]]
     say('\nmost confused (actual, predicted, times): ' + ', '.join(f'{a} -> {b} {n}' for a, b, n in confused))
-    res = dict(test_accuracy=i.accuracy, test_loss=i.loss, test_images=len(i.targs), calibration_error=i.ece(), class_accuracy=classes.accuracy.to_dict(), most_confused=confused)
+    res = dict(views=i.views, test_accuracy=i.accuracy, test_loss=i.loss, test_images=len(i.targs),
+        calibration_error=i.ece(), class_accuracy=classes.accuracy.to_dict(), most_confused=confused)
     if args.plots:
         draw_interpretation(i, args.plots, args.layer, say)
         say(f'\nplots and tables: {args.plots}')
-    if args.robustness: res['robustness'] = _robustness(i, args.robustness, args.plots and Path(args.plots), say)
+    if args.robustness or args.corruptions: res['robustness'] = _robustness(i, args.robustness, args.corruptions,
+        args.plots and Path(args.plots), say)
     return res
 
-def _robustness(interp, n, out, say):
+def _robustness(interp, n, folder, out, say):
     "Accuracy on corrupted images, printed, and written to `out` if there is one"
     from fastcifar.basics import attempt, write_atomic
     from fastcifar.interpret import save_plot
-    from fastcifar.robust import plot_robustness, robustness
-    t = robustness(interp, n)
+    from fastcifar.robust import mean_corruption_error, plot_robustness, published_robustness, robustness
+    t = published_robustness(interp, folder, n) if folder else robustness(interp, n)
     wide = t.pivot(index='corruption', columns='severity', values='accuracy')
-    say(f'\naccuracy by severity on {t.images.iloc[0]:,} test images\n' + wide.to_string(float_format='{:.1%}'.format))
+    say(f'\naccuracy by severity on {t.images.iloc[-1]:,} test images, test-time views: {interp.views}\n' + wide.to_string(float_format='{:.1%}'.format))
+    if folder: say(f'mean corruption error of {folder}: {mean_corruption_error(t):.2%}')
     if out:
         with attempt('robustness.csv', say): write_atomic(out/'robustness.csv', lambda tmp: t.to_csv(tmp, index=False))
         save_plot(lambda: plot_robustness(t), out/'robustness.png', say)
@@ -414,6 +419,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--plots', type=_path, metavar='FOLDER', help='draw mistakes, Grad-CAM, classes, confusions, calibration and likely label errors into a folder')
     p.add_argument('--layer', help='the layer that Grad-CAM looks at (default: the deepest map)')
     p.add_argument('--robustness', type=_at_least(1), metavar='N', help='also predict N test images under six corruptions of five severities (default: none)')
+    p.add_argument('--corruptions', metavar='FOLDER',
+                   help='also predict the published files of CIFAR-10-C in a folder: all images, or with --robustness N of each severity')
     p = add('report', report_command, 'write report.html of a finished run or of a study again')
     p.add_argument('folder', type=_path, help='run folder or study folder')
     p.add_argument('--data', help='where the data of the run lies, if it has moved')

@@ -15,7 +15,8 @@ import torch
 from scipy.stats import binomtest
 
 from .archive import SIDE, file_sha256
-from .basics import FastcifarError, command_line, optional, read_json, user_path, write_atomic, write_json, write_text
+from .basics import FastcifarError, command_line, optional, read_json, spread_evenly, user_path, write_atomic, write_json
+from .basics import write_text
 from .models.zoo import load_model, save_model
 from .predict import checked_onnx, open_predictor, pixel_net
 from .runs import run_config, run_data
@@ -81,7 +82,6 @@ def model_card(
     few, number = len(c['classes']) <= 20, f'{len(c["classes"])} classes, listed in config.json'
     classes = ', '.join(map(_as_text, c['classes'])) if few else number
     hashed = f'SHA-256 `{m["data_sha256"]}`' if len(m['data_sha256']) == 64 else m['data_sha256']
-    views = '' if c['views'] == 'none' else f', averaged over test-time views ({c["views"]})'
     return f"""---
 library_name: fastcifar
 pipeline_tag: image-classification
@@ -99,7 +99,7 @@ An image classifier for 32x32 colour pictures with {m['parameters']:,} parameter
 |--|--|--|--|
 | {m['test_accuracy']:.2%} | {low:.2%} to {high:.2%} | {m['seed']} | 1 |
 
-Measured after the last epoch{views}. One run: another seed gives another accuracy, and the interval does not say how far away.
+Measured after the last epoch, test-time views: {c['views']}. One run: another seed gives another accuracy, and the interval does not say how far away.
 
 ## How it was trained
 
@@ -139,10 +139,10 @@ On {onnx['images']:,} images it gave the predictions of the PyTorch module, and 
 
 # %% ../nbs/31_export.ipynb #63734178
 def _test_images(out, data, n=1000):
-    "Test images of a run, and training images if those are too few"
+    "Test images of a run, from all over the split, and training images if those are too few"
     d = run_data(out, data)
-    parts = [np.asarray(d.x['test'][:n]), np.asarray(d.x['train'][:max(n - len(d.x['test']), 0)])]
-    return np.concatenate(parts)
+    def spread(x, n): return np.asarray(x)[spread_evenly(len(x), n)]
+    return np.concatenate([spread(d.x['test'], n), spread(d.x['train'], max(n - len(d.x['test']), 0))])
 
 def _fill(folder, run, onnx, pt2, data):
     "Write all files of an exported run into an empty folder"

@@ -25,7 +25,7 @@ from PIL import Image
 
 from .archive import SIDE, clean_name, decode_image
 from .augment import AlbumentationsTransform, list_policies, policy_transform
-from .basics import FastcifarError, check_name
+from .basics import FastcifarError, check_name, spread_evenly
 from .data import ImageData, draws_names, stratified_holdout
 from .twins import BatchPolicy, has_twin, image_bytes, pack_images, unpack_images
 
@@ -319,7 +319,7 @@ class CifarDataLoaders(DataLoaders):
     def evaluation(self, ds_idx:int=0, n:int=None) -> ArrayDL:
         "The images of one loader in order, or `n` of them evenly spread, without augmentation: for accuracy in evaluation mode"
         tls = self[ds_idx].dataset.tls
-        chosen = np.unique(np.linspace(0, len(tls[0].items) - 1, n or len(tls[0].items)).round().astype(int)) # files come sorted by class
+        chosen = spread_evenly(len(tls[0].items), n)
         unaugmented = RowDatasets(tls=[tl._new(L(tl.items)[chosen.tolist()], split_idx=1) for tl in tls])
         return self.valid.new(unaugmented, shuffle=False, drop_last=False)
 

@@ -149,11 +149,14 @@ def write_run_report(
     drawn = np.sort(np.random.default_rng(0).choice(len(interp.targs), min(24, len(interp.targs)), replace=False))
     right = metrics['test_images'] - metrics['wrong']
     low, high = (100 * float(v[0]) for v in share_interval(right, metrics['test_images']))
-    cards = [('parameters', f'{metrics["parameters"]:,}'), ('epochs', metrics['epochs']), ('training time', f'{metrics["seconds"]:,.0f} s'), ('training accuracy', f'{metrics["train_accuracy"]:.2%}'),
+    cards = [('parameters', f'{metrics["parameters"]:,}'), ('epochs', metrics['epochs']),
+        ('training time', f'{metrics["seconds"]:,.0f} s'), ('training accuracy',
+        f'{metrics["train_accuracy"]:.2%} (test-time views: {metrics.get("train_views", "none")})'),
              ('test loss', f'{metrics["test_loss"]:.4f}'), ('calibration error', f'{100 * interp.ece():.1f} points'), ('precision', metrics['precision']), ('device', environment.get('device_name') or environment.get('device', '-'))]
     share = {k: '{:.2%}' for k in ('accuracy', 'train_accuracy', 'low', 'high')}
     page = render('run.html', title=f'{config["model"]} ({config["norm"]}), recipe {config["recipe"]}, on {metrics["data"]}', accuracy=f'{metrics["test_accuracy"]:.2%}', right=f'{right:,}', images=f'{metrics["test_images"]:,}',
-        data=metrics['data'], seed=metrics['seed'], views=', with test-time views' if metrics.get('views', 'none') != 'none' else '', interval=f'{low:.2f} to {high:.2f} %', cards=cards,
+        data=metrics['data'], seed=metrics['seed'], views=metrics.get('views', 'none'),
+            interval=f'{low:.2f} to {high:.2f} %', cards=cards,
         figures=figures | drawn_svgs(dict(graph=lambda: plot_graph(model), field=lambda: plot_field(model)), say=say),
         history=table_cells(history, share), rates=f'LRMIN {metrics["lr_min"]:.2e}, LRMAX {metrics["lr_max"]:.2e}' + (', found by a range test before the training.' if 'lr_range' in figures else ', as given.'),
         wrong=f'{metrics["wrong"]:,}', losses=_losses(interp, 12), surest=_shown(interp, interp.wrong().head(30)), labels=_shown(interp, labels.head(20)), label_errors=f'{len(labels):,}',
@@ -175,10 +178,13 @@ def write_study_report(
     figures:dict, # Name -> list of `figure_svg`: curves, differences
 ) -> Path: # out/report.html
     "Write the page of a study: the answer first, then what it rests on"
-    n = runs.status.value_counts()
+    n, done = runs.status.value_counts(), runs[runs.status == 'finished']
+    views = ', '.join(sorted(done.views.unique())) if len(done) else '-'
     points = {k: '{:.2f}' for k in ('mean', 'sd', 'low', 'high', 'difference')} | {k: '{:.3g}' for k in ('p', 'p_holm')} | {k: '{:.2%}' for k in ('test_accuracy', 'train_accuracy')}
     shown = runs.drop(columns='folder')
     links = {'model': [f'{f}/report.html' if isinstance(f, str) else None for f in runs.folder]}
-    write_text(Path(out)/'report.html', render('study.html', title=f'Study: {", ".join(dict.fromkeys(runs.model))}', counts=f'{len(runs)} runs: ' + ', '.join(f'{v} {k}' for k, v in n.items()), answer=answer, figures=figures,
+    write_text(Path(out)/'report.html', render('study.html', title=f'Study: {", ".join(dict.fromkeys(runs.model))}',
+        counts=f'{len(runs)} runs: ' + ', '.join(f'{v} {k}' for k, v in n.items()), answer=answer, views=views,
+        figures=figures,
         differences=table_cells(differences, points), summary=table_cells(summary, points), runs=table_cells(shown, points, links)))
     return Path(out)/'report.html'

@@ -20,7 +20,6 @@ from fastai.callback.progress import no_bar
 from filelock import FileLock, Timeout
 
 import fastcifar
-from .averages import Views
 from .basics import FastcifarError, as_json, attempt, check_name, command_line, optional, read_json, read_text
 from .basics import remove_unfinished, say, seed_everything, user_path, write_atomic, write_json, write_text
 from .data import NAMED, load_data, place_of
@@ -318,24 +317,25 @@ def _report(interp, out, lrs, c, history, metrics, say):
     return write_run_report(out, interp, model, read_json(out/'config.json'), metrics, pd.DataFrame(history), read_json(out/'environment.json'),
                             drawn_svgs(plots, ('curves', 'schedule'), say), say)
 
-def _views(c): return [Views(c.views)] if c.views != 'none' else []
-
 def finish_run(learn, c:Config, out:Path, lrs, history:list, say=say, pictures:bool=True) -> dict:
     "Evaluate the last epoch, write weights, then `metrics.json`, with which the run is finished, and then draw"
     say('evaluating')
-    with learn.added_cbs(_views(c)): test = CifarInterpretation.from_learner(learn, len(learn.dls.loaders) - 1)
-    train, data = CifarInterpretation.from_learner(learn, 0), learn.dls.data
+    def predicted(i): return CifarInterpretation.from_learner(learn, i, views=c.views) # every accuracy in the same way
+    test, train, data = predicted(len(learn.dls.loaders) - 1), predicted(0), learn.dls.data
     save_model(learn.model, out/'model.safetensors', classes=list(data.classes), mean=learn.dls.stats[0], std=learn.dls.stats[1], data=data.name, data_sha256=data.source, views=c.views)
     m = dict(test_accuracy=test.accuracy, test_loss=test.loss, test_images=len(test.targs), wrong=len(test.wrong()), train_accuracy=train.accuracy, train_loss=train.loss,
-             valid_accuracy=history[-1]['accuracy'] if c.valid else None, valid_images=c.valid, epochs=c.epochs, seed=c.seed, lr_min=lrs.lr_min, lr_max=lrs.lr_max,
-             model=c.model, norm=c.norm, recipe=c.recipe, bs=c.bs, views=c.views, parameters=count_parameters(learn.model), data=data.name, data_sha256=data.source, precision=c.precision,
+             valid_accuracy=predicted(1).accuracy if c.valid else None, valid_images=c.valid, epochs=c.epochs,
+                 seed=c.seed, lr_min=lrs.lr_min, lr_max=lrs.lr_max,
+             model=c.model, norm=c.norm, recipe=c.recipe, bs=c.bs, views=test.views, train_views=train.views,
+                 parameters=count_parameters(learn.model), data=data.name, data_sha256=data.source,
+                 precision=c.precision,
              seconds=round(sum(h['seconds'] for h in history), 1))
     write_json(out/'metrics.json', m)
     page = None
     if pictures:
         draw_run(test, out, lrs, c, history, say)
         with attempt('report.html', say): page = _report(test, out, lrs, c, history, m, say)
-    say(f'test accuracy {m["test_accuracy"]:.2%} ({m["test_images"] - m["wrong"]:,} of {m["test_images"]:,} images of {data.name}, last epoch, seed {c.seed}{", test-time views" if c.views != "none" else ""})\nrun folder: {out}' + (f'\nto read: {page}' if page else ''))
+    say(f'test accuracy {m["test_accuracy"]:.2%} ({m["test_images"] - m["wrong"]:,} of {m["test_images"]:,} images of {data.name}, last epoch, seed {c.seed}, test-time views: {test.views})\nrun folder: {out}' + (f'\nto read: {page}' if page else ''))
     return m
 
 # %% ../nbs/28_runs.ipynb #f3ac882e
@@ -493,10 +493,11 @@ def evaluate_run(
     device=None, # fastai's default device if None
     bars:bool=None, # Progress bars? None: if this is a terminal
 ) -> CifarInterpretation: # Predictions of the test split
-    "Predict the test split again with the weights of a finished run"
+    "Predict the test split again with the weights and the test-time views of a finished run"
     learn = load_run(out, data, device)
     bars = sys.stdout.isatty() if bars is None else bars
-    with contextlib.nullcontext() if bars else learn.no_bar(), learn.added_cbs(_views(run_config(out))): return CifarInterpretation.from_learner(learn, len(learn.dls.loaders) - 1)
+    with contextlib.nullcontext() if bars else learn.no_bar():
+        return CifarInterpretation.from_learner(learn, len(learn.dls.loaders) - 1, views=run_config(out).views)
 
 def report_run(
     out, # A finished run folder

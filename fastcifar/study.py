@@ -306,7 +306,9 @@ def collect_runs(
         row = {**{k: getattr(c, k) for k in (*CELL, 'seed', 'epochs')}, 'status': 'missing', 'reason': ''}
         if (f/'metrics.json').exists():
             m, h, settled = read_json(f/'metrics.json'), _history(f), run_config(f)
-            row |= dict(status='finished', **{k: m[k] for k in ('test_accuracy', 'test_loss', 'train_accuracy', 'test_images', 'parameters', 'precision', 'seconds', 'data')}, path=settled.path, views=settled.views,
+            row |= dict(status='finished', **{k: m[k] for k in ('test_accuracy', 'test_loss', 'train_accuracy',
+                'test_images', 'parameters', 'precision', 'seconds', 'data')}, path=settled.path, views=settled.views,
+                train_views=m.get('train_views', 'none'),
                         epochs_to_60=_epochs_to(h, .6), epochs_to_70=_epochs_to(h, .7))
         elif (f/'failure.txt').exists(): row |= dict(status='failed', reason=read_text(f/'failure.txt'))
         elif (f/'checkpoints').exists(): row |= dict(status='interrupted')

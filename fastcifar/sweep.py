@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from .basics import FastcifarError, as_json, attempt, check_name, optional, read_json, say, seed_everything
 from .basics import user_path, write_atomic, write_json
 from .data import load_data
-from .interpret import save_plot
+from .interpret import CifarInterpretation, save_plot
 from .loaders import CifarDataLoaders, checked_device # with this import an ImageData has its dataloaders
 from .recipes import fit_recipe, override_recipe, recipe_learner, write_recipe
 from .runs import build_model, configure, settings_on
@@ -79,9 +79,11 @@ class Sweep:
 
     def _settle(self, data):
         "Write what the sweep is, or compare with what is there"
-        f, new = self.out/'sweep.json', as_json(dict(dataclasses.asdict(self.base), data=data.source, tune=sorted(self.tune)))
+        judged = dict(judged_with_views=self.base.views) # older sweeps judged without
+        new = as_json(dict(dataclasses.asdict(self.base), data=data.source, tune=sorted(self.tune), **judged))
+        f = self.out/'sweep.json'
         old = read_json(f) if f.exists() else new
-        was = settings_on(old, data) if isinstance(old, dict) else {}
+        was = settings_on({'judged_with_views': 'none', **old}, data) if isinstance(old, dict) else {}
         apart = [f'{k}={was.get(k)!r}, not {v!r}' for k, v in new.items() if was.get(k) != v]
         if apart: raise FastcifarError(f'{self.out} holds a sweep of another configuration ({apart[0]}): give the same one, or choose another --out')
         write_json(f, new)
@@ -112,7 +114,7 @@ class Sweep:
         self._settle(data)
         study, request = self._storage(), StopRequest(say)
         over = [t for t in study.trials if t.state.is_finished() and t.state.name != 'FAIL']
-        say(f'{trials} trials, {min(len(over), trials)} done; {data.name}, {self.base.valid:,} training images held out')
+        say(f'{trials} trials, {min(len(over), trials)} done; {data.name}, {self.base.valid:,} training images held out, test-time views: {self.base.views}')
         study.sampler = optuna.samplers.TPESampler(seed=self.base.seed + len(study.trials))
         with request, cpu_threads(threads):
             for i in tqdm(range(len(over), trials), disable=not (sys.stdout.isatty() if bars is None else bars), unit='trial'):
@@ -129,7 +131,10 @@ class Sweep:
         seed_everything(c.seed)
         learn, report = recipe_learner(_loaders(c, data, device), build_model(c, len(data.classes)), c, precision=c.precision), _Report(trial, request)
         try:
-            with learn.no_bar(), learn.no_logging(): fit_recipe(learn, c, cbs=[report])
+            with learn.no_bar(), learn.no_logging():
+                fit_recipe(learn, c, cbs=[report])
+                valid = CifarInterpretation.from_learner(learn, 1,
+                    views=c.views).accuracy # as `train` evaluates what is found
         except optuna.TrialPruned:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             return f'{report.accuracy:.2%} after epoch {learn.epoch + 1}, given up'
@@ -139,8 +144,8 @@ class Sweep:
         except FastcifarError as e: # the loss became NaN
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             return str(e).split(':')[0]
-        study.tell(trial, report.accuracy)
-        return f'{report.accuracy:.2%}'
+        study.tell(trial, valid)
+        return f'{valid:.2%}'
 
     def write(self, study, data, say=say) -> dict: # What is in recipe.json
         "Write the trials, a picture of them, and the best recipe"
@@ -149,7 +154,9 @@ class Sweep:
         done = t[t.state == 'complete']
         if not len(done): return {}
         best = study.best_trial
-        found = dict(trials=len(t), complete=len(done), valid_accuracy=best.value, valid_images=self.base.valid, data=data.name, data_sha256=data.source, epochs=self.base.epochs, seed=self.base.seed)
+        found = dict(trials=len(t), complete=len(done), valid_accuracy=best.value, valid_images=self.base.valid,
+            views=self.base.views, data=data.name, data_sha256=data.source, epochs=self.base.epochs,
+            seed=self.base.seed)
         best = override_recipe(self.base, **suggest_settings(_again(best), self.base, self.tune))
         res = write_recipe(self.out/'recipe.json', best, best.recipe, best.model, norm=best.norm, groups=best.groups, found=found)
         save_plot(lambda: plot_sweep(t), self.out/'sweep.png', say)

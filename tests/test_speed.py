@@ -32,7 +32,7 @@ def test_the_speedrun_is_judged_by_whole_trainings(main, tmp_path, monkeypatch):
     import fastcifar.bench as bench
     monkeypatch.setattr(bench, '_whole', lambda name, recipe, k: lambda: recipe.epochs * (1 if name == 'speednet' else 4))
     runs = [('speednet', 'speedrun', 8, .90), ('speednet', 'speedrun', 12, .92), ('custom_resnet', 'reference', 24, .89), ('custom_resnet', 'fast', 24, .91), ('custom_resnet', 'one_cycle', 24, .99)]
-    rows = ['model,norm,recipe,epochs,data,test_accuracy', *(f'{m},bn,{r},{e},cifar10,{a}' for m, r, e, a in runs), 'custom_resnet,ln,reference,24,cifar10,0.99']
+    rows = ['model,norm,recipe,epochs,data,test_accuracy', *(f'{m},bn,{r},{e},cifar10,{a + s:.4f}' for m, r, e, a in runs for s in (0, .001, .002)), 'custom_resnet,ln,reference,24,cifar10,0.99']
     (tmp_path/'r.csv').write_text('\n'.join(rows))
     code, out, err = main('bench', 'speedrun', '--device', 'cpu', '--rounds', 1, '--results', 'r.csv', '--json')
     assert code == 0, err
@@ -40,6 +40,9 @@ def test_the_speedrun_is_judged_by_whole_trainings(main, tmp_path, monkeypatch):
     assert got == [('cpu/speedrun_vs_custom_resnet', 8 / 96, 'goal'), ('cpu/speedrun_vs_custom_resnet_fast', 12 / 96, 'goal')]
     (tmp_path/'r.csv').write_text('\n'.join(r for r in rows if '12' not in r))
     assert [r['met'] for r in json.loads(main('bench', 'speedrun', '--device', 'cpu', '--rounds', 1, '--results', 'r.csv', '--json')[1])['rows']] == ['goal', 'missed']
+    (tmp_path/'r.csv').write_text('\n'.join(r for r in rows if not r.endswith(('10', '20')))) # one run of each
+    for row in json.loads(main('bench', 'speedrun', '--device', 'cpu', '--rounds', 1, '--results', 'r.csv', '--json')[1])['rows']:
+        assert row['met'] is None and 'nothing is judged' in row['note']
     row, = json.loads(main('bench', 'speedrun', '--device', 'cpu', '--rounds', 1, '--json')[1])['rows']
     assert row['met'] is None and 'not compared' in row['note']
 
