@@ -75,13 +75,21 @@ class LeanScheduler(ParamScheduler):
 
 # %% ../nbs/18_loop.ipynb #2fdcf5a3
 class _SmoothLoss(AvgSmoothLoss):
-    "fastai's `AvgSmoothLoss`, which stays on the device of the loss"
+    "On a CPU a float32 of NumPy, which computes as tensors do and is quicker; elsewhere a tensor there"
+    def reset(self): self.count, self.val = 0, np.float32(0)
     def accumulate(self, learn):
         self.count += 1
         loss = learn.loss.detach()
         if loss.ndim: loss = loss.mean()
-        if loss.device != self.val.device: self.val = self.val.to(loss.device)
-        self.val = torch.lerp(loss.float(), self.val, self.beta)
+        if loss.device.type == 'cpu': # torch.lerp, but for the last bit
+            self.val = self.val - (self.val - np.float32(loss.item())) * np.float32(1 - self.beta)
+        else: self.val = torch.lerp(loss.float(), torch.as_tensor(self.val, device=loss.device), self.beta)
+    def raw(self):
+        "The value in the form that it is kept in"
+        weight = 1 - self.beta**self.count
+        return self.val / (np.float32(weight) if isinstance(self.val, np.float32) else weight)
+    @property
+    def value(self): return torch.as_tensor(self.raw())
 
 class _MeanLoss(AvgLoss):
     def accumulate(self, learn):
@@ -101,14 +109,15 @@ class LeanRecorder(Recorder):
         if self.train_metrics or not learn.training or not len(learn.yb) or self.cancel_train: return super().after_batch()
         self.smooth_loss.accumulate(learn)
         self.lrs.append(last_hyper(learn.opt, 'lr'))
-        learn.smooth_loss = self.smooth_loss.value
-        self._losses.append(learn.smooth_loss)
+        learn._smooth_loss = raw = self.smooth_loss.raw()
+        self._losses.append(raw)
 
     @property
     def losses(self):
-        "The smoothed loss of each step, on the CPU; what is still on a GPU is fetched at once"
+        "The smoothed loss of each step, as tensors on the CPU; what is new is fetched at once"
         fresh = self._losses[self._fetched:]
-        if fresh and fresh[-1].device.type != 'cpu': self._losses[self._fetched:] = torch.stack(fresh).cpu().unbind()
+        numbers = all(type(v) is np.float32 for v in fresh)
+        if fresh: self._losses[self._fetched:] = (torch.from_numpy(np.array(fresh)) if numbers else torch.stack(fresh).cpu()).unbind()
         self._fetched = len(self._losses)
         return self._losses
 
@@ -126,7 +135,8 @@ class LeanRecorder(Recorder):
 
     def restore(self, tensors, note):
         self.lrs, self.losses, self.iters, self.values = tensors['lrs'].tolist(), list(tensors['losses'].unbind()), note['iters'], [L(row) for row in note['values']]
-        self.smooth_loss.val, self.smooth_loss.count = torch.tensor(note['smooth'], dtype=torch.float32), note['count']
+        val = np.float32(note['smooth']) if isinstance(self.smooth_loss, _SmoothLoss) else torch.tensor(note['smooth'])
+        self.smooth_loss.val, self.smooth_loss.count = val, note['count']
 
 # %% ../nbs/18_loop.ipynb #225a107f
 def map_tensors(
@@ -207,7 +217,7 @@ class LeanLearner(Learner):
     _device = _n_inputs = None # known while an epoch runs
     first_epoch = first_batch = 0 # where a continued training goes on
     def __init__(self, *args, **kwargs):
-        self._listeners, self._known = {}, []
+        self._listeners = {}
         super().__init__(*args, **kwargs)
 
     def add_cb(self, cb):
@@ -231,12 +241,11 @@ class LeanLearner(Learner):
         return found
 
     def __call__(self, name):
-        if self.cbs.items != self._known: self._forget()
-        listeners = self._listeners.get(name) if isinstance(name, str) else None
-        if listeners is None: listeners = self._look_up(name)
+        found = self._listeners.get(name) if isinstance(name, str) else None
+        if found is None or found[1] != found[2]: found = self._look_up(name) # or callbacks came or went
         training = self.training
         try:
-            for cb, f in listeners:
+            for cb, f in found[0]:
                 if cb.run and (cb.run_train if training else cb.run_valid): f()
         except _control: raise
         except Exception as e: # said as fastai says it
@@ -247,20 +256,24 @@ class LeanLearner(Learner):
         "Who listens to an event of a batch; other events, and several at once, happen here"
         if not isinstance(name, str):
             for n in name: self(n)
-            return []
-        if name in _refresh: self._forget()
+            return [], [], []
+        if name in _refresh: self._listeners.clear()
         if name not in _inner:
             super().__call__(name)
-            return []
-        self._listeners[name] = self._listening(name)
+            return [], [], []
+        self._listeners[name] = self._listening(name), self.cbs.items, list(self.cbs.items)
         return self._listeners[name]
 
-    def _forget(self):
-        "Who listens has to be found anew"
-        self._known = list(self.cbs.items)
-        self._listeners.clear()
+    def __getstate__(self): return dict(super().__getstate__(), _listeners={})
 
-    def __getstate__(self): return dict(super().__getstate__(), _listeners={}, _known=[])
+    @property
+    def smooth_loss(self):
+        "The running mean of the training loss: a tensor, made when somebody looks at it"
+        if '_smooth_loss' not in vars(self): raise AttributeError('smooth_loss')
+        return torch.as_tensor(self._smooth_loss)
+
+    @smooth_loss.setter
+    def smooth_loss(self, value): self._smooth_loss = value
 
     def all_batches(self):
         self._device, self._n_inputs = next(self.model.parameters()).device, getattr(self.dls, 'n_inp', None)

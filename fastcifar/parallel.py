@@ -137,7 +137,7 @@ class ShareTraining(Callback):
     def after_train(self):
         smooth, *rest = self.recorder._train_mets
         mean = total(smooth.val)[0] / world_size()
-        smooth.val = smooth.val.new_tensor(mean)
+        smooth.val = smooth.val.new_tensor(mean) if isinstance(smooth.val, torch.Tensor) else type(smooth.val)(mean) # a tensor on a GPU, a NumPy number on a CPU
         self._add_up(rest)
 
     def after_validate(self): self._add_up(self.recorder._valid_mets)
