@@ -212,6 +212,10 @@ _lean = {TrainEvalCallback: LeanTrainEval, CastToTensor: LeanCast, ProgressCallb
 _quick = {ParamScheduler: LeanScheduler} # fastai's own object, served by the methods of its lean form
 _always = SimpleNamespace(run=True, run_train=True, run_valid=True)
 
+def _unnamed(o):
+    "Named tuples, which fastai cannot put together, as plain ones"
+    return tuple(map(_unnamed, o)) if isinstance(o, tuple) else o
+
 class LeanLearner(Learner):
     "fastai's `Learner`, with less time between the steps"
     _device = _n_inputs = None # known while an epoch runs
@@ -305,6 +309,8 @@ class LeanLearner(Learner):
         except ex: self(cancelled)
         self(after)
         final()
+
+    def to_detach(self, b, cpu=True, gather=True): return super().to_detach(_unnamed(b), cpu, gather)
 
     def _step(self): (self.opt.opt if type(self.opt) is OptimWrapper else self.opt).step()
 

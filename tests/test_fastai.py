@@ -1,6 +1,7 @@
 "Every fastai method works: continued trainings with bars, nets of all forms, callbacks that stay what they are."
 import os, signal, subprocess, sys, time, warnings
 from collections import OrderedDict, namedtuple
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,13 +16,14 @@ from fastai.optimizer import Adam
 from torch import nn
 from torch.nn import functional as F
 
-from fastcifar.loop import LeanLearner, LeanRecorder
+from fastcifar.loop import LeanLearner
 from fastcifar.state import Checkpoints
 from fastcifar.train import PRECISIONS, NumberFormat, UnpicklingWarning, cifar_learner
 
 Pair = namedtuple('Pair', 'a b')
-FORMS = {'tensor': lambda t: t, 'tuple': lambda t: (t, t * 2), 'list': lambda t: [t, t * 2], 'dict': lambda t: dict(a=t, b=t * 2),
-         'ordered': lambda t: OrderedDict(a=t, b=t * 2), 'named': lambda t: Pair(t, t * 2), 'nested': lambda t: dict(a=(t, [t * 2]))}
+FORMS = {'tensor': lambda t: t, 'tuple': lambda t: (t, t * 2), 'list': lambda t: [t, t * 2],
+         'dict': lambda t: dict(a=t, b=t * 2), 'ordered': lambda t: OrderedDict(a=t, b=t * 2),
+         'named': lambda t: Pair(t, t * 2), 'nested': lambda t: dict(a=(t, [t * 2]))}
 
 def first(o):
     "The first tensor of any form"
@@ -39,7 +41,8 @@ class Net(nn.Module):
     def __init__(self, form='tensor', rows=1):
         super().__init__()
         torch.manual_seed(0)
-        self.conv, self.out, self.form, self.rows, self.seen = nn.Conv2d(3, 4, 3), nn.Linear(144, 3), FORMS[form], rows, set()
+        self.conv, self.out = nn.Conv2d(3, 4, 3), nn.Linear(144, 3)
+        self.form, self.rows, self.seen = FORMS[form], rows, set()
     def forward(self, x):
         self.form_in = type(x)
         h = self.conv(first(x))
@@ -69,7 +72,13 @@ def fit(learn, n=1, bars=False, **kwargs):
 
 @pytest.mark.parametrize('make', [None, LeanLearner])
 @pytest.mark.parametrize('own', [False, True])
-def test_a_fit_with_bars_starts_at_any_epoch(make, own, capsys):
+@pytest.mark.parametrize('notebook', [False, True])
+def test_a_fit_with_bars_starts_at_any_epoch(make, own, notebook, monkeypatch, capsys):
+    if notebook:
+        from fastprogress.fastprogress import NBMasterBar, NBProgressBar
+        monkeypatch.setattr('fastai.callback.progress.master_bar', NBMasterBar)
+        monkeypatch.setattr('fastai.callback.progress.progress_bar', NBProgressBar)
+        monkeypatch.setattr('IPython.display.display', lambda *args, **kwargs: SimpleNamespace(update=lambda o: None))
     class Bar(ProgressCallback): pass
     learn = learner(cls=make, cbs=[Bar()] if own else [])
     learn.fit(3, 1e-2, start_epoch=2)
@@ -115,12 +124,13 @@ def in_a_terminal(args, cwd, interrupt=None):
     return p.wait(60), shown.decode()
 
 def test_ctrl_c_in_a_terminal_and_the_same_command_again(tree, tmp_path):
-    args = [sys.executable, '-m', 'fastcifar', 'train', '--data', str(tree), '--model', 'normnet31k', '--epochs', '3', '--bs', '2',
-            '--lr-max', '1e-3', '--no-pictures', '--out', 'r']
+    args = [sys.executable, '-m', 'fastcifar', 'train', '--data', str(tree), '--model', 'normnet31k', '--epochs', '3',
+            '--bs', '2', '--lr-max', '1e-3', '--no-pictures', '--out', 'r']
     code, shown = in_a_terminal(args, tmp_path, lambda: list(tmp_path.glob('r/checkpoints/epoch_0001*')))
     assert code == 128 + signal.SIGINT and 'go on with' in shown and 'Traceback' not in shown, shown[-2000:]
     code, shown = in_a_terminal(args, tmp_path)
-    assert code == 0 and 'continuing after' in shown and 'Traceback' not in shown and (tmp_path/'r/metrics.json').exists(), shown[-2000:]
+    assert code == 0 and 'continuing after' in shown and 'Traceback' not in shown, shown[-2000:]
+    assert (tmp_path/'r/metrics.json').exists()
 
 # --- forms
 
@@ -130,7 +140,10 @@ def test_answers_of_every_form(form, precision, tmp_path):
     learn = fit(learner(net=Net(form), precision=precision), bars=True, cbs=Checkpoints(tmp_path))
     assert learn.loss_func.dtypes == {torch.float32} and {d for d, _ in learn.model.seen} == {PRECISIONS[precision]}
     plain = fit(learner(precision=precision))
-    assert learn.recorder.losses[-1].equal(plain.recorder.losses[-1]) and learn.recorder.values[-1] == plain.recorder.values[-1]
+    assert learn.recorder.losses[-1].equal(plain.recorder.losses[-1])
+    assert learn.recorder.values[-1] == plain.recorder.values[-1]
+    if form in ('tensor', 'tuple', 'list', 'named'):
+        with learn.no_bar(): assert first(learn.get_preds(dl=learn.dls.valid)[0]).shape == (20, 3)
 
 @pytest.mark.parametrize('form', FORMS)
 def test_inputs_and_targets_of_every_form(form):
@@ -162,7 +175,7 @@ def test_losses_are_tensors(interrupted):
     except KeyboardInterrupt: pass
     assert torch.stack(learn.recorder.losses).equal(torch.stack(seen)) and len(seen) == (5 if interrupted else 9)
     theirs = fit(learner(cls=Learner), 3).recorder.losses
-    assert torch.allclose(torch.stack(theirs)[:len(seen)], torch.stack(seen), rtol=1e-6)
+    assert torch.allclose(torch.stack(theirs)[:len(seen)], torch.stack(seen), rtol=1e-5)
     learn.recorder.plot_loss(skip_start=0, with_valid=False)
 
 # --- precision and memory format by fastai's methods
@@ -181,14 +194,16 @@ def test_fastais_precision_and_memory_format():
     assert ran_in(learn.to_fp16()) == (torch.float16, True) and len(learn._grab_cbs(NumberFormat)) == 1
     assert ran_in(learn.to_contiguous()) == (torch.float16, False) and learn.model.conv.weight.is_contiguous()
     learn.to_channelslast()
-    assert ran_in(learn)[0] == torch.float16 and learn.model.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert ran_in(learn)[0] == torch.float16
+    assert learn.model.conv.weight.is_contiguous(memory_format=torch.channels_last)
     assert ran_in(learn.to_contiguous(to_fp32=True)) == (torch.float32, False)
 
 def test_number_format_steps_aside_for_fastais_callback():
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # torch's: there is no CUDA
         same = dict(opt_func=Adam, wd=.01)
-        learn, theirs = learner(precision='bf16', channels_last=False, **same), learner(cls=Learner, cbs=MixedPrecision(amp_mode='bf16'), **same)
+        learn = learner(precision='bf16', channels_last=False, **same)
+        theirs = learner(cls=Learner, cbs=MixedPrecision(amp_mode='bf16'), **same)
         cb = MixedPrecision(amp_mode='bf16')
         fit(learn, cbs=cb), fit(theirs)
     assert all(a.equal(b) for a, b in zip(learn.model.state_dict().values(), theirs.model.state_dict().values()))
@@ -213,7 +228,7 @@ def test_a_callback_stays_the_object_it_is(make, capsys):
 def test_a_recorder_of_ones_own(tmp_path):
     r, learn = Recorder(train_metrics=True), learner()
     fit(learn, 2, cbs=[r, Checkpoints(tmp_path)])
-    assert len(r.losses) == 6 and len(r.values) == 2 and type(learn.recorder if hasattr(learn, 'recorder') else r) in (Recorder, LeanRecorder)
+    assert len(r.losses) == 6 and len(r.values) == 2
     learn, r, ck = learner(), Recorder(train_metrics=True), Checkpoints(tmp_path)
     fit(learn, 3, cbs=[r, ck], start_epoch=ck.latest(learn))
     assert len(r.losses) == 9 and len(r.values) == 3 # a checkpoint holds it, too
