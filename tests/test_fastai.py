@@ -16,6 +16,8 @@ from fastai.optimizer import Adam
 from torch import nn
 from torch.nn import functional as F
 
+from fastcifar.averages import Views
+from fastcifar.basics import FastcifarError
 from fastcifar.loop import LeanLearner
 from fastcifar.state import Checkpoints
 from fastcifar.train import PRECISIONS, NumberFormat, UnpicklingWarning, cifar_learner
@@ -153,10 +155,13 @@ def test_inputs_and_targets_of_every_form(form):
     assert learn.model.form_in is kind and learn.model.seen == {(torch.bfloat16, True)}
     assert learn.recorder.values[-1] == plain.recorder.values[-1] # batches of 8, 8 and 4, weighted as they are
 
+def test_views_of_a_net_with_two_answers_are_refused():
+    with pytest.raises(FastcifarError, match='leave out Views'): fit(learner(net=Net('tuple'), cbs=Views()))
+
 def test_a_net_with_more_rows_than_labels(capsys):
-    class Views(Loss):
+    class Twice(Loss):
         def __call__(self, pred, y): return F.cross_entropy(pred, y.repeat_interleave(2))
-    fit(learner(net=Net(rows=2), loss_func=Views()), bars=True)
+    fit(learner(net=Net(rows=2), loss_func=Twice()), bars=True)
 
 # --- what is recorded
 
