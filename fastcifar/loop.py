@@ -190,8 +190,10 @@ class LeanCast(CastToTensor):
     name = 'cast_to_tensor'
     def before_batch(self):
         learn = self.learn
-        if any(type(t) is not torch.Tensor for b in (learn.xb, learn.yb) for t in b):
+        for t in (*learn.xb, *learn.yb):
+            if type(t) is torch.Tensor: continue
             learn.xb, learn.yb = _plain(learn.xb), _plain(learn.yb)
+            break
 
 # %% ../nbs/18_loop.ipynb #461c1f7f
 class CrossEntropy(CrossEntropyLossFlat):

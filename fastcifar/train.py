@@ -116,9 +116,13 @@ class MemoryFormat(Callback):
         self._aside = any(isinstance(cb, ChannelsLast) for cb in self.learn.cbs)
         if not self._aside: self.model.to(memory_format=self.format)
     def before_batch(self):
-        if self._aside or all(type(x) is torch.Tensor and self._fits(x) for x in self.learn.xb): return
-        self.learn.xb = map_tensors(lambda x: x if self._fits(x) else x.contiguous(memory_format=self.format), self.learn.xb)
-    def _fits(self, x): return x.ndim != 4 or x.is_contiguous(memory_format=self.format)
+        learn, form = self.learn, self.format
+        def fits(x): return x.ndim != 4 or x.is_contiguous(memory_format=form)
+        if self._aside: return
+        for x in learn.xb:
+            if isinstance(x, torch.Tensor) and fits(x): continue
+            learn.xb = map_tensors(lambda x: x if fits(x) else x.contiguous(memory_format=form), learn.xb)
+            break
 
 # %% ../nbs/20_train.ipynb #e41db20c
 def best_channels_last(
