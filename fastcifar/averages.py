@@ -12,7 +12,7 @@ import torch
 from fastai.callback.core import Callback
 from torch.nn import functional as F
 
-from .basics import check_name
+from .basics import FastcifarError, check_name
 
 # %% ../nbs/21_averages.ipynb #f90f91d4
 class EMA(Callback):
@@ -83,7 +83,11 @@ class Views(Callback):
     def __init__(self,
         views:str='flip', # One of `VIEWS`
     ): self.views = check_name(views, VIEWS, 'kind of views')
-    def after_pred(self): self.learn.pred = average_views(self.model, self.learn.xb[0], self.views, self.learn.pred)
+    def after_pred(self):
+        learn = self.learn
+        if len(learn.xb) > 1 or not all(isinstance(t, torch.Tensor) for t in (learn.xb[0], learn.pred)):
+            raise FastcifarError('views are for nets that take images and give logits, nothing else: leave out Views')
+        learn.pred = average_views(self.model, learn.xb[0], self.views, learn.pred)
 
 @contextlib.contextmanager
 def viewed(

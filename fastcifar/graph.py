@@ -110,12 +110,13 @@ class StepGraph:
 
     def _looked(self, learn):
         "Has nothing changed since the last look? An epoch, a callback or an optimizer that is new calls for one"
-        return learn.iter and self.looked_at is learn.opt and 'after_pred' in learn._listeners
+        found = learn._listeners.get('after_pred')
+        return learn.iter and self.looked_at is learn.opt and found and found[1] == found[2]
 
     def _look(self, learn):
         "Find out whether steps can be recorded, and whether the recording is still of these tensors"
         self.refusal, self.looked_at, self.params = why_not_recorded(learn), learn.opt, list(learn.model.parameters())
-        learn._listeners['after_pred'] = learn._listening('after_pred')
+        learn._look_up('after_pred')
         places = None if self.refusal else self._places(learn)
         if self.graph is not None and places != self.places: self.graph = self.kind = None
         self.recorded = 0

@@ -16,17 +16,26 @@ import torch
 from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.callback.mixup import MixHandler
 from fastai.callback.progress import CSVLogger, ProgressCallback
-from fastai.learner import CastToTensor
+from fastai.callback.schedule import ParamScheduler
+from fastai.learner import CastToTensor, Recorder
 from fastai.optimizer import Lookahead, Optimizer
+from fastai.torch_core import find_bs
 
 from .basics import FastcifarError, remove_unfinished, rng_state, say, set_rng_state
-from .loop import LeanLearner
+from .loop import LeanLearner, LeanRecorder, LeanScheduler
 from .parallel import everyones, rank, total, wait_for_all, world_size
+from .schedule import generators_of
 from .train import FreezeParts, StopOnNaN
 from .weights import load_tensors, load_weights, save_tensors
 
 # %% ../nbs/22_state.ipynb #9ee4e9ac
 _afresh = (TrainEvalCallback, CastToTensor, ProgressCallback, CSVLogger, MixHandler, FreezeParts, StopOnNaN) # they make what they hold anew in each fit, epoch or batch
+
+_keepers = {ParamScheduler: LeanScheduler, Recorder: LeanRecorder} # of fastai's own objects
+
+def _keeper(cb):
+    "The class whose `checkpoint` and `restore` serve a callback"
+    return _keepers.get(type(cb), type(cb))
 
 class _Mark:
     "Something that JSON cannot hold, and how it is now"
@@ -53,7 +62,7 @@ def _with_state(learn):
     for cb in learn.cbs:
         if isinstance(cb, Checkpoints): continue
         seen[cb.name] += 1
-        (own if hasattr(type(cb), 'checkpoint') else others)[cb.name if seen[cb.name] == 1 else f'{cb.name}-{seen[cb.name]}'] = cb
+        (own if hasattr(_keeper(cb), 'checkpoint') else others)[cb.name if seen[cb.name] == 1 else f'{cb.name}-{seen[cb.name]}'] = cb
     return own, others
 
 def checkpoint_state(
@@ -69,11 +78,12 @@ def checkpoint_state(
         tensors |= {f'opt.{i}.{k}': v for k, v in s.items() if isinstance(v, torch.Tensor)}
     own, others = _with_state(learn)
     for name, cb in own.items():
-        kept, parts[name] = cb.checkpoint()
+        kept, parts[name] = _keeper(cb).checkpoint(cb)
         tensors |= {f'{name}.{k}': v for k, v in kept.items()}
     for name, cb in others.items(): parts[name] = {k: v for k, v in _changed(cb, before.get(name, {})).items() if _is_plain(v)}
     return tensors, dict(parts=parts, opt=states, hypers=[dict(h) for h in learn.opt.hypers], epochs=[getattr(dl, 'epoch', None) for dl in learn.dls.loaders],
-                         loaders=[dl.rng.getstate() for dl in learn.dls.loaders], train_iter=learn.train_iter, pct_train=learn.pct_train, n_iter=len(learn.dls.train))
+                         loaders=[dl.rng.getstate() if hasattr(dl, 'rng') else None for dl in learn.dls.loaders],
+                         generators=[[g.get_state().tolist() for g in generators_of(dl)] for dl in learn.dls.loaders], train_iter=learn.train_iter, pct_train=learn.pct_train, n_iter=len(learn.dls.train))
 
 def _of(name, tensors):
     "The tensors whose names begin with `name`, under the rest of it"
@@ -88,7 +98,7 @@ def restore_parts(learn, tensors:dict, note:dict):
     "Put back what callbacks have kept"
     own, others = _with_state(learn)
     for name, cb in own.items():
-        if name in note['parts']: cb.restore(_of(name, tensors), note['parts'][name])
+        if name in note['parts']: _keeper(cb).restore(cb, _of(name, tensors), note['parts'][name])
     for name, cb in others.items():
         for k, v in note['parts'].get(name, {}).items():
             if k == 'learn' or not _is_plain(v) or k in vars(cb) and not _is_plain(vars(cb)[k]): raise ValueError(f'it sets {k} of {name}')
@@ -120,9 +130,11 @@ def restore_position(learn, note:dict):
     if note['n_iter'] != len(learn.dls.train): raise ValueError(f'it was made with {note["n_iter"]} batches an epoch, now there are {len(learn.dls.train)}')
     set_rng_state(of_this_process(note)['rng'])
     for h, kept in zip(learn.opt.hypers, note['hypers']): h.update(kept) # a callback may have changed them; `fit` has set them anew
-    for dl, epoch, (version, ints, gauss) in zip(learn.dls.loaders, note['epochs'], note['loaders']):
+    for dl, epoch, state in zip(learn.dls.loaders, note['epochs'], note['loaders']):
         if epoch is not None: dl.epoch = epoch - bool(note['batch'] and dl is learn.dls.train) # it counts when it starts
-        dl.rng.setstate((version, tuple(ints), gauss))
+        if hasattr(dl, 'rng'): dl.rng.setstate((state[0], tuple(state[1]), state[2]))
+    for dl, states in zip(learn.dls.loaders, note.get('generators', ())): # loaders of torch; older checkpoints have none
+        for g, state in zip(generators_of(dl), states, strict=True): g.set_state(torch.tensor(state, dtype=torch.uint8))
     learn.train_iter, learn.first_batch = note['train_iter'], note['batch']
     if note['batch']: learn.pct_train = note['pct_train'] # at the start of an epoch fastai computes it
 
@@ -228,7 +240,7 @@ class Checkpoints(Callback):
         if self._asked_to_stop(): self._stop(f'epoch {self.epoch}') # it came while the epoch before this one was validated
 
     def before_train(self):
-        self._start, self._loss, self._right, self._n = time.perf_counter(), 0., 0, 0
+        self._start, self._loss, self._right, self._n, self._classes = time.perf_counter(), 0., 0, 0, False
         if self._before is None: self._before = {name: _own(cb) for name, cb in _with_state(self.learn)[1].items()}
         if self.note is not None:
             with self._readable(self.where):
@@ -242,13 +254,20 @@ class Checkpoints(Callback):
     def after_batch(self):
         learn = self.learn
         if not learn.training: return
-        y = learn.yb[0]
-        self._n += y.numel()
-        self._loss += learn.loss.detach().to(torch.float32 if learn.loss.is_mps else torch.float64) * y.numel() # stays on the device
-        self._right += (learn.pred.detach().argmax(-1) == y).sum()
+        n = self._count_right(learn.pred, *learn.yb)
+        self._n += n
+        self._loss += learn.loss.detach().to(torch.float32 if learn.loss.is_mps else torch.float64) * n # stays on the device
         done, stop = learn.iter + 1, self._asked_to_stop(learn.iter) and hasattr(learn.dls.train, 'first_batch') # other loaders cannot start within an epoch
         if done < learn.n_iter and (stop or self.every and done % self.every == 0): self._write(learn.epoch, done)
         if stop and done < learn.n_iter: self._stop(f'batch {done} of epoch {learn.epoch + 1}')
+
+    def _count_right(self, pred, y=None, *more):
+        "Count the right answers, if this is a classification; the number of targets"
+        tensors = isinstance(pred, torch.Tensor) and isinstance(y, torch.Tensor)
+        self._classes = tensors and not y.is_floating_point() and y.shape == pred.shape[:-1]
+        if not self._classes: return find_bs(self.learn.yb or self.learn.xb)
+        self._right += (pred.detach().argmax(-1) == y).sum()
+        return y.numel()
 
     def _asked_to_stop(self, i=0):
         "Has this process been asked to stop, or, which they agree on at every tenth batch, any of them?"
@@ -261,14 +280,14 @@ class Checkpoints(Callback):
         names, log = self.recorder.metric_names[2:], self.recorder.log[2:]
         valid = dict(zip(names, log)) if len(names) == len(log) else {} # validation may have been called off
         loss, right, n = total(self._loss, self._right, self._n)
-        self.history.append(dict(epoch=self.epoch + 1, train_loss=loss / n, train_accuracy=right / n,
+        self.history.append(dict(epoch=self.epoch + 1, train_loss=loss / n, train_accuracy=right / n if self._classes else None,
                                  **{k: float(v) for k, v in valid.items() if k != 'time'}, lr=float(self.opt.hypers[-1]['lr']),
                                  seconds=round(time.perf_counter() - self._start, 2)))
         if not math.isfinite(self.history[-1].get('valid_loss', 0.)): self._refuse(f'after epoch {self.epoch + 1}', 'the validation loss is')
         self._write(self.epoch + 1, 0)
 
     def after_cancel_fit(self):
-        if len(self.history) == self.epoch and len(self.recorder.values) > self.epoch: self.after_epoch() # stopped early, by a callback that came before
+        if self._before is not None and len(self.history) == self.epoch and len(self.recorder.values) > self.epoch: self.after_epoch() # stopped early, by a callback that came before
 
     def after_fit(self): self._before = None
 

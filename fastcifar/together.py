@@ -26,7 +26,7 @@ from .recipes import fit_recipe, recipe_learner
 from .runs import RunHistory, build_model, explained, finish_run, run_folder, settle_config, write_surroundings
 from .schedule import LRRange
 from .state import Checkpoints, Stopped, StopRequest
-from .train import cpu_threads, some_images
+from .train import cpu_threads, prepare_net
 
 # %% ../nbs/29_together.ipynb #3db695f7
 def _state(device):
@@ -229,7 +229,7 @@ def together_learner(
         seed_everything(one.seed)
         parts.append(data.dataloaders(bs=c.bs, policy=c.policy, seed=one.seed, valid=c.valid, device=device, stats=c.stats, path=c.path))
         nets.append(build(one, len(data.classes)).to(device))
-        if hasattr(nets[-1], 'prepare'): nets[-1].prepare(some_images(parts[-1]))
+        prepare_net(nets[-1], parts[-1])
         states.append(_state(device))
     wide = dataclasses.replace(c, freeze=tuple((f'wide.{pattern}', epochs) for pattern, epochs in c.freeze))
     learn = recipe_learner(TogetherLoaders(parts, device), SideBySide(nets, Streams(states)), wide, precision=c.precision, compile=compile)

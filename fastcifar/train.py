@@ -5,22 +5,26 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'best_precision', 'no_onednn', 'NumberFormat', 'MemoryFormat', 'best_channels_last', 'keep_freed_memory',
            'compile_net', 'FreezeParts', 'StopOnNaN', 'CheckOutputs', 'deterministic_only', 'cpu_threads',
-           'UnpicklingWarning', 'CifarLearner', 'some_images', 'cifar_learner']
+           'UnpicklingWarning', 'CifarLearner', 'some_images', 'prepare_net', 'cifar_learner']
 
 # %% ../nbs/20_train.ipynb #785e6f28
 import contextlib, ctypes, fnmatch, math, os, platform, sys, warnings
 
 import torch
+from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback, CancelFitException, CancelStepException
+from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
 from fastai.callback.schedule import LRFinder
+from fastai.callback.tracker import SaveModelCallback
 from fastai.data.transforms import get_c
 from fastai.metrics import accuracy
+from fastcore.xtras import join_path_file
 from torch import nn
 from torch.nn import functional as F
 
 from .basics import FastcifarError, check_name
 from .graph import StepGraph
-from .loop import CrossEntropy, LeanLearner
+from .loop import CrossEntropy, LeanLearner, map_tensors
 from .optim import optimizer
 from .parallel import shared_training
 from .schedule import lr_range, untouched
@@ -48,7 +52,7 @@ def no_onednn():
     finally: torch.backends.mkldnn.enabled = before
 
 class NumberFormat(Callback):
-    "Run the forward pass in a short floating-point type, on any device"
+    "Run the forward pass in a short floating-point type, on any device; with fastai's `MixedPrecision` it steps aside"
     order = 10
     capturable = property(lambda self: self.precision != 'fp16') # fp16 asks the GPU whether a step may be taken
     def __init__(self,
@@ -58,15 +62,17 @@ class NumberFormat(Callback):
         self.dtype, self.scaler, self._open = PRECISIONS[precision], None, []
 
     def before_fit(self):
-        if self.precision == 'fp16': self.scaler = torch.amp.GradScaler(next(self.model.parameters()).device.type)
+        self._aside = any(isinstance(cb, (MixedPrecision, NonNativeMixedPrecision)) for cb in self.learn.cbs)
+        self.scaler = torch.amp.GradScaler(self._device()) if self.precision == 'fp16' and not self._aside else None
+
+    def _device(self): return next(self.learn.model.parameters()).device.type
 
     def checkpoint(self): return {}, self.scaler.state_dict() if self.scaler else None
     def restore(self, tensors, note):
         if self.scaler and note: self.scaler.load_state_dict(note)
 
     def before_batch(self):
-        if self.precision == 'fp32': return
-        self._enter(torch.autocast(self.learn.xb[0].device.type, self.dtype))
+        if self.precision != 'fp32' and not self._aside: self._enter(torch.autocast(self._device(), self.dtype))
 
     def _enter(self, context):
         context.__enter__()
@@ -77,9 +83,9 @@ class NumberFormat(Callback):
         while self._open: self._open.pop().__exit__(None, None, None)
 
     def after_pred(self):
-        if self.precision == 'fp32': return
+        if not self._open: return
         self._leave()
-        self.learn.pred = self.learn.pred.float()
+        self.learn.pred = map_tensors(lambda t: t.float() if t.is_floating_point() else t, self.learn.pred)
 
     def before_backward(self):
         if not self.scaler: return
@@ -105,17 +111,23 @@ class NumberFormat(Callback):
 
 # %% ../nbs/20_train.ipynb #cd238d00
 class MemoryFormat(Callback):
-    "Keep weights and batches in the channels-last memory format, or in the plain one"
+    "Keep weights and batches in the channels-last memory format, or in the plain one; with fastai's `ChannelsLast` it steps aside"
     order = 9
     def __init__(self,
         channels_last:bool=True, # Which of the two?
     ): self.format = torch.channels_last if channels_last else torch.contiguous_format
     def after_create(self): self.model.to(memory_format=self.format)
-    def before_fit(self): self.model.to(memory_format=self.format)
+    def before_fit(self):
+        self._aside = any(isinstance(cb, ChannelsLast) for cb in self.learn.cbs)
+        if not self._aside: self.model.to(memory_format=self.format)
     def before_batch(self):
-        learn = self.learn
-        if any(x.ndim == 4 and not x.is_contiguous(memory_format=self.format) for x in learn.xb):
-            learn.xb = tuple(x.contiguous(memory_format=self.format) if x.ndim == 4 else x for x in learn.xb)
+        learn, form = self.learn, self.format
+        def fits(x): return x.ndim != 4 or x.is_contiguous(memory_format=form)
+        if self._aside: return
+        for x in learn.xb:
+            if isinstance(x, torch.Tensor) and fits(x): continue
+            learn.xb = map_tensors(lambda x: x if fits(x) else x.contiguous(memory_format=form), learn.xb)
+            break
 
 # %% ../nbs/20_train.ipynb #e41db20c
 def best_channels_last(
@@ -262,6 +274,35 @@ class CifarLearner(LeanLearner):
             if isinstance(m, nn.GroupNorm) and not self.wd_bn_bias:
                 for p in m.parameters(): self.opt.state[p]['do_wd'] = False
 
+    def _short(self, precision, **kwargs):
+        "One callback for the short type: fastai's own on CUDA, ours elsewhere, where theirs has no effect"
+        self.to_fp32()
+        device = next(self.model.parameters()).device
+        return self.add_cb(MixedPrecision(precision, **kwargs) if device.type == 'cuda' else NumberFormat(precision))
+
+    def to_fp32(self):
+        "fastai's `to_fp32`, which takes our `NumberFormat` away, too"
+        return self.remove_cb(MixedPrecision).remove_cb(NumberFormat)
+
+    def to_fp16(self, **kwargs):
+        "fastai's `to_fp16` in place of `NumberFormat`; on a CPU, a `NumberFormat` of that type"
+        return self._short('fp16', **kwargs)
+
+    def to_bf16(self):
+        "fastai's `to_bf16` in place of `NumberFormat`; on a CPU, a `NumberFormat` of that type"
+        return self._short('bf16')
+
+    def to_channelslast(self, use_amp:bool=True, amp_mode:str='fp16', **kwargs):
+        "fastai's `to_channelslast` in place of `MemoryFormat`; on a CPU, as there, the precision stays"
+        on_cuda = next(self.model.parameters()).device.type == 'cuda'
+        if use_amp and on_cuda and not self._grab_cbs(MixedPrecision): self._short(amp_mode, **kwargs)
+        return self.remove_cb(ChannelsLast).add_cb(ChannelsLast())
+
+    def to_contiguous(self, to_fp32:bool=False):
+        "fastai's `to_contiguous`: weights and images in the plain memory format"
+        self.remove_cb(MemoryFormat).add_cb(MemoryFormat(False))
+        return super().to_contiguous(to_fp32).to_fp32() if to_fp32 else super().to_contiguous()
+
     def all_batches(self):
         try: super().all_batches()
         finally:
@@ -286,17 +327,29 @@ class CifarLearner(LeanLearner):
 
     def load(self, file, *args, **kwargs):
         "fastai's `load`"
-        if kwargs.get('weights_only') is False: warnings.warn(f'{file} is unpickled, which can run code: load what you have written yourself', UnpicklingWarning, stacklevel=2)
+        own = [cb.last_saved_path for cb in self.cbs if isinstance(cb, SaveModelCallback)] # written in this fit
+        path = join_path_file(file, self.path/self.model_dir, ext='.pth')
+        if kwargs.get('weights_only') is False and path not in own: warnings.warn(f'{file} is unpickled, which can run code: load what you have written yourself', UnpicklingWarning, stacklevel=2)
         return super().load(file, *args, **kwargs)
 
 # %% ../nbs/20_train.ipynb #7e77e7a6
 def some_images(dls, n=5000):
     "Training images from all over the split, normalized, at least `n` if there are so many"
-    dl, xs = dls.evaluation(0, n) if hasattr(dls, 'evaluation') else dls.train.new(shuffle=True, drop_last=False), []
+    if hasattr(dls, 'evaluation'): dl = dls.evaluation(0, n)
+    else: dl = dls.train.new(shuffle=True, drop_last=False) if hasattr(dls.train, 'new') else dls.train # one of torch
+    xs = []
     for x, *_ in dl:
         xs.append(x.as_subclass(torch.Tensor))
         if sum(map(len, xs)) >= n: break
     return torch.cat(xs)[:n]
+
+def prepare_net(
+    model:nn.Module, # Prepared if it has a method `prepare`, and a buffer `prepared` that is False
+    dls, # fastai DataLoaders
+):
+    "Show some training images to a net that wants to see them before it is trained"
+    prepared = getattr(model, 'prepared', None) # without this buffer, `prepare` is something else
+    if isinstance(prepared, torch.Tensor) and not prepared: model.prepare(some_images(dls))
 
 def cifar_learner(
     dls, # fastai DataLoaders, such as `load_data(...).dataloaders()`
@@ -320,7 +373,7 @@ def cifar_learner(
     if torch.device(device).type == 'cuda' and not torch.are_deterministic_algorithms_enabled(): torch.backends.cudnn.benchmark = True # all batches but the last have one shape
     if channels_last is None: channels_last = best_channels_last(model, device)
     model.to(device) # fastai does it when a fit starts, too late for predictions and for the optimizer of a resumed run
-    if hasattr(model, 'prepare') and not model.prepared: model.prepare(some_images(dls))
+    prepare_net(model, dls)
     if compile: compile_net(model, device)
     extra = [NumberFormat(precision), StopOnNaN(), MemoryFormat(channels_last), CheckOutputs()]
     learn = CifarLearner(dls, model, loss_func=loss_func or CrossEntropy(), opt_func=opt_func, lr=lr, wd=wd, metrics=metrics,
