@@ -146,16 +146,17 @@ def test_sweep(tmp_path, monkeypatch):
 def test_sweep_that_judged_without_views_is_not_gone_on_with(tmp_path):
     from fastcifar.basics import FastcifarError, read_json, write_json
     from fastcifar.sweep import Sweep
+    digits = load_data('digits')
     for views, refused in (('none', False), ('flip', True)):
         s = Sweep(tmp_path/views, 'normnet31k', 'digits', valid=VALID, views=views)
         (tmp_path/views).mkdir()
-        s._settle('source')
+        s._settle(digits)
         old = read_json(tmp_path/views/'sweep.json')
         del old['judged_with_views'] # as older versions wrote it
         write_json(tmp_path/views/'sweep.json', old)
-        if not refused: s._settle('source')
+        if not refused: s._settle(digits)
         else:
-            with pytest.raises(FastcifarError, match="judged_with_views='none', not 'flip'"): s._settle('source')
+            with pytest.raises(FastcifarError, match="judged_with_views='none', not 'flip'"): s._settle(digits)
 
 def interpretation(p, right):
     "Predictions of two classes with these probabilities, right or wrong"
