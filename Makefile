@@ -15,7 +15,7 @@ help:
 	@echo 'make test-wheel   build the wheel, install it into an empty environment, run the demo there'
 	@echo 'make soak         kill 50 runs and continue them, try 12,000 hostile files, kill a node of a Ray cluster (about half an hour)'
 	@echo 'make bench        the CPU benchmarks into benchmarks/ (about a quarter of an hour on an idle machine)'
-	@echo 'make bench-gpu AIRBENCH=airbench94_muon.py   the GPU benchmarks into benchmarks/'
+	@echo 'make bench-gpu DATA=FOLDER AIRBENCH=airbench94_muon.py   all that a CUDA GPU can show, into benchmarks/gpu, line by line'
 	@echo 'make readme       write README.md from nbs/index.ipynb'
 	@echo 'make docs         build the documentation into _docs/ (offline)'
 
@@ -38,9 +38,17 @@ test: .venv/installed
 	$(say) 'running the tests'
 	@CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-gpu: .venv/installed
-	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "torch %s finds no CUDA GPU" % torch.__version__)'
-	@$(BIN)/python -m pytest tests/test_cuda.py
+# A CUDA machine may have all packages, and no index to install from: PYTHON is used as it is where it has fastai
+gpu_python = $$($(PYTHON) -c 'import fastai, sys; print(sys.executable)' 2>/dev/null || { $(MAKE) -s .venv/installed >&2; echo $(BIN)/python; })
+
+test-gpu:
+	@python="$(gpu_python)"; $$python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "torch %s finds no CUDA GPU" % torch.__version__)' && PYTHONPATH=. $$python -m pytest tests/test_cuda.py
+
+test-standin: .venv/installed
+	$(say) 'running the CUDA code on a GPU that is not there'
+	@tests/standin/run.sh -m pytest -p emulated tests/standin/test_emulated.py; code=$$?; [ $$code = 77 ] || exit $$code
+	@tests/standin/run.sh -m pytest -p emulated tests/test_cuda.py -k 'batches_are or continues or fp32-False or False-fp32'; code=$$?; [ $$code = 77 ] || exit $$code
+	@tests/standin/run.sh -m pytest tests/standin/test_counted.py; code=$$?; [ $$code = 77 ] || exit $$code
 
 test-latest:
 	$(say) 'making .venv-latest with the newest packages'
@@ -64,7 +72,7 @@ soak: .venv/installed
 	$(say) 'trying 12,000 hostile files'
 	@$(BIN)/python tools/soak.py hostile 12000
 	$(say) 'killing a node of a Ray cluster in the middle of a study'
-	@OMP_NUM_THREADS=1 FASTCIFAR_SOAK=1 $(BIN)/python -m pytest tests/test_cluster.py
+	@OMP_NUM_THREADS=1 FASTCIFAR_SOAK=1 $(BIN)/python -m pytest tests/test_cluster.py tests/test_workers.py
 
 bench: .venv/installed
 	@$(BIN)/fastcifar bench data --out benchmarks/data.json
@@ -74,10 +82,8 @@ bench: .venv/installed
 	@$(BIN)/fastcifar bench parallel --rounds 3 --out benchmarks/parallel.json
 	@$(BIN)/fastcifar bench together --device cpu --rounds 3 --out benchmarks/together.json
 
-bench-gpu: .venv/installed
-	@$(BIN)/fastcifar bench epoch --device cuda --out benchmarks/gpu_epoch.json
-	@$(BIN)/fastcifar bench speedrun --device cuda $(if $(AIRBENCH),--airbench $(AIRBENCH)) --out benchmarks/gpu_speedrun.json
-	@$(BIN)/fastcifar bench together --device cuda --out benchmarks/gpu_together.json
+bench-gpu:
+	@python="$(gpu_python)"; PYTHONPATH=. $$python tools/gpu_slot/slot.py --out benchmarks/gpu $(if $(DATA),--data $(DATA)) $(if $(AIRBENCH),--airbench $(AIRBENCH))
 
 readme: .venv/installed
 	@$(BIN)/python tools/readme.py

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MARGIN', 'BENCHES', 'Row', 'take_turns', 'speed_row', 'seconds', 'noise_data', 'bench_data', 'bench_step',
-           'bench_epoch', 'read_accuracies', 'accuracy_difference', 'bench_cpu_speedrun', 'bench_gpu_speedrun',
-           'bench_parallel', 'bench_together', 'run_bench']
+           'bench_epoch', 'read_accuracies', 'accuracy_difference', 'bench_cpu_speedrun', 'Airbench',
+           'bench_gpu_speedrun', 'bench_parallel', 'bench_together', 'run_bench']
 
 # %% ../nbs/38_bench.ipynb #a227a400
-import contextlib, dataclasses, functools, itertools, math, os, statistics, subprocess, sys, tempfile, time, warnings
+import contextlib, dataclasses, functools, itertools, math, os, signal, statistics, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 
 import numpy as np
@@ -215,17 +215,13 @@ def _their_steps(name, data, steps):
             right += (out.argmax(1) == y).sum().item()
     return lambda: seconds(run)
 
-class _Waiting:
-    "A loader that counts how long it makes others wait; on a GPU, until its batch is there"
-    def __init__(self, dl, most): self.dl, self.most, self.waited = dl, most, 0.
+class _Some:
+    "The first batches of a loader, or, once they are `kept`, the same ones without the loader's work"
+    def __init__(self, dl, most): self.dl, self.most, self.kept = dl, most, None
     def __getattr__(self, k): return getattr(self.dl, k)
     def __len__(self): return min(self.most, len(self.dl))
-    def __iter__(self):
-        it = iter(self.dl)
-        for _ in range(len(self)):
-            batch = []
-            self.waited += seconds(lambda: batch.append(next(it)), self.device) # which otherwise would wait for earlier steps, too
-            yield batch[0]
+    def __iter__(self): return iter(self.kept) if self.kept else itertools.islice(self.dl, len(self))
+    def keep(self): self.kept = list(itertools.islice(self.dl, len(self)))
 
 class _NoValidation(Callback):
     "Skip validation, but after the last epoch"
@@ -235,9 +231,9 @@ class _NoValidation(Callback):
         if not (self.last and self.epoch == self.n_epoch - 1): raise CancelValidException()
 
 def _our_steps(name, recipe, steps, device, data=None, cbs=()):
-    "A function that times `steps` training steps of ours, the loader that knows how long they waited, and the learner"
+    "A function that times `steps` training steps of ours, their loader, and the learner"
     dls = (data or noise_data(max(recipe.bs * steps, 5000))).dataloaders(bs=recipe.bs, policy=recipe.policy, device=device)
-    dls.loaders[0] = dl = _Waiting(dls.loaders[0], steps)
+    dls.loaders[0] = dl = _Some(dls.loaders[0], steps)
     learn = recipe_learner(dls, create_model(name), recipe)
     def run():
         with learn.no_bar(), learn.no_logging(): fit_recipe(learn, dataclasses.replace(recipe, epochs=1), cbs=[_NoValidation(), *cbs])
@@ -261,16 +257,14 @@ def _checkpoint_row(rounds, steps, every=50):
     return Row('checkpoint/normnet31k', statistics.median(shares), min(shares), max(shares), 'share', must=0.02, per=f'{every} batches of 512')
 
 def _wait_row(name, rounds, images, device):
-    "The share of the time that a training with our recipe waits for the next batch; the first round is left out, since it builds caches"
-    recipe, shares = create_recipe('fast', name), []
+    "The share of an epoch's time that making its batches adds: against one whose batches are there already, in turns"
+    recipe = create_recipe('fast', name)
     steps = max(1, images // recipe.bs)
-    run, dl, _ = _our_steps(name, recipe, steps, device)
-    for _ in range(rounds + 1):
-        dl.waited = 0.
-        t = run()
-        shares.append(dl.waited / t)
-    shares = shares[1:]
-    return Row(f'wait/{name}', statistics.median(shares), min(shares), max(shares), 'share', must=0.05, goal=0.02, per=f'{steps} steps of {recipe.bs}, {recipe.policy}')
+    (whole, *_), (ready, dl, _) = (_our_steps(name, recipe, steps, device) for _ in range(2))
+    dl.keep()
+    shares = [1 - b / a for a, b in take_turns(whole, ready, rounds)]
+    per = f'{steps} steps of {recipe.bs}, {recipe.policy}'
+    return Row(f'wait/{name}', statistics.median(shares), min(shares), max(shares), 'share', must=0.05, goal=0.02, per=per)
 
 def bench_epoch(
     nets:tuple=('normnet31k', 'custom_resnet'), # Which
@@ -388,26 +382,57 @@ def _random_labels(data):
     y = {s: np.random.default_rng(0).permutation(v) for s, v in data.y.items()}
     return ImageData(Arrays(data.x, y, data.classes), data.name, policy=data.policy, stats=(data.mean, data.std))
 
-def _airbench(script, data, n, device):
-    "(seconds, accuracy) of `n` runs of an unmodified airbench94_muon.py on our images"
-    with tempfile.TemporaryDirectory() as tmp:
-        (folder := Path(tmp)/'cifar10').mkdir()
+class Airbench:
+    "An unmodified airbench94_muon.py on our images, run by run; between its runs the process stands still"
+    def __init__(self,
+        script, # Path of airbench94_muon.py
+        data, # An `ImageData`
+        device='cuda', # The GPU
+        limit:float=300, # Seconds that a run may take, its warm-up included
+    ):
+        self.script, self.limit, self.tail, self._folder = Path(script).resolve(), limit, [], tempfile.TemporaryDirectory()
+        (images := Path(self._folder.name)/'cifar10').mkdir()
         for s in ('train', 'test'):
-            torch.save(dict(images=torch.from_numpy(np.array(data.x[s])), labels=torch.from_numpy(data.y[s]), classes=list(data.classes)), folder/f'{s}.pt')
+            split = dict(images=torch.from_numpy(np.array(data.x[s])), labels=torch.from_numpy(data.y[s]))
+            torch.save(dict(split, classes=list(data.classes)), images/f'{s}.pt')
         visible, index = os.environ.get('CUDA_VISIBLE_DEVICES'), torch.device(device).index or 0
-        same_gpu = {'CUDA_VISIBLE_DEVICES': visible.split(',')[index] if visible else str(index)}
-        p = subprocess.Popen([sys.executable, '-u', str(Path(script).resolve())], cwd=tmp, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **same_gpu})
-        runs, tail = [], []
+        self.env = {**os.environ, 'CUDA_VISIBLE_DEVICES': visible.split(',')[index] if visible else str(index)}
+
+    def __enter__(self):
+        self.process = subprocess.Popen([sys.executable, '-u', str(self.script)], cwd=self._folder.name, env=self.env,
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try: self.run() # its warm-up
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+        self._folder.cleanup()
+
+    def _stop(self):
+        self.late = True
+        self.process.kill()
+
+    def run(self) -> tuple: # (seconds, accuracy)
+        "Its next training"
+        self.process.send_signal(signal.SIGCONT)
+        self.late = False
+        late = threading.Timer(self.limit, self._stop)
+        late.start()
         try:
-            for line in p.stdout:
-                tail = [*tail[-20:], line]
+            for line in self.process.stdout:
+                self.tail = [*self.tail[-20:], line]
                 cells = [c.strip() for c in line.split('|')]
-                if 'eval' in cells: runs.append((float(cells[-2]), float(cells[-3])))
-                if len(runs) > n: return runs[1:] # the first is its warm-up
-        finally:
-            p.kill()
-            p.wait()
-    raise FastcifarError(f'{script} ended after {len(runs)} runs: {" ".join(tail)[-300:]}')
+                if 'eval' not in cells: continue
+                self.process.send_signal(signal.SIGSTOP)
+                return float(cells[-2]), float(cells[-3])
+        finally: late.cancel()
+        why = f'took more than {self.limit:g} s' if self.late else 'ended'
+        raise FastcifarError(f'{self.script} {why}: {" ".join(self.tail)[-300:]}')
 
 def _against(times, accs, their_times, their_accs):
     "The row of two sets of trainings; a time counts only if the accuracy is shown to be no worse"
@@ -428,22 +453,22 @@ def bench_gpu_speedrun(
     "Seconds of whole trainings on a GPU"
     if airbench and not Path(airbench).is_file(): raise FastcifarError(f'there is no file {airbench}: give the path of airbench94_muon.py')
     data, rows = load_data(data), []
-    def airbench_runs(k):
-        try: return _airbench(airbench, data, k, device) if airbench and k else []
-        except FastcifarError as e: warnings.warn(f'airbench could not be timed: {e}')
-        return []
-    theirs, warm = airbench_runs(n - n // 2), _random_labels(data)
+    warm = _random_labels(data)
     for name, recipe, bounds in (('speednet', 'speedrun', (None, None)), ('custom_resnet', 'fast', (15, 8))):
         r = create_recipe(recipe, name)
         _timed_fit(name, r, warm, 0, device)
-        runs = [_timed_fit(name, r, data, s, device) for s in range(n)]
+        runs, theirs = [], []
+        with contextlib.ExitStack() as stack:
+            rival = stack.enter_context(Airbench(airbench, data, device)) if airbench and name == 'speednet' else None
+            for s in range(n): # in turns, so that what else the machine does meets both
+                runs.append(_timed_fit(name, r, data, s, device))
+                if rival: theirs.append(rival.run())
         times, accs = zip(*runs)
         _, _, low, high = mean_interval(accs, bounds=(0, 1))
-        rows.append(Row(f'gpu/{name}_s', statistics.median(times), min(times), max(times), 's', must=bounds[0], goal=bounds[1], per=f'{r.epochs} epochs, n = {n}',
-                        note=f'accuracy {statistics.mean(accs):.4f} (95 % interval {low:.4f} to {high:.4f}) on {data.name}'))
-        if airbench and name == 'speednet':
-            theirs += airbench_runs(n // 2)
-            if theirs: rows.append(_against(times, accs, *zip(*theirs)))
+        note = f'accuracy {statistics.mean(accs):.4f} (95 % interval {low:.4f} to {high:.4f}) on {data.name}'
+        rows.append(Row(f'gpu/{name}_s', statistics.median(times), min(times), max(times), 's', must=bounds[0], goal=bounds[1],
+                        per=f'{r.epochs} epochs, n = {n}', note=note))
+        if theirs: rows.append(_against(times, accs, *zip(*theirs)))
     return rows
 
 # %% ../nbs/38_bench.ipynb #cf313fb5

@@ -97,7 +97,8 @@ def _cpu_name():
 
 def _commit():
     checkout = Path(fastcifar.__file__).parents[1]
-    if not (checkout/'settings.ini').exists(): return None # installed; a repository around it is somebody else's
+    told = os.environ.get('FASTCIFAR_COMMIT') # a copy without its history, as on a machine that is lent
+    if told or not (checkout/'settings.ini').exists(): return told # installed: a repository around it is somebody else's
     def git(*args): return subprocess.run(['git', *args], cwd=checkout, capture_output=True, text=True, timeout=5).stdout.strip()
     try: return (head := git('rev-parse', 'HEAD') or None) and head + ('-dirty' if git('status', '--porcelain', '--', 'fastcifar') else '') # results beside the package make it no other one
     except (OSError, subprocess.SubprocessError): return None
@@ -108,8 +109,8 @@ def environment(
     "Versions, hardware and command of this process"
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else _cpu_name()
-    packages = ('fastcifar', 'fastai', 'fastcore', 'torch', 'torchvision', 'albumentations', 'numpy')
-    versions = {}
+    packages = ('fastai', 'fastcore', 'torch', 'torchvision', 'albumentations', 'numpy')
+    versions = dict(fastcifar=fastcifar.__version__) # of what runs, installed or not
     for p in packages:
         try: versions[p] = version(p)
         except Exception: versions[p] = None

@@ -7,8 +7,9 @@ __all__ = ['checkpoint_state', 'conclude_parts', 'restore_parts', 'restore_weigh
            'Stopped', 'StopRequest', 'Checkpoints']
 
 # %% ../nbs/23_state.ipynb #3dd7b940
-import contextlib, math, os, re, signal, threading, time
+import contextlib, copy, math, os, re, signal, threading, time
 from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from fastai.torch_core import find_bs
 
 from .basics import FastcifarError, remove_unfinished, rng_state, say, set_rng_state
 from .loop import LeanLearner, LeanRecorder, LeanScheduler
-from .parallel import everyones, rank, total, wait_for_all, world_size
+from .parallel import everyones, rank, total, world_size
 from .schedule import generators_of
 from .train import FreezeParts, StopOnNaN
 from .weights import load_tensors, load_weights, save_tensors
@@ -176,6 +177,8 @@ def _checked_note(note):
     if not ok: raise ValueError('its note has another shape')
     return note
 
+_beside = ThreadPoolExecutor(1, 'checkpoint') # writes what a GPU has trained; a program ends when it is done
+
 class Checkpoints(Callback):
     "Write checkpoints; continue from the newest whole one in the folder"
     order = 70 # after every callback that still changes something
@@ -189,6 +192,7 @@ class Checkpoints(Callback):
         if every is not None and every < 1: raise FastcifarError(f'a checkpoint every {every} batches: give at least 1')
         self.folder, self.every, self.keep, self.request, self.say = Path(folder), every, keep, request, say
         self.history, self.note, self.batch, self._tensors, self._before, self._named = [], None, 0, None, None, set()
+        self._pending = None
 
     def files(self) -> list:
         "The checkpoints in the folder, newest first"
@@ -289,20 +293,36 @@ class Checkpoints(Callback):
     def after_cancel_fit(self):
         if self._before is not None and len(self.history) == self.epoch and len(self.recorder.values) > self.epoch: self.after_epoch() # stopped early, by a callback that came before
 
-    def after_fit(self): self._before = None
+    def after_fit(self):
+        self._before = None
+        self._finish()
 
     def _write(self, done, batch):
         "Write a checkpoint after `done` epochs and `batch` batches"
-        if not all(torch.isfinite(p).all() for p in self.model.parameters()): self._refuse(f'after batch {batch} of epoch {done + 1}' if batch else f'after epoch {done}')
+        whole = torch.stack([torch.isfinite(p).all() for p in self.model.parameters()]).all() # asked for once, on a GPU
+        if not whole: self._refuse(f'after batch {batch} of epoch {done + 1}' if batch else f'after epoch {done}')
         self._name_lost()
         sums = dict(loss=float(self._loss), right=int(self._right), n=self._n, seconds=time.perf_counter() - self._start) if batch else dict(loss=0., right=0, n=0, seconds=0.)
         ranks = everyones(dict(rng=rng_state(), sums=sums))
         if rank(): return
         sums |= {k: sum(r['sums'][k] for r in ranks) for k in ('loss', 'right', 'n')}
         tensors, note = checkpoint_state(self.learn, self._before)
-        save_tensors(self.folder/(f'epoch_{done:04}' + (f'_batch_{batch:06}' if batch else '') + '.safetensors'), tensors,
-                     dict(note, done=done, batch=batch, sums=sums, ranks=ranks, history=self.history, **self._machine(self.learn)))
+        file = self.folder/(f'epoch_{done:04}' + (f'_batch_{batch:06}' if batch else '') + '.safetensors')
+        note |= dict(done=done, batch=batch, sums=sums, ranks=ranks, history=list(self.history), **self._machine(self.learn))
+        self._finish()
+        if not any(t.is_cuda for t in tensors.values()): return self._save(file, tensors, note)
+        copies = {k: t.detach().clone() for k, t in tensors.items()} # the GPU goes on training while they are fetched
+        self._pending = _beside.submit(self._save, file, copies, copy.deepcopy(note))
+
+    def _save(self, file, tensors, note):
+        "Write a checkpoint; only the newest stay"
+        save_tensors(file, tensors, note)
         for f in self.files()[self.keep:]: f.unlink()
+
+    def _finish(self):
+        "Wait until the last checkpoint is written; what went wrong there is raised here"
+        pending, self._pending = self._pending, None
+        if pending: pending.result()
 
     def _refuse(self, when, what='the net holds'):
         raise FastcifarError(f'{what} NaN or infinite {when}, at learning rate {self.opt.hypers[-1]["lr"]:.3g}: what checkpoints there are is kept; use a smaller learning rate (--lr-max) or --precision fp32')
@@ -314,4 +334,6 @@ class Checkpoints(Callback):
             if lost and name not in self._named: self.say(f'checkpoints do not keep {", ".join(lost)} of the callback {type(cb).__name__}: give it checkpoint() and restore()')
             if lost: self._named.add(name)
 
-    def _stop(self, when): raise Stopped(f'stopped after {when}, with a checkpoint', self.request.number)
+    def _stop(self, when):
+        self._finish()
+        raise Stopped(f'stopped after {when}, with a checkpoint', self.request.number)

@@ -245,8 +245,10 @@ def deterministic_only(device):
         torch.backends.cudnn.benchmark = False
         yield
     except RuntimeError as e:
-        if 'determinis' not in str(e): raise
-        raise FastcifarError(f'{str(e).splitlines()[0][:200]}: leave out --deterministic, or use --device cpu') from e
+        why = str(e).splitlines()[0][:200]
+        if 'unable to find an engine' in why: why = f'cuDNN has no deterministic program for a convolution of this net here ({why})'
+        elif 'determinis' not in why: raise
+        raise FastcifarError(f'{why}: leave out --deterministic, use --precision bf16, or --device cpu') from e
     finally:
         torch.use_deterministic_algorithms(old[0])
         torch.backends.cudnn.benchmark = old[1]
