@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 _lib = ctypes.CDLL(os.environ['STANDIN'] + '/libfakecudart.so')
 _lib.fc_count.restype = ctypes.c_long
-NAMES = ['launch', 'h2d', 'd2h', 'd2d', 'memset', 'ssync', 'dsync', 'esync', 'malloc', 'halloc', 'query', 'memcpy_sync', 'graph']
+NAMES = 'launch h2d d2h d2d memset ssync dsync esync malloc halloc query memcpy_sync graph'.split()
 
 def counts() -> dict:
     "What the runtime was asked for so far"

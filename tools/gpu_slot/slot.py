@@ -1,11 +1,13 @@
-"What to do with some minutes on a CUDA GPU: parts in the order of their worth, each in a process of its own; see README.md"
+"Some minutes on a CUDA GPU: parts in the order of their worth, each in a process of its own; see README.md"
 import argparse, contextlib, fcntl, json, os, shutil, signal, subprocess, sys, tarfile, tempfile, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 TINY = bool(os.environ.get('SLOT_TINY')) # a dry run
-if os.environ.get('SLOT_STANDIN'): import count # noqa: a GPU that is not there, see tests/standin
+if os.environ.get('SLOT_STANDIN'): # a GPU that is not there, see tests/standin
+    import count
+    count.without_numbers()
 
 def out_folder():
     out = Path(os.environ.get('OUT', 'out'))
@@ -14,7 +16,8 @@ def out_folder():
 
 def note(part, **what):
     "Append a line to the results"
-    line = json.dumps(dict(part=part, at=round(time.time() - float(os.environ.get('SLOT_START', time.time())), 1), **what), default=float)
+    at = time.time() - float(os.environ.get('SLOT_START', time.time()))
+    line = json.dumps(dict(part=part, at=round(at, 1), **what), default=float)
     with open(out_folder()/'results.jsonl', 'a') as f:
         f.write(line + '\n')
         f.flush()
@@ -58,12 +61,13 @@ def learner(name, recipe, bs, steps, **kwargs):
     from fastcifar.basics import seed_everything
     seed_everything(0)
     r = create_recipe(recipe, name, bs=bs, epochs=1, **(dict(lr_max=1e-3) if recipe == 'one_cycle' else {}))
-    learn = recipe_learner(noise_data(bs * steps).dataloaders(bs=bs, policy=r.policy, device='cuda'), create_model(name), r, **kwargs)
-    if os.environ.get('SLOT_STANDIN'): learn.remove_cbs([cb for cb in learn.cbs if type(cb).__name__ == 'StopOnNaN']) # no kernels, no numbers
-    return r, learn
+    dls = noise_data(bs * steps).dataloaders(bs=bs, policy=r.policy, device='cuda')
+    return r, recipe_learner(dls, create_model(name), r, **kwargs)
 
 def kernels(profile, steps, most=20):
-    rows = sorted(((e.self_device_time_total / steps, e.count / steps, e.key[:100]) for e in profile.key_averages()), reverse=True)
+    "Microseconds of GPU time a step, and the kernels that take most of it: (microseconds, launches, name)"
+    found = [(e.self_device_time_total / steps, e.count / steps, e.key[:100]) for e in profile.key_averages()]
+    rows = sorted(found, reverse=True)
     return sum(t for t, *_ in rows), [(round(t, 1), round(n, 1), name) for t, n, name in rows[:most]]
 
 def step(name, recipe, bs, how):
@@ -73,8 +77,7 @@ def step(name, recipe, bs, how):
     from torch.profiler import ProfilerActivity, profile
     from fastcifar.bench import _NoValidation
     from fastcifar.recipes import fit_recipe
-    bs, steps = (16, 8) if TINY else int(bs), 8 if TINY else 80
-    bs = bs[0] if isinstance(bs, tuple) else bs
+    bs, steps = (16, 8) if TINY else (int(bs), 80)
     r, learn = learner(name, recipe, bs, steps, compile='c' in how and not TINY, capture='r' in how)
     class Clock(Callback):
         order, run_valid = -100, False
@@ -96,13 +99,15 @@ def step(name, recipe, bs, how):
             with profile(activities=[ProfilerActivity.CUDA]) as p: fit()
             gpu, table = kernels(p, steps)
     skip, host = steps // 10, sorted(b - a for a, b in zip(c.begun, c.begun[1:]))
-    note('step', net=name, recipe=recipe, bs=bs, how=how, refusal=learn.step_graph and learn.step_graph.refusal, first_fit_s=first,
+    refusal = learn.step_graph and learn.step_graph.refusal
+    note('step', net=name, recipe=recipe, bs=bs, how=how, refusal=refusal, first_fit_s=first,
          wall_us=(c.done - c.begun[skip]) / (steps - skip) * 1e6, host_us=host[len(host) // 4] * 1e6, gpu_us=gpu,
          memory_GB=torch.cuda.max_memory_allocated() / 1e9, kernels=table)
 
-STEPS = [('speednet', 'speedrun', 1000, 'cr'), ('speednet', 'speedrun', 2000, 'cr'), ('speednet', 'speedrun', 1000, 'r'), ('custom_resnet', 'fast', 512, 'cr'),
-         ('custom_resnet', 'fast', 512, 'r'), ('custom_resnet', 'one_cycle', 512, 'r'), ('custom_resnet', 'one_cycle', 512, 'o'), ('normnet31k', 'reference', 512, 'r'),
-         ('normnet48k', 'fast', 128, 'r'), ('normnet48k', 'fast', 128, 'cr'), ('fastnet200k', 'fast', 128, 'r')]
+STEPS = [('speednet', 'speedrun', 1000, 'cr'), ('speednet', 'speedrun', 2000, 'cr'), ('speednet', 'speedrun', 1000, 'r'),
+         ('custom_resnet', 'fast', 512, 'cr'), ('custom_resnet', 'fast', 512, 'r'), ('custom_resnet', 'one_cycle', 512, 'r'),
+         ('custom_resnet', 'one_cycle', 512, 'o'), ('normnet31k', 'reference', 512, 'r'), ('normnet48k', 'fast', 128, 'r'),
+         ('normnet48k', 'fast', 128, 'cr'), ('fastnet200k', 'fast', 128, 'r')]
 
 def same():
     "Losses of recorded steps against those launched one by one"
@@ -121,19 +126,21 @@ def same():
             seed_everything(0)
             r = create_recipe(recipe, name, bs=64, epochs=2, **kw)
             net = create_model(name, **({} if name == 'speednet' else dict(dropout=0.)))
-            learn = recipe_learner(data.dataloaders(bs=64, policy=r.policy, device='cuda'), net, r, precision='fp32', capture=capture)
-            if os.environ.get('SLOT_STANDIN'): learn.remove_cbs([cb for cb in learn.cbs if type(cb).__name__ == 'StopOnNaN'])
+            dls = data.dataloaders(bs=64, policy=r.policy, device='cuda')
+            learn = recipe_learner(dls, net, r, precision='fp32', capture=capture)
             with learn.no_bar(), learn.no_logging(): fit_recipe(learn, r, cbs=[_NoValidation()])
             losses.append([float(l) for l in learn.recorder.losses])
             if capture: refusal = learn.step_graph.refusal
-        note('same', net=name, recipe=recipe, settings=kw, refusal=refusal, apart=[a - b for a, b in zip(*losses)], last=losses[0][-1])
+        apart = [a - b for a, b in zip(*losses)]
+        note('same', net=name, recipe=recipe, settings=kw, refusal=refusal, apart=apart, last=losses[0][-1])
 
 def layout():
     "Which memory format is the faster one, forward and backward, without the host"
     import torch
     from fastcifar.models.zoo import create_model
     torch.backends.cudnn.benchmark = True
-    for name, norm in (('normnet31k', 'gn'), ('normnet31k', 'ln'), ('custom_resnet', 'gn'), ('groupnet', 'bn'), ('sepnet178k', 'bn'), ('fastnet200k', 'bn')):
+    cases = [('normnet31k', 'gn'), ('normnet31k', 'ln'), ('custom_resnet', 'gn'), ('groupnet', 'bn'), ('sepnet178k', 'bn')]
+    for name, norm in cases:
         res = {}
         for form in (torch.channels_last, torch.contiguous_format):
             net = create_model(name, norm=norm).cuda().to(memory_format=form)
@@ -199,7 +206,8 @@ def tasks(seeds):
         yield from [('speednet', 'bn', 'speedrun', seed), ('groupnet', 'bn', 'fast', seed)]
         if seed < 3: yield from [('custom_resnet', 'bn', recipe, seed) for recipe in ('one_cycle', 'reference', 'fast')]
         yield from [(net, norm, 'fast', seed) for net, norm in NORM_CELLS]
-        if seed < 3: yield from [(net, 'bn', recipe, seed) for net in ('sepnet178k', 'fastnet200k') for recipe in ('reference', 'fast')]
+        for net in ('sepnet178k', 'fastnet200k'):
+            if seed < 3: yield from [(net, 'bn', recipe, seed) for recipe in ('reference', 'fast')]
 
 def studies(worker=0, workers=1, seeds=5):
     "Every `workers`-th run of the studies"
@@ -213,7 +221,8 @@ def studies(worker=0, workers=1, seeds=5):
         except Exception as e:
             note('studies', run=out.name, error=repr(e)[:300])
             continue
-        note('studies', run=out.name, **{k: m[k] for k in ('model', 'norm', 'recipe', 'seed', 'epochs', 'test_accuracy', 'train_accuracy', 'seconds', 'data')})
+        told = ('model', 'norm', 'recipe', 'seed', 'epochs', 'test_accuracy', 'train_accuracy', 'seconds', 'data')
+        note('studies', run=out.name, **{k: m[k] for k in told})
 
 def pack():
     "The run folders in one file, without checkpoints and large weights"
@@ -226,19 +235,24 @@ def pack():
     shutil.rmtree(runs)
 
 PARTS = { # seconds at most, and those below which a part is not begun
-    'facts': (40, 10), 'steps': (130, 40), 'same': (60, 25), 'tests': (150, 40), 'layout': (40, 25), 'duel': (260, 90), 'resnet': (120, 50), 'studies': (600, 60)}
+    'facts': (40, 10), 'steps': (130, 40), 'same': (60, 25), 'tests': (150, 40), 'layout': (40, 25), 'duel': (260, 90),
+    'resnet': (120, 50), 'studies': (600, 60)}
 TIMED = ('duel', 'resnet') # these have the GPU for themselves
 
 def commands(part):
     me = [sys.executable, str(Path(__file__).resolve())]
     if part == 'steps': return [[*me, '--one', 'step', *map(str, s)] for s in (STEPS[:1] if TINY else STEPS)]
-    if part == 'tests': return [[sys.executable, '-m', 'pytest', str(ROOT/'tests/test_cuda.py'), '-v', '-p', 'no:cacheprovider', '--tb=short', f'--junitxml={out_folder()/"tests.xml"}', *(['-k', 'nothing'] if TINY else [])]]
+    if part == 'tests':
+        report = ['-p', 'no:cacheprovider', '--tb=short', f'--junitxml={out_folder()/"tests.xml"}']
+        return [[sys.executable, '-m', 'pytest', str(ROOT/'tests/test_cuda.py'), '-v', *report]]
     if part == 'studies':
         n = 1 if TINY else int(os.environ.get('SLOT_WORKERS', max(2, (os.cpu_count() or 2) - 4)))
         return [[*me, '--one', 'studies', str(i), str(n)] for i in range(n)]
     return [[*me, '--one', part]]
 
-def start(command): return subprocess.Popen(command, stdout=open(out_folder()/'log.txt', 'a'), stderr=subprocess.STDOUT, start_new_session=True)
+def start(command):
+    log = open(out_folder()/'log.txt', 'a')
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
 def finish(processes, until):
     "Wait, and end what is not done in time"
@@ -272,7 +286,8 @@ def main():
         if value: os.environ[name] = str(Path(value).resolve())
     os.environ['SLOT_START'] = str(time.time())
     parts = [p for p in args.parts or PARTS if p != 'duel' or os.environ.get('AIRBENCH')]
-    if not os.environ.get('FASTCIFAR_DATA') and not TINY: parts = [p for p in parts if p not in ('duel', 'resnet', 'studies')]
+    if not os.environ.get('FASTCIFAR_DATA') and not TINY:
+        parts = [p for p in parts if p not in ('duel', 'resnet', 'studies')] # these need images
     everything(parts, args.seconds)
 
 if __name__ == '__main__': main()
