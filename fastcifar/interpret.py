@@ -7,7 +7,7 @@ __all__ = ['BELIEVABLE', 'NUMBERED', 'share_interval', 'CifarInterpretation', 'p
            'save_plot']
 
 # %% ../nbs/25_interpret.ipynb #3b753dce
-import contextlib
+import contextlib, warnings
 from pathlib import Path
 
 import fastai.vision.learner # teaches plot_top_losses to draw images
@@ -173,7 +173,10 @@ class CifarInterpretation(ClassificationInterpretation):
         known = np.unique(labels) # a class without images has no usual confidence
         p = self.preds.double().numpy()[:, known]
         p = p / np.maximum(p.sum(1, keepdims=True), 1e-12)
-        idxs = find_label_issues(np.searchsorted(known, labels), p, return_indices_ranked_by='self_confidence', n_jobs=1) if len(known) > 1 else np.zeros(0, int)
+        idxs, ranked = np.zeros(0, int), 'self_confidence'
+        with warnings.catch_warnings(action='ignore', category=UserWarning): # of classes with few images
+            if len(known) > 1:
+                idxs = find_label_issues(np.searchsorted(known, labels), p, return_indices_ranked_by=ranked, n_jobs=1)
         t = t.iloc[idxs].assign(label_probability=self.preds.numpy()[idxs,
             labels[idxs]]).drop(columns='log_probability')
         return t[t.probability >= self.sure_enough()].reset_index(drop=True)

@@ -274,6 +274,7 @@ PICTURES = {f'{n}.png' for n in (
 TABLES = {'wrong_predictions.csv', 'class_accuracy.csv'}
 
 def test_pictures_that_fail_lose_nothing(main, tree, tmp_path, monkeypatch):
+    plt.close('all') # what tests before this one may have left
     out = tmp_path/'r'
     failing = Failing(monkeypatch, out)
     code, said, err = main('train', '--data', tree, *NET, '--out', out)
