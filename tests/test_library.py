@@ -208,3 +208,20 @@ def test_wheel_runs_outside_the_checkout(tmp_path):
                           text=True, env=dict(os.environ, PYTHONPATH=str(tmp_path/'site')))
     assert done.returncode == 0, done.stderr[-2000:]
     assert str(tmp_path/'site') in done.stdout and (tmp_path/'r/metrics.json').exists()
+
+def test_a_compiled_net_trains_what_is_trained_now(monkeypatch):
+    "torch's programs do not look at what is frozen: one that was written while a part was frozen would never train it"
+    import functools
+    import torch
+    from fastcifar.models.zoo import create_model
+    from fastcifar.train import compile_net
+    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='aot_eager')) # quicker, and as forgetful
+    net, x = create_model('speednet', widths=(8, 8, 8)), torch.randn(8, 3, 32, 32)
+    net.prepare(torch.randn(50, 3, 32, 32))
+    net.whiten.bias.requires_grad_(False)
+    compile_net(net, 'cpu')
+    for trained in (False, True, False, True):
+        net.whiten.bias.requires_grad_(trained)
+        for p in net.parameters(): p.grad = None
+        for _ in range(2): net(x).square().mean().backward()
+        assert (net.whiten.bias.grad is not None) == trained and net.head.weight.grad is not None
