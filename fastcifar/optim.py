@@ -51,7 +51,7 @@ class ListOptimizer(Optimizer):
     def step(self, closure=None):
         "Update every parameter that has a gradient"
         if closure is not None:
-            raise NotImplementedError('a fastai optimizer takes no closure: compute the gradients first, then call step()')
+            raise NotImplementedError('a fastai optimizer takes no closure: compute gradients first, then call step()')
         self.moved = [[p for p in group if p.grad is not None] for group in self.param_lists]
         self.apply(self.plan(self.moved))
 
@@ -123,8 +123,8 @@ class ListAdam(ListOptimizer):
     def numbers(self, states, mom, sqr_mom, **hypers):
         "The hyper-parameters, and what the weights of both running means add up to"
         counts = [s['step'] for s in states] # they differ if a part was frozen for a while
-        sums = dict(mom_sum=_one_or_all([1 - mom**n for n in counts]), sqr_sum=_one_or_all([1 - sqr_mom**n for n in counts]))
-        return super().numbers(states, mom=mom, sqr_mom=sqr_mom, **sums, **hypers)
+        mom_sum, sqr_sum = (_one_or_all([1 - m**n for n in counts]) for m in (mom, sqr_mom))
+        return super().numbers(states, mom=mom, sqr_mom=sqr_mom, mom_sum=mom_sum, sqr_sum=sqr_sum, **hypers)
 
     def update(self, ps, grads, states, lr, mom, sqr_mom, eps, mom_sum, sqr_sum, **numbers):
         avgs, sqrs = _kept(states, 'grad_avg', ps), _kept(states, 'sqr_avg', ps)
@@ -133,8 +133,9 @@ class ListAdam(ListOptimizer):
         torch._foreach_addcmul_(sqrs, grads, grads, 1 - sqr_mom)
         sizes = torch._foreach_sqrt(torch._foreach_div(sqrs, sqr_sum))
         torch._foreach_add_(sizes, eps)
-        if isinstance(mom_sum, torch.Tensor): _scaled_add_(ps, torch._foreach_div(avgs, sizes), -lr / mom_sum)
-        else: torch._foreach_addcdiv_(ps, avgs, sizes, [-lr / m for m in (mom_sum if isinstance(mom_sum, list) else [mom_sum] * len(ps))])
+        if isinstance(mom_sum, torch.Tensor): return _scaled_add_(ps, torch._foreach_div(avgs, sizes), -lr / mom_sum)
+        each = mom_sum if isinstance(mom_sum, list) else [mom_sum] * len(ps)
+        torch._foreach_addcdiv_(ps, avgs, sizes, [-lr / m for m in each])
 
 # %% ../nbs/16_optim.ipynb #f3f704c5
 def orthogonalize(
@@ -165,7 +166,7 @@ def _unit_filters(ps, nets):
     torch._foreach_div_(banks, norms)
 
 def _stacks(shapes, waste):
-    "Lists of positions in `shapes`, (rows, columns) of matrices, that are worked on together, padded to the largest of them"
+    "Positions in `shapes`, (rows, columns) of matrices, in lists that are padded to their largest and worked on together"
     work = [rows * min(rows, cols) * cols for rows, cols in shapes] # of a product with its transpose, in multiplications
     res = []
     for i in sorted(range(len(shapes)), key=lambda i: -work[i]):
@@ -183,7 +184,7 @@ def _as_matrices(t, nets):
     return (t.permute(0, 2, 3, 1) if t.ndim == 4 else t).reshape(nets, len(t) // nets, -1)
 
 def _orthogonal_on_gpu(ps, grads, sizes, nets):
-    "float32 updates of the parameters' shapes: few launches for many small matrices, whose zeros around them change nothing"
+    "Updates of the parameters' shapes: few launches for many small matrices; the zeros around them change nothing"
     mats = [_as_matrices(g, nets) for g in grads]
     res = [None] * len(ps)
     for chosen in _stacks([m.shape[1:] for m in mats], waste=10**9):
@@ -214,7 +215,8 @@ class Muon(ListAdam):
         unit_filters:bool=False, # Bring the filters of every convolution to a root mean square norm of 1 before each step?
     ): super().__init__(params, decay, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, least=least, spectral=spectral, nets=nets, bias_rate=bias_rate, unit_filters=unit_filters)
 
-    def update(self, ps, grads, states, lr, least, nets, bias_rate=1., unit_filters=False, **numbers): # older checkpoints do not have the last two
+    def update(self, ps, grads, states, lr, least, nets, bias_rate=1., unit_filters=False, **numbers):
+        # checkpoints of older versions do not have `bias_rate` and `unit_filters`
         kinds = {True: [], False: []}
         for i, p in enumerate(ps): kinds[_is_matrix(p, least, nets)].append(i)
         for matrices, chosen in kinds.items():
@@ -237,7 +239,8 @@ class Muon(ListAdam):
         for shape in dict.fromkeys(shapes): # matrices of one shape in one product
             chosen = [i for i, s in enumerate(shapes) if s == shape]
             stack = orthogonalize(torch.cat([ahead[i].reshape(nets, *shape) for i in chosen]).float())
-            for i, u in zip(chosen, stack.split(nets)): ps[i].add_(u.reshape(ps[i].shape).to(ps[i].dtype), alpha=-lr * sizes[i])
+            for i, u in zip(chosen, stack.split(nets)):
+                ps[i].add_(u.reshape(ps[i].shape).to(ps[i].dtype), alpha=-lr * sizes[i])
 
 # %% ../nbs/16_optim.ipynb #a5807af3
 OPTIMIZERS = ('adam', 'sgd', 'muon')

@@ -1,5 +1,5 @@
-"""CUDA operations that need cuBLAS, cuDNN or cuSOLVER give empty tensors; the rest is torch's real host code over kernels
-that do nothing. Import it before anything runs; `counts()` and `LIBRARY` say what was asked for."""
+"""CUDA operations that need cuBLAS, cuDNN or cuSOLVER give empty tensors; the rest is torch's real host code over
+kernels that do nothing. Import it before anything runs; `counts()` and `LIBRARY` say what was asked for."""
 import collections, ctypes, os, warnings
 
 import torch
@@ -40,7 +40,8 @@ def baddbmm(c, a, b, *, beta=1, alpha=1):
 
 def cudnn_batch_norm(x, w, b, rm, rv, training, mom, eps):
     LIBRARY['batch_norm'] += 1
-    return torch.empty_like(x), torch.empty_like(w), torch.empty_like(w), torch.empty(0, dtype=torch.uint8, device=x.device)
+    reserve = torch.empty(0, dtype=torch.uint8, device=x.device)
+    return torch.empty_like(x), torch.empty_like(w), torch.empty_like(w), reserve
 
 def cudnn_batch_norm_backward(x, g, w, rm, rv, sm, sv, eps, reserve):
     LIBRARY['batch_norm_backward'] += 1
@@ -65,7 +66,7 @@ with warnings.catch_warnings(action='ignore'):
     for name in ('mm', 'addmm', 'bmm', 'baddbmm'): _library.impl(f'{name}.out', _written(name), 'CUDA')
 
 def without_numbers():
-    "Let trainings go on whose losses are whatever lay in memory, and leave compiling out: for dry runs of whole programs"
+    "For dry runs of whole programs: trainings go on, whatever lies in memory as their loss; nothing is compiled"
     import fastcifar.state as state, fastcifar.train as train
     train.StopOnNaN._stop = lambda self, ago: None
     state.Checkpoints._refuse = lambda self, when, what='': None

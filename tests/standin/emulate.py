@@ -1,5 +1,5 @@
-"""An emulated GPU: torch's real CUDA host code over a stand-in runtime; what kernels would compute is computed on the CPU
-over the same memory."""
+"""An emulated GPU: torch's real CUDA host code over a stand-in runtime; what kernels would compute, the CPU computes over
+the same memory."""
 import collections, contextlib, ctypes, gc, os, traceback
 
 import torch
@@ -16,10 +16,10 @@ def counts() -> dict:
 
 aten = torch.ops.aten
 # these need cuBLAS, cuDNN or cuSOLVER, or real numbers: only the CPU does them
-LIBRARY = set('''convolution convolution_backward mm addmm bmm baddbmm addbmm addmv mv dot vdot linear _linalg_eigh linalg_eigh
-    _linalg_svd nonzero equal unique _unique2 unique_dim unique_consecutive masked_select cudnn_convolution cudnn_batch_norm
-    cudnn_batch_norm_backward linalg_qr sort topk matmul _batch_norm_with_update batch_norm_backward _addmm_activation bincount
-    nonzero_static grid_sampler_2d _efficientzerotensor argsort histc repeat_interleave cudnn_grid_sampler
+LIBRARY = set('''convolution convolution_backward mm addmm bmm baddbmm addbmm addmv mv dot vdot linear _linalg_eigh
+    linalg_eigh _linalg_svd nonzero equal unique _unique2 unique_dim unique_consecutive masked_select cudnn_convolution
+    cudnn_batch_norm cudnn_batch_norm_backward linalg_qr sort topk matmul _batch_norm_with_update batch_norm_backward
+    _addmm_activation bincount nonzero_static grid_sampler_2d _efficientzerotensor argsort histc repeat_interleave cudnn_grid_sampler
     affine_grid_generator'''.split())
 WAITING = set('''nonzero equal unique _unique2 unique_dim unique_consecutive masked_select bincount _linalg_eigh
     repeat_interleave'''.split())
@@ -33,7 +33,8 @@ class Log:
     mixed = [] # operations whose result differs in type between the two devices
 
 def _place(limit=4):
-    frames = [f for f in traceback.extract_stack() if '/fastcifar/' in f.filename or '/tests/' in f.filename and __file__ != f.filename]
+    def ours(f): return '/fastcifar/' in f.filename or '/tests/' in f.filename and __file__ != f.filename
+    frames = [f for f in traceback.extract_stack() if ours(f)]
     return ' < '.join(f'{os.path.basename(f.filename)}:{f.lineno}' for f in reversed(frames[-limit:]))
 
 def alias(t):
@@ -59,7 +60,9 @@ def _seed():
     seed, offset = (int.from_bytes(bytes(state[i:i + 8].tolist()), 'little') for i in (0, 8))
     return hash((seed, offset)) & (2**63 - 1)
 
-def _memory(values): return {v.untyped_storage().data_ptr() for v in values if isinstance(v, torch.Tensor) and v.untyped_storage().nbytes()}
+def _memory(values):
+    storages = [v.untyped_storage() for v in values if isinstance(v, torch.Tensor)]
+    return {s.data_ptr() for s in storages if s.nbytes()}
 
 class Emulator(TorchDispatchMode):
     "Computes on the CPU what CUDA operations are to give"
@@ -72,8 +75,8 @@ class Emulator(TorchDispatchMode):
 
     def run(self, func, args, kwargs):
         flat, spec = tree_flatten((args, kwargs))
-        on_gpu = [a.is_cuda if isinstance(a, torch.Tensor) else isinstance(a, torch.device) and a.type == 'cuda' for a in flat]
-        if not any(on_gpu): return func(*args, **kwargs)
+        def on_gpu(a): return a.is_cuda if isinstance(a, torch.Tensor) else isinstance(a, torch.device) and a.type == 'cuda'
+        if not any(map(on_gpu, flat)): return func(*args, **kwargs)
         name = func.overloadpacket.__name__
         if name == '_local_scalar_dense': return self.watched(func, args, kwargs, name)
         if func.is_view or name in NEVER_CPU or name in VIEWS: return func(*args, **kwargs)
@@ -100,16 +103,17 @@ class Emulator(TorchDispatchMode):
 
     def library(self, name, flat):
         kinds = {a.device.type for a in flat if isinstance(a, torch.Tensor) and (a.ndim or a.is_cuda)}
-        if kinds == {'cpu', 'cuda'}: raise RuntimeError(f'Expected all tensors to be on the same device, but {name} got cpu and cuda @ {_place()}')
+        if kinds == {'cpu', 'cuda'}: raise RuntimeError(f'{name} got tensors on cpu and cuda @ {_place()}')
         if name in WAITING:
             Log.waits[f'{name} @ {_place()}'] += 1
-            if torch.cuda.get_sync_debug_mode() == 2: raise RuntimeError(f'called a synchronizing CUDA operation ({name})')
+            if torch.cuda.get_sync_debug_mode() == 2: raise RuntimeError(f'a synchronizing CUDA operation: {name}')
 
     def on_cpu(self, func, a, k):
         "In float32 where the CPU has no such operation for short numbers"
         try: return func(*a, **k)
         except (RuntimeError, NotImplementedError) as e:
-            known = ('not implemented for', 'Half', 'BFloat16', 'mixed dtype', 'expected scalar type', 'must have the same dtype', 'should be the same')
+            known = ('not implemented for', 'Half', 'BFloat16', 'mixed dtype', 'expected scalar type',
+                     'must have the same dtype', 'should be the same')
             if not any(s in str(e) for s in known): raise
         def up(t): return t.float() if isinstance(t, torch.Tensor) and t.dtype in SHORT else t
         low = next((t.dtype for t in tree_flatten((a, k))[0] if isinstance(t, torch.Tensor) and t.dtype in SHORT), None)
@@ -126,8 +130,11 @@ class Emulator(TorchDispatchMode):
         "Put the CPU's numbers into the outputs that torch has made on the GPU"
         given = _memory(flat)
         for o, r in zip(tree_flatten(out)[0], tree_flatten(res)[0]):
-            if isinstance(o, torch.Tensor) != isinstance(r, torch.Tensor): Log.mixed.append(f'{name} gives other things on the two devices')
-            elif isinstance(o, torch.Tensor) and o.numel() and o.untyped_storage().data_ptr() not in given and r.numel():
+            if isinstance(o, torch.Tensor) != isinstance(r, torch.Tensor):
+                Log.mixed.append(f'{name} gives other things on the two devices')
+                continue
+            if not isinstance(o, torch.Tensor) or not o.numel() or not r.numel(): continue
+            if o.untyped_storage().data_ptr() not in given:
                 assert o.shape == r.shape, f'{name} gives {tuple(o.shape)} on CUDA and {tuple(r.shape)} on the CPU'
                 if o.dtype != r.dtype: Log.mixed.append(f'{name}: {o.dtype} on CUDA, {r.dtype} on the CPU @ {_place()}')
                 (alias(o) if o.is_cuda else o).copy_(r)

@@ -42,9 +42,10 @@ def main():
     with warnings.catch_warnings(action='ignore'):
         for name, recipe, bs in CASES:
             ours, eager = (launches(name, recipe, bs, capture) for capture in (True, False))
-            print(f'{name:14} {recipe:10} {ours:5.0f} launches a step, {eager:5.0f} where each operation is launched by itself', flush=True)
+            print(f'{name:14} {recipe:10} {ours:5.0f} launches a step, {eager:5.0f} one by one', flush=True)
             rows.append(dict(net=name, recipe=recipe, bs=bs, launches=ours, one_by_one=eager, must=MUST, goal=GOAL))
     if args.out: # a JSON object a line
-        with open(args.out, 'w') as f: f.writelines(json.dumps(dict(r, torch=str(torch.__version__))) + '\n' for r in rows)
+        with open(args.out, 'w') as f:
+            for r in rows: f.write(json.dumps(dict(r, torch=str(torch.__version__))) + '\n')
 
 if __name__ == '__main__': main()

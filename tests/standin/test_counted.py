@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 
-if 'STANDIN' not in os.environ: pytest.skip('runs on the stand-in for a GPU alone: make test-standin', allow_module_level=True)
+if 'STANDIN' not in os.environ:
+    pytest.skip('runs on the stand-in for a GPU alone: make test-standin', allow_module_level=True)
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).resolve().parents[2]
 
 def python(*args, **env):
-    done = subprocess.run([sys.executable, *map(str, args)], env={**os.environ, **env}, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, *map(str, args)]
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -29,8 +31,8 @@ def test_dry_run_of_the_slot(tmp_path):
     "Every part writes its rows; numbers mean nothing here"
     (tmp_path/'airbench94_muon.py').write_text(AIRBENCH)
     parts = ['facts', 'steps', 'same', 'layout', 'duel', 'resnet', 'studies']
-    python(ROOT/'tools/gpu_slot/slot.py', *parts, '--seconds', 500, '--out', tmp_path/'out', '--airbench', tmp_path/'airbench94_muon.py',
-           SLOT_TINY='1', SLOT_STANDIN='1')
+    python(ROOT/'tools/gpu_slot/slot.py', *parts, '--seconds', 500, '--out', tmp_path/'out',
+           '--airbench', tmp_path/'airbench94_muon.py', SLOT_TINY='1', SLOT_STANDIN='1')
     rows = [json.loads(l) for l in (tmp_path/'out/results.jsonl').read_text().splitlines()]
     log = (tmp_path/'out/log.txt').read_text()[-3000:]
     for p in parts: assert [r for r in rows if r['part'] in (p, p.rstrip('s')) and 'ends' not in r], (p, log)
