@@ -183,7 +183,7 @@ def _as_matrices(t, nets):
     "A view of a parameter as (nets, rows, columns), columns in the order in which they lie in memory"
     return (t.permute(0, 2, 3, 1) if t.ndim == 4 else t).reshape(nets, len(t) // nets, -1)
 
-def _orthogonal_on_gpu(ps, grads, sizes, nets):
+def _orthogonal_on_gpu(ps, grads, sizes, nets, ns_steps=5):
     "Updates of the parameters' shapes: few launches for many small matrices; the zeros around them change nothing"
     mats = [_as_matrices(g, nets) for g in grads]
     res = [None] * len(ps)
@@ -191,7 +191,7 @@ def _orthogonal_on_gpu(ps, grads, sizes, nets):
         rows, cols = (max(mats[i].shape[k] for i in chosen) for k in (1, 2))
         stack = mats[0].new_zeros(len(chosen), nets, rows, cols, dtype=torch.bfloat16)
         for place, i in zip(stack, chosen): place[:, :mats[i].shape[1], :mats[i].shape[2]] = mats[i]
-        done = orthogonalize(stack.flatten(0, 1)).view_as(stack)
+        done = orthogonalize(stack.flatten(0, 1), ns_steps).view_as(stack)
         for u, i in zip(done, chosen):
             p, size = ps[i], mats[i].shape
             u = u[:, :size[1], :size[2]].to(p.dtype).mul_(sizes[i])
@@ -213,10 +213,13 @@ class Muon(ListAdam):
         nets:int=1, # Matrices that lie below each other in a parameter, those of nets side by side, see `fastcifar.together`
         bias_rate:float=1., # Learning rate of what Adam trains, biases above all, in learning rates
         unit_filters:bool=False, # Bring the filters of every convolution to a root mean square norm of 1 before each step?
-    ): super().__init__(params, decay, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, least=least, spectral=spectral, nets=nets, bias_rate=bias_rate, unit_filters=unit_filters)
+        ns_steps:int=5, # Newton-Schulz steps towards an orthogonal update
+    ):
+        muon = dict(least=least, spectral=spectral, nets=nets, bias_rate=bias_rate, unit_filters=unit_filters, ns_steps=ns_steps)
+        super().__init__(params, decay, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, **muon)
 
     def update(self, ps, grads, states, lr, least, nets, bias_rate=1., unit_filters=False, **numbers):
-        # checkpoints of older versions do not have `bias_rate` and `unit_filters`
+        # checkpoints of older versions do not have `bias_rate`, `unit_filters` and `ns_steps`
         kinds = {True: [], False: []}
         for i, p in enumerate(ps): kinds[_is_matrix(p, least, nets)].append(i)
         for matrices, chosen in kinds.items():
@@ -229,16 +232,16 @@ class Muon(ListAdam):
                 own = {k: [v[i] for i in chosen] if isinstance(v, list) else v for k, v in numbers.items()}
                 super().update(*part, lr=lr * bias_rate, **own)
 
-    def _orthogonal(self, ps, grads, states, lr, mom, spectral, nets, **numbers):
+    def _orthogonal(self, ps, grads, states, lr, mom, spectral, nets, ns_steps=5, **numbers):
         avgs = _kept(states, 'grad_avg', ps)
         _mean_(avgs, grads, mom)
         ahead = _lerp(grads, avgs, mom) # Nesterov's look ahead
         shapes = [(len(p) // nets, p[0].numel()) for p in ps]
         sizes = [spectral or 0.2 * math.sqrt(max(shape)) for shape in shapes]
-        if ps[0].is_cuda: return _scaled_add_(ps, _orthogonal_on_gpu(ps, ahead, sizes, nets), -lr)
+        if ps[0].is_cuda: return _scaled_add_(ps, _orthogonal_on_gpu(ps, ahead, sizes, nets, ns_steps), -lr)
         for shape in dict.fromkeys(shapes): # matrices of one shape in one product
             chosen = [i for i, s in enumerate(shapes) if s == shape]
-            stack = orthogonalize(torch.cat([ahead[i].reshape(nets, *shape) for i in chosen]).float())
+            stack = orthogonalize(torch.cat([ahead[i].reshape(nets, *shape) for i in chosen]).float(), ns_steps)
             for i, u in zip(chosen, stack.split(nets)):
                 ps[i].add_(u.reshape(ps[i].shape).to(ps[i].dtype), alpha=-lr * sizes[i])
 
@@ -255,10 +258,13 @@ def optimizer(
     nets:int=1, # Nets whose weights lie below each other in each parameter
     bias_rate:float=1., # Muon: learning rate of biases and whatever else Adam trains, in learning rates
     unit_filters:bool=False, # Muon: bring the filters of every convolution to a root mean square norm of 1 before each step?
+    ns_steps:int=5, # Muon: Newton-Schulz steps
 ): # What `Learner` takes as `opt_func`
     "An optimizer function for a fastai `Learner`"
     check_name(name, OPTIMIZERS, 'optimizer')
     check_name(decay, ('decoupled', 'l2'), 'kind of weight decay')
     if name == 'sgd': return partial(ListSGD, decay=decay, mom=mom, wd=0.)
     adam = dict(decay=decay, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=0.)
-    return partial(Muon, spectral=spectral, nets=nets, bias_rate=bias_rate, unit_filters=unit_filters, **adam) if name == 'muon' else partial(ListAdam, **adam)
+    if name == 'adam': return partial(ListAdam, **adam)
+    muon = dict(spectral=spectral, nets=nets, bias_rate=bias_rate, unit_filters=unit_filters, ns_steps=ns_steps)
+    return partial(Muon, **muon, **adam)

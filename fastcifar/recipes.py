@@ -47,6 +47,7 @@ class Recipe:
     eps:float = 1e-5 # Added to Adam's denominator
     spectral:float = 0. # Norm of Muon's updates, in learning rates; 0: the size of Adam's
     bias_rate:float = 1. # Muon: learning rate of biases and whatever else Adam trains, in learning rates
+    ns_steps:int = 5 # Muon: Newton-Schulz steps towards an orthogonal update
     unit_filters:bool = False # Muon: bring the filters of every convolution to a root mean square norm of 1 before each step? For nets with a norm behind each
     wd:float = None # Weight decay; None: 0.001 / lr_max
     decay:str = 'decoupled' # `'decoupled'`, or `'l2'`: added to the gradient
@@ -63,14 +64,14 @@ class Recipe:
     def checked(self):
         "This recipe, if its names and numbers make sense"
         maybe, number = type(None), (int, float)
-        kinds = dict(epochs=int, bs=int, freeze=(tuple, list), views=str, policy=(str, maybe), optimizer=str, schedule=str, anneal=str, decay=str, decay_all=bool, unit_filters=bool, model_args=(dict, maybe), step_epochs=int, mom_cycle=(tuple, list, maybe), stats=(tuple, list, maybe),
+        kinds = dict(epochs=int, bs=int, ns_steps=int, freeze=(tuple, list), views=str, policy=(str, maybe), optimizer=str, schedule=str, anneal=str, decay=str, decay_all=bool, unit_filters=bool, model_args=(dict, maybe), step_epochs=int, mom_cycle=(tuple, list, maybe), stats=(tuple, list, maybe),
                      **{k: (*number, maybe) for k in ('lr_max', 'lr_min', 'lr_end', 'wd', 'dropout')}, **{k: number for k in ('peak', 'gamma', 'mom', 'sqr_mom', 'eps', 'spectral', 'bias_rate', 'l1', 'label_smoothing', 'ema')})
         for k, kind in kinds.items():
             v = getattr(self, k)
             if not isinstance(v, kind) or isinstance(v, bool) and kind is not bool: raise FastcifarError(f'{k} is {v!r}, which is not the right kind of value')
         for k, known in (('optimizer', OPTIMIZERS), ('schedule', SCHEDULES), ('anneal', ('cos', 'linear')), ('decay', ('decoupled', 'l2')), ('views', VIEWS)): check_name(getattr(self, k), known, k)
         if self.policy is not None: check_name(self.policy, list_policies(), 'policy')
-        for k in ('epochs', 'bs', 'step_epochs'):
+        for k in ('epochs', 'bs', 'step_epochs', 'ns_steps'):
             if not 1 <= getattr(self, k) < 1e9: raise FastcifarError(f'{k} is {str(getattr(self, k))[:20]}: choose at least 1')
         def numbers(v, n, low, high): return isinstance(v, (tuple, list)) and len(v) == n and all(isinstance(o, number) and low <= o < high for o in v)
         if self.mom_cycle and not numbers(self.mom_cycle, 3, 0, 1): raise FastcifarError(f'mom_cycle is {str(self.mom_cycle)[:50]}: give three numbers from 0 to below 1')
@@ -197,7 +198,7 @@ def recipe_learner(
     **kwargs, # What else `cifar_learner` takes
 ): # A `CifarLearner`
     "A learner with the loss, optimizer and penalties of a recipe"
-    opt = optimizer(recipe.optimizer, recipe.mom, recipe.sqr_mom, recipe.eps, recipe.decay, recipe.spectral, getattr(model, 'n_nets', 1), recipe.bias_rate, recipe.unit_filters)
+    opt = optimizer(recipe.optimizer, recipe.mom, recipe.sqr_mom, recipe.eps, recipe.decay, recipe.spectral, getattr(model, 'n_nets', 1), recipe.bias_rate, recipe.unit_filters, recipe.ns_steps)
     cbs = ([L1(recipe.l1)] if recipe.l1 else []) + ([FreezeParts(recipe.freeze)] if recipe.freeze else []) + ([EMA(recipe.ema)] if recipe.ema else [])
     return cifar_learner(dls, model, lr=recipe.lr_max or 1e-3, wd=recipe.wd or 0., opt_func=opt, wd_bn_bias=recipe.decay_all, cbs=cbs,
                          loss_func=CrossEntropy(label_smoothing=recipe.label_smoothing), **kwargs)
