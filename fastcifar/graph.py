@@ -6,12 +6,12 @@
 __all__ = ['why_not_recorded', 'StepGraph']
 
 # %% ../nbs/19_graph.ipynb #1c7ca574
-import warnings
+import contextlib, warnings
 
 import torch
 from fastai.losses import CrossEntropyLossFlat
-from torch import nn
 
+from .loop import CrossEntropy
 from .optim import ListOptimizer
 
 # %% ../nbs/19_graph.ipynb #9b161ea0
@@ -24,6 +24,10 @@ def _known(m):
     ours = type(m).__module__.split('.')[0] == 'fastcifar' or type(m).__module__.startswith('torch.nn.modules.')
     return ours and getattr(m, 'capturable', True)
 
+def _global_hooks():
+    names = ('_global_forward_hooks', '_global_forward_pre_hooks', '_global_backward_hooks', '_global_backward_pre_hooks')
+    return any(getattr(torch.nn.modules.module, name, None) for name in names)
+
 def why_not_recorded(
     learn, # A learner in the middle of a batch
 ) -> str: # None: it can be recorded
@@ -33,7 +37,7 @@ def why_not_recorded(
     if len(learn.xb) != 1 or len(learn.yb) != 1: return 'the net takes more than one tensor'
     if torch.are_deterministic_algorithms_enabled(): return 'the training is deterministic'
     if not isinstance(learn.opt, ListOptimizer): return f'{type(learn.opt).__name__} is no optimizer of fastcifar'
-    if not isinstance(learn.loss_func, CrossEntropyLossFlat): return 'the loss is not cross-entropy'
+    if type(learn.loss_func) not in (CrossEntropy, CrossEntropyLossFlat): return 'the loss is not cross-entropy'
     for name in _within:
         for cb, _ in learn._listening(name):
             if not cb.run or not cb.run_train or getattr(cb, 'capturable', False): continue
@@ -41,9 +45,30 @@ def why_not_recorded(
     for m in learn.model.modules():
         if not _known(m): return f'{type(m).__name__} is not a layer of PyTorch or fastcifar'
         if any(getattr(m, name, None) for name in _hooks): return f'there is a hook on {type(m).__name__}'
-    if any(p._backward_hooks for p in learn.model.parameters()): return 'there is a hook on a parameter'
+        if 'forward' in vars(m): return f'the forward pass of {type(m).__name__} is replaced'
+    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in learn.model.parameters()):
+        return 'there is a hook on a parameter'
+    if _global_hooks(): return 'there is a hook on all layers'
 
 # %% ../nbs/19_graph.ipynb #fc2a1646
+def _plain(o):
+    "The settings of an object, as far as they are numbers, names and the like"
+    kinds = (bool, int, float, str, tuple, torch.dtype, type(None))
+    return {k: v for k, v in vars(o).items() if k[0] != '_' and isinstance(v, kinds)}
+
+def _settings(learn):
+    "What a recording has in it of settings that Python reads at each step"
+    f = learn.loss_func.func # the module in fastai's loss
+    loss = (learn.loss_func, _plain(learn.loss_func), _plain(f), f.weight if f.weight is None else f.weight.data_ptr())
+    cbs = dict.fromkeys(cb for name in _within for cb, _ in learn._listening(name) if cb.run and cb.run_train)
+    modules = [(type(m), m.training, _plain(m)) for m in learn.model.modules()]
+    return loss, [(cb, _plain(cb)) for cb in cbs], modules
+
+def _uncount(plans):
+    "Take back that a step was counted; `plan` counts it again"
+    for _, states, _ in plans:
+        for s in states: s['step'] -= 1
+
 class _Numbers:
     "The live numbers of an optimizer's plans, on a GPU"
     rows = 512 # in memory that the GPU reads while Python goes on
@@ -63,7 +88,7 @@ class _Numbers:
     def put(self, plans):
         "Bring the numbers of a step to the GPU, without waiting for it"
         row = self.n % self.rows
-        if self.n and not row: torch.cuda.current_stream().synchronize() # all earlier rows have been read
+        if self.n and not row: torch.cuda.current_stream(self.on_gpu.device).synchronize() # all earlier rows are read
         self.array[row] = [plans[i][2][k] for i, k in self.names]
         self.on_gpu.copy_(self.waiting[row], non_blocking=True)
         self.n += 1
@@ -75,21 +100,40 @@ class _Numbers:
         return [(ps, states, live(i, numbers)) for i, (ps, states, numbers) in enumerate(plans)]
 
 # %% ../nbs/19_graph.ipynb #22b0ee98
+@contextlib.contextmanager
+def _recording(graph, device):
+    "`torch.cuda.graph` on the device of the training, which leaves streams and random numbers in order if it fails"
+    before = torch.cuda.current_stream()
+    try:
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode='thread_local'): yield
+    except BaseException:
+        torch.cuda.set_stream(before) # `torch.cuda.graph` stays on its own if the recording cannot be ended
+        generator = torch.cuda.default_generators[device.index]
+        generator.graphsafe_set_state(generator.clone_state()) # the old state believes that it is being recorded
+        raise
+
+def _may_change_it(cb):
+    "May a callback change something between two steps that a recording has in it?"
+    return type(cb).__module__.split('.')[0] not in ('fastai', 'fastcifar') and not getattr(cb, 'capturable', False)
+
 class StepGraph:
     "The training step of a learner as a CUDA graph"
     def __init__(self,
         warm:int=2, # Steps of a kind that run as usual before one is recorded
         most:int=20, # Recordings in one epoch after which it is given up: something changes all the time
     ):
-        self.warm, self.most = warm, most
+        self.warm, self.most, self.refusal, self.recordings = warm, most, None, 0
         self.forget()
 
     def __getstate__(self): return dict(warm=self.warm, most=self.most)
     def __setstate__(self, state): self.__init__(**state)
 
     def forget(self):
-        "Free the recording"
-        self.graph = self.kind = self.last = self.refusal = self.params = self.looked_at = None
+        "Free the recording; why there was none, and how many there were, stays to be read"
+        self.graph = self.kind = self.last = self.params = self.looked_at = self.now = self.failed = None
+        self.x = self.y = self.pred = self.loss = self.numbers = self.groups = None
+        self.foreign = False
         self.seen = self.recorded = 0
 
     def step(self,
@@ -99,6 +143,9 @@ class StepGraph:
         if not learn.training or not len(learn.yb): return False
         if not self._looked(learn): self._look(learn)
         if self.refusal: return False
+        if any(p.grad is not None for p in self.params): # it is added to
+            self.last = None
+            return False
         x, y = learn.xb[0], learn.yb[0]
         kind = (x.shape, x.dtype, x.stride(), y.shape, y.dtype, tuple(p.requires_grad for p in self.params))
         self.seen = self.seen + 1 if kind == self.last else 0
@@ -114,54 +161,61 @@ class StepGraph:
     def _looked(self, learn):
         "Has nothing changed since the last look? An epoch, a callback or an optimizer that is new calls for one"
         found = learn._listeners.get('after_pred')
-        return learn.iter and self.looked_at is learn.opt and found and found[1] == found[2]
+        return not self.foreign and learn.iter and self.looked_at is learn.opt and found and found[1] == found[2]
 
     def _look(self, learn):
         "Find out whether steps can be recorded, and whether the recording is still of these tensors"
-        self.refusal, self.looked_at, self.params = why_not_recorded(learn), learn.opt, list(learn.model.parameters())
+        self.refusal = self.failed or why_not_recorded(learn)
+        self.looked_at, self.params = learn.opt, list(learn.model.parameters())
         learn._look_up('after_pred')
-        places = None if self.refusal else self._places(learn)
-        if self.graph is not None and places != self.places: self.graph = self.kind = None
-        self.recorded = 0
+        now = None if self.refusal else (self._places(learn), _settings(learn))
+        if now != self.now: self.graph = self.kind = self.last = None
+        self.now = now
+        around = [cb for name in ('before_batch', 'after_batch') for cb, _ in learn._listening(name)]
+        self.foreign = any(_may_change_it(cb) for cb in around)
+        if not learn.iter: self.recorded = 0
 
     def _places(self, learn):
         "Where all lies that a recording reads and writes"
         states = [v for s in learn.opt.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
-        modes = tuple(m.training for m in learn.model.modules())
-        return modes, tuple(t.data_ptr() for t in (*learn.model.parameters(), *learn.model.buffers(), *states))
+        return tuple(t.data_ptr() for t in (*learn.model.parameters(), *learn.model.buffers(), *states))
 
     def _record(self, learn, kind, plans=None):
         "Record a step, and do it"
-        self.recorded += 1
-        if self.recorded > self.most: self.refusal = 'it changes too often'
-        self.groups = learn.opt.moved
-        if plans is None: plans = learn.opt.plan(self.groups)
-        self.numbers = _Numbers(plans, learn.opt.live, learn.xb[0].device)
+        if plans is None:
+            self.groups = learn.opt.moved
+            plans = learn.opt.plan(self.groups)
         self.graph = self.kind = None
+        if any(isinstance(n.get(k), list) for *_, n in plans for k in learn.opt.live): # parts were frozen for a while
+            _uncount(plans)
+            return False
+        self.recorded, self.recordings = self.recorded + 1, self.recordings + 1
+        if self.recorded > self.most: self.refusal = 'it changes too often'
+        self.numbers = _Numbers(plans, learn.opt.live, learn.xb[0].device)
         learn.pred = learn.loss = learn.loss_grad = None # they hold on to the last step's memory
         xb, yb = learn.xb, learn.yb
         self.x, self.y = xb[0].clone(), yb[0].clone()
-        graph = torch.cuda.CUDAGraph()
+        graph, planned = torch.cuda.CUDAGraph(), self.numbers.planned(plans)
         self.numbers.put(plans)
         learn.xb, learn.yb = (self.x,), (self.y,)
         try:
-            with torch.cuda.graph(graph, capture_error_mode='thread_local'):
-                self._once(learn, self.numbers.planned(plans))
-        except RuntimeError as e: return self._give_up(learn, plans, e)
+            with _recording(graph, self.x.device): self._once(learn, planned)
+        except BaseException as e:
+            learn.opt.zero_grad() # memory of the recording, in which nothing was computed
+            _uncount(plans)
+            if not isinstance(e, RuntimeError): raise
+            return self._give_up(learn, e)
         finally: learn.xb, learn.yb = xb, yb
         self.graph, self.kind, self.pred, self.loss = graph, kind, learn.pred.detach(), learn.loss.detach()
-        self.places = self._places(learn)
+        self.now = self._places(learn), _settings(learn)
         self._replay(learn, plans, fresh=True)
         return True
 
-    def _give_up(self, learn, plans, e):
+    def _give_up(self, learn, e):
         "Let fastai do this step and all others of the epoch: CUDA cannot record it"
-        self.refusal = str(e).splitlines()[0][:200]
+        self.failed = self.refusal = str(e).splitlines()[0][:200]
         why = f'CUDA cannot record them ({self.refusal})'
         warnings.warn(f'steps are launched one operation at a time, which is slower: {why}')
-        learn.opt.zero_grad()
-        for _, states, _ in plans:
-            for s in states: s['step'] -= 1 # it is counted again
         for cb in learn.cbs:
             if not hasattr(cb, 'after_replay'): continue
             cb.after_replay()
@@ -191,5 +245,5 @@ class StepGraph:
             for cb in learn.cbs:
                 if hasattr(cb, 'after_replay'): cb.after_replay()
         self.graph.replay()
-        learn.pred, learn.loss = self.pred, self.loss.clone() # the recorder keeps losses
+        learn.pred, learn.loss = self.pred.clone(), self.loss.clone() # who keeps them is to keep those of this step
         learn.loss_grad = learn.loss

@@ -341,7 +341,12 @@ class LeanLearner(Learner):
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
         "fastai's `fit`, with quicker schedulers; callbacks do not see the epochs before `start_epoch`"
         self.first_epoch = start_epoch
+        if self.step_graph: self.step_graph.forget() # what an interrupted fit has left
         super().fit(n_epoch, lr, wd, cbs, reset_opt)
+
+    def _end_cleanup(self):
+        super()._end_cleanup()
+        if self.step_graph: self.step_graph.forget()
 
     def fit_one_cycle(self, n_epoch, lr_max=None, div=25., div_final=1e5, pct_start=0.25, wd=None, moms=None, cbs=None, reset_opt=False, start_epoch=0):
         "fastai's `fit_one_cycle`, with a quicker schedule"

@@ -195,7 +195,7 @@ def _orthogonal_on_gpu(ps, grads, sizes, nets, ns_steps=5):
         for u, i in zip(done, chosen):
             p, size = ps[i], mats[i].shape
             u = u[:, :size[1], :size[2]].to(p.dtype).mul_(sizes[i])
-            res[i] = u.view(len(p), *p.shape[2:], p.shape[1]).permute(0, 3, 1, 2) if p.ndim == 4 else u.view_as(p)
+            res[i] = u.reshape(len(p), *p.shape[2:], p.shape[1]).permute(0, 3, 1, 2) if p.ndim == 4 else u.reshape(p.shape)
     return res
 
 class Muon(ListAdam):

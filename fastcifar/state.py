@@ -201,6 +201,7 @@ class Checkpoints(Callback):
 
     def latest(self, learn) -> int: # Whole epochs that are done, 0 without a checkpoint
         "Load the newest whole checkpoint into `learn`; call before `fit`, and pass the result as `start_epoch`"
+        _beside.submit(int).result() # a fit that has failed may still be writing
         if rank() == 0: remove_unfinished(self.folder)
         files = self.files()
         for i, f in enumerate(files):
@@ -312,11 +313,17 @@ class Checkpoints(Callback):
         self._finish()
         if not any(t.is_cuda for t in tensors.values()): return self._save(file, tensors, note)
         copies = {k: t.detach().clone() for k, t in tensors.items()} # the GPU goes on training while they are fetched
-        self._pending = _beside.submit(self._save, file, copies, copy.deepcopy(note))
+        ready = torch.cuda.Event()
+        ready.record()
+        self._pending = _beside.submit(self._save, file, copies, copy.deepcopy(note), ready)
 
-    def _save(self, file, tensors, note):
+    def _save(self, file, tensors, note, ready=None):
         "Write a checkpoint; only the newest stay"
-        save_tensors(file, tensors, note)
+        with contextlib.ExitStack() as stack:
+            if ready: # fetch what is there then, past all steps that are launched already
+                stack.enter_context(torch.cuda.stream(torch.cuda.Stream(next(iter(tensors.values())).device)))
+                torch.cuda.current_stream().wait_event(ready)
+            save_tensors(file, tensors, note)
         for f in self.files()[self.keep:]: f.unlink()
 
     def _finish(self):

@@ -80,7 +80,7 @@ def step(name, recipe, bs, how):
     bs, steps = (16, 8) if TINY else (int(bs), 80)
     r, learn = learner(name, recipe, bs, steps, compile='c' in how and not TINY, capture='r' in how)
     class Clock(Callback):
-        order, run_valid = -100, False
+        order, run_valid, capturable = -100, False, True # it only looks
         def __init__(self): self.begun = []
         def before_batch(self): self.begun.append(time.perf_counter())
         def after_train(self):
