@@ -13,6 +13,7 @@ TWINS = [('min', 'max'), ('any', 'all'), ('minimum', 'maximum'), ('argmin', 'arg
     ('zeros', 'ones'), ('flatnonzero', 'argsort'), ('isna', 'notna'), ('head', 'tail'), ('before', 'after')]
 TWIN = {a: b for pair in TWINS for a, b in (pair, pair[::-1])} # names for which another is taken by mistake
 UNWRAPPED = {'abs', 'sorted', 'max', 'min', 'reversed', 'set'} # f(x) -> x
+SYMMETRIC = {'isinstance', 'max', 'min', 'maximum', 'minimum', 'union', 'allclose', 'equal', 'gcd'} # order of arguments is no matter
 TOLD = {'print', 'say', 'warn', 'FastcifarError', 'attempt', 'attempt_plot'} # what they are given is for people
 LOOKS = {'subplots', 'grid', 'legend', 'axis', 'tick_params', 'set_params', 'suptitle', 'text', 'set_label', 'figure'}
 LOOK_KEYS = {'figsize', 'fontsize', 'labelsize', 'alpha', 'lw', 'ls', 'ms', 'mew', 'color', 'ecolor', 'edgecolor', 'cmap',
@@ -67,7 +68,7 @@ def _call(node):
     if name in UNWRAPPED and len(node.args) == 1 and isinstance(node.func, ast.Name): yield 'unwrapped', node.args[0]
     if isinstance(node.func, ast.Attribute) and name in ('abs', 'copy', 'clip', 'clone', 'detach', 'float', 'double',
         'dropna', 'round', 'clamp_'): yield 'unwrapped', node.func.value
-    if len(node.args) > 1 and name != 'isinstance' and not any(isinstance(a, ast.Starred) for a in node.args[:2]):
+    if len(node.args) > 1 and name not in SYMMETRIC and not any(isinstance(a, ast.Starred) for a in node.args[:2]):
         yield 'arguments', dict(args=[node.args[1], node.args[0], *node.args[2:]])
     for i, k in enumerate(node.keywords):
         if k.arg and k.arg not in LOOK_KEYS: yield 'keyword', dict(keywords=node.keywords[:i] + node.keywords[i + 1:])

@@ -8,9 +8,11 @@ A process with torch and fastai, but not fastcifar, forks one for each change; t
 exported cells of the notebook run with the change too: a tool for plain modules would change what the notebook never uses.
 A change is noticed where a cell or a test fails or takes far too long. Results are kept in .cache/mutation, so a second call
 goes on where the first was stopped."""
-import argparse, ast, collections, csv, dataclasses, hashlib, importlib, json, os, re, shutil, signal, subprocess, sys, tempfile, time
-import traceback
+import argparse, ast, collections, csv, dataclasses, hashlib, importlib, json, os, re, shutil, signal, subprocess, sys
+import tempfile, threading, time, traceback
 from pathlib import Path
+
+import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from mutants import choose, make_mutants
@@ -56,7 +58,7 @@ def import_the_rest():
         for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
             if isinstance(node, ast.Import): names |= {a.name for a in node.names}
             if isinstance(node, ast.ImportFrom) and not node.level: names.add(node.module)
-    names |= {'nbdev.process', 'nbdev.frontmatter', 'execnb.shell', 'pytest', '_pytest.capture', 'matplotlib.pyplot', 'fastai.vision.all'}
+    names |= {'nbdev.process', 'nbdev.frontmatter', 'execnb.shell', 'matplotlib.pyplot', 'fastai.vision.all'}
     for name in sorted(names):
         if name.split('.')[0] in ('fastcifar', 'hostile', 'soak', 'docs', 'readme', 'ray', 'gradio', 'wandb', 'playwright'): continue
         try: importlib.import_module(name)
@@ -120,36 +122,35 @@ class Lines:
             return inside
         return inside(frame, event, arg)
     def start(self):
-        self.stack.append((self.now, time.time()))
+        self.stack.append([self.now, time.time(), 0.])
         self.now = set()
     def stop(self):
-        mine, (self.now, began) = self.now, self.stack.pop()
-        return mine, time.time() - began
+        "Lines and seconds since the start, without those of what was started and stopped in between"
+        mine, (self.now, began, inner) = self.now, self.stack.pop()
+        took = time.time() - began
+        if self.stack: self.stack[-1][2] += took
+        return mine, took - inner
 
 class Recorder:
     "A plugin of pytest: the lines that each test runs, and the fixtures it asks for"
     def __init__(self, lines): self.lines, self.fixtures, self.tests, self.bad = lines, {}, {}, set()
-    def wrapped(self):
-        self.lines.start()
-        yield
-        return self.lines.stop()
-    import pytest
     @pytest.hookimpl(hookwrapper=True)
-    def pytest_fixture_setup(self, fixturedef, request):
+    def pytest_fixture_setup(self, fixturedef):
         self.lines.start()
         yield
         mine, took = self.lines.stop()
-        old = self.fixtures.get((fixturedef.baseid, fixturedef.argname), (set(), 0))
-        self.fixtures[fixturedef.baseid, fixturedef.argname] = old[0] | mine, max(took, old[1])
+        name = f'{fixturedef.baseid}::{fixturedef.argname}'
+        old = self.fixtures.get(name, (set(), 0))
+        self.fixtures[name] = old[0] | mine, max(took, old[1])
     @pytest.hookimpl(hookwrapper=True)
-    def pytest_runtest_protocol(self, item, nextitem):
+    def pytest_runtest_protocol(self, item):
         self.lines.start()
         yield
         mine, took = self.lines.stop()
-        for defs in item._fixtureinfo.name2fixturedefs.values():
-            more, time_of = self.fixtures.get((defs[-1].baseid, defs[-1].argname), (set(), 0))
-            mine, took = mine | more, took + time_of
-        self.tests[item.nodeid] = mine, took
+        asked = [f'{defs[-1].baseid}::{defs[-1].argname}' for defs in item._fixtureinfo.name2fixturedefs.values()]
+        asked = {k: self.fixtures[k] for k in asked if k in self.fixtures}
+        mine = mine.union(*(lines for lines, _ in asked.values()))
+        self.tests[item.nodeid] = mine, took, {k: round(seconds, 2) for k, (_, seconds) in asked.items()}
     def pytest_runtest_logreport(self, report):
         if report.failed or report.skipped: self.bad.add(report.nodeid)
     def pytest_collection_modifyitems(self, items): items[:] = [i for i in items if not any(s in i.name for s in SLOW)]
@@ -161,30 +162,27 @@ class First:
         if report.failed and not self.name: self.name = report.nodeid
 
 def run_tests(names, *plugins):
-    import pytest
     return pytest.main(['-x', '-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', *names], plugins=list(plugins))
 
 def measure(copy:Path, unit:str) -> dict:
     "The tests of a unit (a notebook, or a file of tests): seconds, and the lines that they run"
-    import threading
     lines = Lines(copy)
     threading.settrace(lines)
     sys.settrace(lines)
     if unit.endswith('.ipynb'):
         lines.start()
         bad = run_notebook(copy, re.sub(r'^\d+_|\.ipynb$', '', unit))
-        tests, failed = {unit: lines.stop()}, [bad] if bad else []
+        tests, failed = {unit: (*lines.stop(), {})}, [bad] if bad else []
     else:
         recorder = Recorder(lines)
-        import pytest
         pytest.main(['-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', f'tests/{unit}.py'], plugins=[recorder])
         tests, failed = {k: v for k, v in recorder.tests.items() if k not in recorder.bad}, sorted(recorder.bad)
     sys.settrace(None)
     res = {}
-    for name, (ran, took) in tests.items():
+    for name, (ran, took, fixtures) in tests.items():
         by_module = collections.defaultdict(list)
         for m, n in sorted(ran): by_module[m].append(n)
-        res[name] = dict(seconds=round(took, 2), lines=by_module)
+        res[name] = dict(seconds=round(took, 2), fixtures=fixtures, lines=by_module)
     return dict(tests=res, failed=failed)
 
 def judge(copy:Path, mutant, source:str, names) -> dict:
@@ -312,15 +310,16 @@ def measured(modules, pool) -> dict:
     pool.finish()
     return {u: v['tests'] for u, v in new.items()}
 
-def tests_for(mutant, tests) -> list:
-    "The tests that run a changed line, the quickest first, up to a time"
+def tests_for(mutant, tests) -> tuple:
+    "The tests that run a changed line, the quickest first, up to a time; and that time"
     mine = {k: v for u in units_of(mutant.module) for k, v in tests[u].items()}
     runs = lambda v: set(v['lines'].get(mutant.module, ())) & set(mutant.lines) if mutant.lines else v['lines'].get(mutant.module)
-    res, total = [], 0
-    for name, v in sorted(mine.items(), key=lambda i: i[1]['seconds']):
-        if runs(v) and (total + v['seconds'] <= LONGEST or name.endswith('.ipynb')):
+    res, total, made = [], 0, set()
+    for name, v in sorted(mine.items(), key=lambda i: i[1]['seconds'] + sum(i[1]['fixtures'].values())):
+        more = v['seconds'] + sum(s for k, s in v['fixtures'].items() if k not in made) # each is made once
+        if runs(v) and (total + more <= LONGEST or name.endswith('.ipynb')):
             res.append(name)
-            total += v['seconds']
+            total, made = total + more, made | v['fixtures'].keys()
     return res, total
 
 def equivalents() -> dict:
