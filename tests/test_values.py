@@ -11,7 +11,10 @@ from torch import nn
 
 from fastcifar.averages import EMA, Views, average_views
 from fastcifar.basics import FastcifarError
-from fastcifar.robust import plot_corruptions, plot_robustness
+from fastcifar.data import Arrays, ImageData
+from fastcifar.interpret import CifarInterpretation
+from fastcifar.loaders import CifarDataLoaders # with this import an ImageData has its dataloaders
+from fastcifar.robust import plot_corruptions, plot_robustness, read_corruptions
 from fastcifar.schedule import lr_range, one_cycle, plot_range, read_range
 from fastcifar.statistics import plot_study_curves, study_answer
 
@@ -85,11 +88,8 @@ def test_one_cycle():
         with pytest.raises(FastcifarError): one_cycle(lrs, **more)
 
 def test_range_test_leaves_a_learner_alone():
-    from fastcifar.data import load_data
-    from fastcifar.loaders import CifarDataLoaders # with this import an ImageData has its dataloaders
     from fastcifar.train import cifar_learner
-    dls = load_data('digits').dataloaders(bs=64, device='cpu')
-    learn = cifar_learner(dls, nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(3072, 10)), precision='fp32')
+    learn = cifar_learner(coloured(64).dataloaders(bs=16, device='cpu'), nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(3072, 4)), precision='fp32')
     for training in (False, True):
         learn.model.train(training)
         with learn.no_bar(): r = learn.lr_range(end_lr=.1, num_it=50, show_plot=False)
@@ -121,7 +121,8 @@ def test_an_average_goes_on_from_a_checkpoint():
     "With as many steps behind it as it had: the first ones count more"
     whole, half = averaged([1., 2., 3., 4., 5.]), averaged([1., 2., 3.])
     tensors, note = half.checkpoint()
-    assert tensors.keys() == {f'norm.{k}' for k in ('weight', 'bias', 'running_mean', 'running_var')} and note == {'n': 2}
+    assert tensors.keys() == {f'norm.{k}' for k in ('weight', 'bias', 'running_mean', 'running_var')}
+    assert note == {'n': 2}
     assert tensors['norm.weight'].item() == pytest.approx(1 * 2/11 * 3/12 + 2 * 9/11 * 3/12 + 3 * 9/12)
     other = averaged([3.])
     other.restore({k: v.clone() for k, v in tensors.items()}, note)
@@ -161,16 +162,18 @@ def curves(recipes):
 def test_panels_of_study_curves():
     "A band from the lowest to the highest seed; places without a panel stay empty"
     axs = plot_study_curves(curves('abcd')).axes
-    assert [a.axison for a in axs] == [True] * 4 + [False] * 2 and [a.get_title() for a in axs[:4]] == [f'm, {r}, batch 8'
-        for r in 'abcd']
+    assert [a.axison for a in axs] == [True] * 4 + [False] * 2
+    assert [a.get_title() for a in axs[:4]] == [f'm, {r}, batch 8' for r in 'abcd']
     band = axs[0].collections[0].get_paths()[0].vertices
     for epoch in (1, 2): assert np.unique(band[band[:, 0] == epoch, 1]) == pytest.approx([10 * epoch, 10 * epoch + 4])
     assert axs[0].get_lines()[0].get_ydata() == pytest.approx([12, 22])
     assert len(plot_study_curves(curves('ab')).axes) == 2
 
 def test_pairs_with_one_seed_in_common_are_named():
-    runs = [('bn', s, .9 + .01 * s) for s in range(3)] + [('gn', s, .8 + .01 * s + .001 * s**2) for s in range(3)] + [('ln', 0, .85)]
-    r = pd.DataFrame([dict(model='m', norm=n, recipe='r', bs=8, seed=s, status='finished', test_accuracy=a) for n, s, a in runs])
+    runs = [('bn', 0, .9), ('bn', 1, .91), ('bn', 2, .92), ('gn', 0, .8), ('gn', 1, .811), ('gn', 2, .824),
+        ('ln', 0, .85)]
+    r = pd.DataFrame([dict(model='m', norm=n, recipe='r', bs=8, seed=s, status='finished', test_accuracy=a)
+        for n, s, a in runs])
     said = study_answer(r)[0]
     assert said.endswith('; fewer than two seeds in common: bn and ln, gn and ln') and 'bn > gn by' in said
     assert 'fewer than' not in study_answer(r[r.norm != 'ln'])[0]
@@ -195,3 +198,196 @@ def test_picture_of_robustness():
 def test_picture_of_corruptions():
     axs = plot_corruptions(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)).axes
     assert [a.get_title() for a in axs[:6]] == ['clean', *(f'severity {s}' for s in range(1, 6))]
+    shown = [a.images[0].get_array() for a in axs]
+    assert [np.array_equal(x, shown[0]) for x in shown[:7]] == [True, *[False] * 5, True], 'the clean one begins a line'
+
+def test_picture_of_an_accuracy_of_nothing():
+    "Rounding may leave the lower end a hair above the accuracy"
+    t = pd.DataFrame([dict(corruption='noise', severity=1, images=10, accuracy=0., low=1e-18, high=.2)])
+    assert plot_robustness(t).axes[0].containers[0][0].get_ydata() == [0]
+
+def test_published_corruptions_are_whole_numbers(tmp_path):
+    for kind, said in ((np.float32, 'holds float32 of shape'), (np.uint8, None)):
+        np.save(tmp_path/'labels.npy', np.zeros(10, np.uint8))
+        np.save(tmp_path/'fog.npy', np.zeros((10, 32, 32, 3), kind))
+        if said is None: assert read_corruptions(tmp_path)[1]['fog'].shape == (5, 2, 32, 32, 3)
+        else:
+            with pytest.raises(FastcifarError, match=said): read_corruptions(tmp_path)
+
+# -- what a net gets right and wrong
+
+def coloured(n_train=24, n_test=12, classes='abcd'):
+    "Images of noise, with labels in turn; the higher the label, the brighter"
+    rng, k, x, y = np.random.default_rng(0), len(classes), {}, {}
+    for s, n in (('train', n_train), ('test', n_test)):
+        y[s] = np.arange(n) % k
+        x[s] = (rng.integers(0, 100, (n, 32, 32, 3)) + 150 // k * y[s][:, None, None, None]).astype(np.uint8)
+    return ImageData(Arrays(x, y, list(classes)), 'coloured')
+
+class Net(nn.Module):
+    def __init__(self, n_out=4):
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, n_out)
+    def forward(self, x): return self.last(self.second(self.first(x).relu()).relu().mean((2, 3)))
+
+@pytest.fixture(scope='module')
+def learn():
+    from fastcifar.train import cifar_learner
+    torch.manual_seed(0)
+    return cifar_learner(coloured().dataloaders(bs=8, device='cpu'), Net(), precision='fp32')
+
+@pytest.fixture
+def interp(learn):
+    "Of 12 images with labels 0, 1, 2, 3, 0, ... nine are right, and the surest is wrong"
+    targs = torch.arange(12) % 4
+    preds = torch.full((12, 4), .1)
+    preds[torch.arange(12), targs] = .7
+    for i, said, p in ((1, 0, .94), (6, 3, .6), (11, 0, .5)):
+        preds[i] = (1 - p) / 3
+        preds[i, said] = p
+    return CifarInterpretation(learn, learn.dls.evaluation(1), -preds[torch.arange(12), targs].log(), preds, targs)
+
+def test_wrong_predictions(interp):
+    t = interp.wrong()
+    assert t.image.tolist() == [1, 6, 11] and t.probability.tolist() == pytest.approx([.94, .6, .5])
+    assert t.truth.tolist() == ['b', 'c', 'd'] and t.prediction.tolist() == ['a', 'd', 'a']
+    assert interp.top_losses_table(2).image.tolist() == [1, 6] and len(interp.top_losses_table(5)) == 5
+    assert t.log_probability.tolist() == pytest.approx(np.log([.94, .6, .5]).tolist(), abs=1e-6)
+    assert (interp.accuracy, interp.loss) == pytest.approx((.75, -np.log([.7] * 9 + [.02, .4 / 3, .5 / 3]).mean()))
+
+def test_confusions(interp):
+    cm = np.diag([3, 2, 2, 2])
+    cm[1, 0] = cm[2, 3] = cm[3, 0] = 1
+    assert (interp.confusion_matrix() == cm).all()
+    t = interp.class_accuracy()
+    assert t.index.tolist() == list('abcd') and t.images.tolist() == [3] * 4 and t.right.tolist() == [3, 2, 2, 2]
+
+def test_believable_predictions(interp):
+    "The surest is wrong; of the ten surest, nine agree, which is just enough"
+    assert interp.sure_enough() == pytest.approx(.7)
+    interp.preds[0, 0] = .6 # two are as sure as each other, and one of these is wrong: both count, or none
+    assert interp.sure_enough() == np.inf
+
+def test_label_errors_of_classes_that_are_there(learn):
+    "A class without images takes its share of the probabilities with it"
+    from cleanlab.filter import find_label_issues
+    rng = np.random.default_rng(3)
+    p = rng.dirichlet([.3] * 4, 200)
+    p[:, 3] *= rng.uniform(0, 3, 200)
+    p /= p.sum(1, keepdims=True)
+    labels = np.array([rng.choice(3, p=row[:3] / row[:3].sum()) for row in p])
+    labels[:20] = (labels[:20] + 1) % 3
+    preds, targs = torch.tensor(p, dtype=torch.float32), torch.tensor(labels)
+    i = CifarInterpretation(learn, learn.dls.evaluation(1), -preds[torch.arange(200), targs].log(), preds, targs)
+    i.sure_enough = lambda: .5
+    known = preds.double().numpy()[:, :3]
+    issues = find_label_issues(labels, known / known.sum(1, keepdims=True), return_indices_ranked_by='self_confidence')
+    wanted = [k for k in issues if p[k].max() >= .5]
+    t = i.label_errors()
+    assert t.image.tolist() == wanted and 3 < len(wanted) < len(issues)
+    assert t.label_probability.tolist() == pytest.approx(p[wanted, labels[wanted]].tolist(), abs=1e-6)
+
+def test_interpretation_of_loaders_of_fastai():
+    "All images of the split, in order, though training leaves some out"
+    from fastai.data.core import DataLoaders
+    from fastai.learner import Learner
+    from torch.utils.data import TensorDataset
+    from fastai.data.load import DataLoader
+    x, y = torch.rand(10, 3, 32, 32), torch.arange(10) % 4
+    images = TensorDataset(x, y)
+    images.vocab = list('abcd')
+    dls = DataLoaders(*[DataLoader(images, bs=4, shuffle=True, drop_last=True) for _ in range(2)])
+    learn = Learner(dls, Net(), loss_func=nn.CrossEntropyLoss(reduction='none'))
+    with learn.no_bar(), learn.no_logging(): interp = CifarInterpretation.from_learner(learn, 0)
+    assert interp.targs.tolist() == y.tolist() and interp.views == 'none'
+
+def test_where_a_net_looks(interp):
+    "For the class that was predicted, or for another one; in the deepest map, or in another one"
+    from fastcifar.explain import grad_cam
+    x = interp.learn.dls.valid.one_batch()[0].as_subclass(torch.Tensor)[[1, 6]]
+    for classes, layer in ((None, None), ([2, 1], 'first')):
+        theirs = grad_cam(interp.learn.model, x, [0, 3] if classes is None else classes, layer or 'second').numpy()
+        assert interp.grad_cam([1, 6], layer, classes) == pytest.approx(theirs, abs=1e-5)
+
+def pictures(fig): return [i.get_array() for i in fig.axes[0].images]
+
+def test_pictures_of_predictions(interp):
+    "Each image once, as it is; of wrong ones the surest first"
+    x = np.asarray(interp.learn.dls.data.x['test'])
+    for fig, idxs in ((interp.plot_wrong(2), [1, 6]), (interp.plot_wrong(cols=2), [1, 6, 11]),
+        (interp.plot_predictions(50, cols=5), range(12))):
+        assert all(map(np.array_equal, pictures(fig), x[list(idxs)])) and len(pictures(fig)) == len(idxs)
+    fig = interp.plot_wrong()
+    assert [t.get_text() for t in fig.axes[0].texts if t.get_text()] == ['b / a\n0.94', 'c / d\n0.60', 'd / a\n0.50']
+    assert {t.get_color() for t in fig.axes[0].texts if t.get_text()} == {'tab:red'} and '(3 of 12)' in fig.get_suptitle()
+    ax = interp.plot_wrong(cols=2).axes[0]
+    (a, b, low, high), second, below = [i.get_extent() for i in ax.images] # two in a line
+    assert b - a == high - low == 1 and second[0] > b and second[2:] == (low, high) and below[:2] == (a, b)
+    assert below[3] < low and ax.get_xlim()[0] <= a and second[1] <= ax.get_xlim()[1], 'none covers another'
+    assert ax.get_ylim()[0] <= below[2] and high < max(t.get_position()[1] for t in ax.texts) <= ax.get_ylim()[1] + .3
+    few = pictures(interp.plot_predictions(5, seed=1))
+    assert len(few) == 5 and any(not np.array_equal(a, b) for a, b in zip(few, pictures(interp.plot_predictions(5))))
+
+def test_pictures_of_where_a_net_looks(interp):
+    "Images above maps of the actual and of the predicted class, for each layer"
+    one = interp.plot_grad_cam(interp.wrong(), n=2)
+    assert len(pictures(one)) == 6 and [t.get_text() for t in one.axes[0].texts][-2:] == ['actual', 'predicted']
+    several = interp.plot_grad_cam(interp.wrong(), n=2, layer=['first', 'second'])
+    by_name = interp.plot_grad_cam(interp.wrong(), n=2, layer='second')
+    assert len(pictures(several)) == 10 and len(pictures(by_name)) == 6
+    for a, b in zip(pictures(one), pictures(by_name)): assert np.array_equal(a, b)
+    assert all(map(np.array_equal, pictures(several)[6:], pictures(one)[2:]))
+    assert not np.array_equal(pictures(one)[2], pictures(one)[4]), 'two classes, two maps'
+    assert len(pictures(interp.plot_grad_cam(n=3))) == 9
+
+def test_picture_of_class_accuracy(interp, monkeypatch):
+    "The first class on top, with the intervals on the right side"
+    t = interp.class_accuracy()
+    ax = interp.plot_class_accuracy().axes[0]
+    assert [l.get_text() for l in ax.get_yticklabels()] == list('dcba')
+    assert [b.get_width() for b in ax.patches] == pytest.approx((100 * t.accuracy[::-1]).tolist())
+    ends = np.array([s[:, 0] for s in ax.containers[-1].errorbar.lines[2][0].get_segments()])
+    assert ends == pytest.approx(100 * t[['low', 'high']][::-1].to_numpy())
+    assert [x.get_text() for x in ax.texts] == ['66.7', '66.7', '66.7', '100.0']
+    monkeypatch.setattr(interp, 'class_accuracy', lambda: t.assign(high=t.accuracy - 1e-15)) # rounded
+    interp.plot_class_accuracy()
+
+def test_picture_of_calibration(interp, monkeypatch):
+    "On the diagonal a net is as sure as it is right"
+    t = interp.calibration(10)
+    assert t.low_end.tolist() == pytest.approx([.5, .6, .9]) and t.images.tolist() == [1, 10, 1]
+    top, ax = interp.plot_calibration(10).axes
+    assert [(b.get_x(), b.get_height(), b.get_width()) for b in top.patches] == [(pytest.approx(a), n, pytest.approx(.1))
+        for a, n in zip(t.low_end, t.images)]
+    assert [l.get_xydata().tolist() for l in ax.get_lines()][0] == [[0, 0], [1, 1]]
+    line, _, (segments,) = ax.containers[0]
+    assert line.get_xdata() == pytest.approx(t.confidence) and line.get_ydata() == pytest.approx(t.accuracy)
+    assert np.array([s[:, 1] for s in segments.get_segments()]) == pytest.approx(t[['low', 'high']].to_numpy())
+    assert top.get_title() == f'expected calibration error {100 * interp.ece(10):.1f} points'
+    monkeypatch.setattr(interp, 'calibration', lambda bins: t.assign(high=t.accuracy - 1e-15))
+    interp.plot_calibration()
+
+def test_a_sure_prediction_is_in_the_last_bin(interp):
+    interp.preds[0] = torch.tensor([1., 0, 0, 0])
+    t = interp.calibration(4)
+    assert t.low_end.iloc[-1] == .75 and t.images.iloc[-1] == 2 and t.accuracy.iloc[-1] == .5
+
+def test_picture_of_confusions(interp):
+    "Numbers, or shares of each actual class, in cells whose labels have room"
+    ax = interp.plot_confusion_matrix() or plt.gcf().axes[0]
+    assert sorted(t.get_text() for t in ax.texts) == sorted(map(str, interp.confusion_matrix().ravel()))
+    assert plt.gcf().get_size_inches().tolist() == [6, 6] and ax.get_ylabel() == 'Actual'
+    interp.plot_confusion_matrix(normalize=True, plot_txt=True)
+    assert sorted({t.get_text() for t in plt.gcf().axes[0].texts}) == ['0.00', '0.33', '0.67', '1.00']
+    interp.plot_confusion_matrix(plot_txt=False)
+    assert not plt.gcf().axes[0].texts
+
+def test_one_image_of_none_and_of_all(interp):
+    assert interp.images([]).shape == (0, 32, 32, 3)
+    x = np.asarray(interp.learn.dls.data.x['test'])
+    assert np.array_equal(interp.images([3, 1]), x[[3, 1]]) and interp.images(torch.tensor([2])).dtype == np.uint8
+    inputs, preds, targs, decoded, losses = interp[[5, 1]]
+    assert len(inputs) == 2 and targs.tolist() == [1, 1] and decoded.tolist() == [1, 0]
+    assert losses.tolist() == pytest.approx([-math.log(.7), -math.log(.02)], abs=1e-5)
+    assert preds[1, 0].item() == pytest.approx(.94)
+    assert len(interp[4][0]) == 1

@@ -1,4 +1,4 @@
-"""Mutants of a module: its source with one small mistake in it, as people make them. `mutate.py` runs the tests on them.
+"""Mutants of a module: its source with one small mistake in it, as people make them; `mutate.py` tests the tests on them.
 
 A mutant is one node of the syntax tree, replaced in the text, so that all other lines and comments stay where they are.
 Texts for people (docstrings, errors, what is printed), type hints and the looks of plots are left alone."""
@@ -13,10 +13,10 @@ TWINS = [('min', 'max'), ('any', 'all'), ('minimum', 'maximum'), ('argmin', 'arg
     ('zeros', 'ones'), ('flatnonzero', 'argsort'), ('isna', 'notna'), ('head', 'tail'), ('before', 'after')]
 TWIN = {a: b for pair in TWINS for a, b in (pair, pair[::-1])} # names for which another is taken by mistake
 UNWRAPPED = {'abs', 'sorted', 'max', 'min', 'reversed', 'set'} # f(x) -> x
-SYMMETRIC = {'isinstance', 'max', 'min', 'maximum', 'minimum', 'union', 'allclose', 'equal', 'gcd'} # order of arguments is no matter
+SYMMETRIC = {'isinstance', 'max', 'min', 'maximum', 'minimum', 'allclose', 'equal'} # the order does not matter
 TOLD = {'print', 'say', 'warn', 'FastcifarError', 'attempt', 'attempt_plot'} # what they are given is for people
 LOOKS = {'subplots', 'grid', 'legend', 'axis', 'tick_params', 'set_params', 'suptitle', 'text', 'set_label', 'figure'}
-LOOK_KEYS = {'figsize', 'fontsize', 'labelsize', 'alpha', 'lw', 'ls', 'ms', 'mew', 'color', 'ecolor', 'edgecolor', 'cmap',
+LOOK_KEYS = {'figsize', 'fontsize', 'labelsize', 'alpha', 'lw', 'ls', 'ms', 'color', 'ecolor', 'edgecolor', 'cmap',
     'layout', 'capsize', 'marker', 'rotation', 'ha', 'va', 'dpi', 'linewidth', 'pad', 'width', 'zorder', 'mfc', 'label',
     'xlabel', 'ylabel', 'title', 'height_ratios', 'align', 'encoding', 'stacklevel', 'desc', 'help'}
 
@@ -81,7 +81,8 @@ def _condition(node):
 
 def _comprehension(node):
     for g, part in enumerate(node.generators):
-        if part.ifs: yield 'filter', dict(generators=[*node.generators[:g], _with(part, ifs=[]), *node.generators[g + 1:]])
+        if not part.ifs: continue
+        yield 'filter', dict(generators=[*node.generators[:g], _with(part, ifs=[]), *node.generators[g + 1:]])
 
 def _slice(node):
     s = node.slice
@@ -208,7 +209,7 @@ def choose(
     n:int, # So many
     seed:int=0, # Another one gives others
 ) -> list:
-    "Some mutants of every kind; a mutant's turn depends on its own text and the seed, not on what else is in the module"
+    "Some mutants of every kind; the turn of one depends on its own text and the seed, not on the rest of the module"
     turn = lambda m: hashlib.sha256(f'{seed} {m.name}'.encode()).hexdigest()
     kinds, res = {}, []
     for m in sorted(mutants, key=turn): kinds.setdefault(m.kind, []).append(m)

@@ -1,13 +1,13 @@
 """Do the tests notice a mistake? Changes one line of a module at a time and runs the module's notebook and tests on it.
 
-    python tools/mutate.py                            # all: about an hour on two idle cores; writes results/mutation.csv and .json
+    python tools/mutate.py                            # all, in about an hour; writes results/mutation.csv and .json
     python tools/mutate.py --module robust --limit 10 # some changes of one module, only shown
     python tools/mutate.py --survivors                # what was not noticed last time, after tests were added
 
-A process with torch and fastai, but not fastcifar, forks one for each change; that works in a copy of the repository. The
-exported cells of the notebook run with the change too: a tool for plain modules would change what the notebook never uses.
-A change is noticed where a cell or a test fails or takes far too long. Results are kept in .cache/mutation, so a second call
-goes on where the first was stopped."""
+A process with torch and fastai, but not fastcifar, forks one for each change; that works in a copy of the repository.
+The exported cells of the notebook run with the change too: a tool for plain modules (mutmut, cosmic-ray) would change
+what a notebook never uses, and import torch for each change. A change is noticed where a cell or a test fails or takes
+far too long. Results are kept in .cache/mutation, so a second call goes on where the first was stopped."""
 import argparse, ast, collections, csv, dataclasses, hashlib, importlib, json, os, re, shutil, signal, subprocess, sys
 import tempfile, threading, time, traceback
 from pathlib import Path
@@ -22,19 +22,22 @@ STATE = ROOT/'.cache/mutation'
 EACH = 25 # mutants of a module
 LONGEST = 60 # seconds of tests for a mutant, the quickest first
 TESTS = { # module -> what is run besides its notebook; of these, the tests that run the changed line
-    'statistics': ['test_numbers'], 'interpret': ['test_numbers', 'test_names', 'test_report'],
-    'robust': ['test_numbers'], 'averages': ['test_numbers', 'test_fastai'], 'schedule': ['test_numbers', 'test_fastai'],
+    'statistics': ['test_numbers', 'test_values'], 'interpret': ['test_numbers', 'test_values', 'test_names'],
+    'robust': ['test_numbers', 'test_values'], 'averages': ['test_values', 'test_fastai'],
+    'schedule': ['test_values', 'test_fastai'],
     'export': ['test_numbers', 'test_trust'], 'runs': ['test_numbers', 'test_cli', 'test_identity'],
     'study': ['test_numbers', 'test_study'], 'sweep': ['test_numbers'], 'state': ['test_fastai', 'test_trust'],
     'loaders': ['test_numbers', 'test_library'], 'recipes': ['test_numbers', 'test_cli']}
+OWN = ('hostile', 'soak', 'docs', 'readme', 'forms') # modules beside the tests, which import fastcifar
+HEAVY = ('ray', 'gradio', 'wandb', 'playwright') # not to be forked
 SLOW = ('killed', 'hostile', 'wheel', 'browser') # names of tests that start processes of their own
 
 # -- the copy that a child works in
 
 def copy_repository(to:Path):
     "What git knows, and what Python has compiled"
-    names = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard', '-z'], cwd=ROOT, capture_output=True, check=True).stdout
-    for name in filter(None, names.decode().split('\0')):
+    listed = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard', '-z'], cwd=ROOT, capture_output=True, check=True)
+    for name in filter(None, listed.stdout.decode().split('\0')):
         if not (ROOT/name).is_file(): continue # a link to a folder, or a file that was deleted
         (to/name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT/name, to/name)
@@ -60,7 +63,7 @@ def import_the_rest():
             if isinstance(node, ast.ImportFrom) and not node.level: names.add(node.module)
     names |= {'nbdev.process', 'nbdev.frontmatter', 'execnb.shell', 'matplotlib.pyplot', 'fastai.vision.all'}
     for name in sorted(names):
-        if name.split('.')[0] in ('fastcifar', 'hostile', 'soak', 'docs', 'readme', 'ray', 'gradio', 'wandb', 'playwright'): continue
+        if name.split('.')[0] in ('fastcifar', *OWN, *HEAVY): continue
         try: importlib.import_module(name)
         except Exception: pass # an extra that is not installed; the test that needs it says so
     import hypothesis, torch
@@ -277,7 +280,8 @@ def code_of(path:Path) -> str:
     return hashlib.sha256(''.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code').encode()).hexdigest()[:16]
 
 def version_of(unit) -> str:
-    return code_of(ROOT/'nbs'/unit) if unit.endswith('.ipynb') else digest(ROOT/f'tests/{unit}.py', ROOT/'tests/conftest.py')
+    if unit.endswith('.ipynb'): return code_of(ROOT/'nbs'/unit)
+    return digest(ROOT/f'tests/{unit}.py', ROOT/'tests/conftest.py')
 
 def library() -> str: return digest(*sorted((ROOT/'fastcifar').rglob('*.py')))
 
@@ -301,10 +305,11 @@ def measured(modules, pool) -> dict:
         else:
             def then(result, log, unit=unit, version=version):
                 if not result: sys.exit(f'{unit} does not run: {log[-3000:]}')
-                for name in result['failed']: print(f'left out, as it fails or is skipped on the code as it is: {name}', flush=True)
+                for name in result['failed']: print(f'left out, as it fails or is skipped on the code as it is: {name}')
                 if result['failed'] and unit.endswith('.ipynb'): sys.exit(log[-3000:])
                 new[unit] = dict(version=version, **result)
-                print(f'{unit}: {len(result["tests"])} tests, {sum(t["seconds"] for t in result["tests"].values()):.0f} s', flush=True)
+                took = sum(t['seconds'] for t in result['tests'].values())
+                print(f'{unit}: {len(result["tests"])} tests, {took:.0f} s', flush=True)
                 save('tests.json', old | new)
             pool.submit(lambda copy, unit=unit: measure(copy, unit), 1800, then)
     pool.finish()
@@ -313,7 +318,9 @@ def measured(modules, pool) -> dict:
 def tests_for(mutant, tests) -> tuple:
     "The tests that run a changed line, the quickest first, up to a time; and that time"
     mine = {k: v for u in units_of(mutant.module) for k, v in tests[u].items()}
-    runs = lambda v: set(v['lines'].get(mutant.module, ())) & set(mutant.lines) if mutant.lines else v['lines'].get(mutant.module)
+    def runs(v):
+        ran = v['lines'].get(mutant.module)
+        return ran and set(ran) & set(mutant.lines) if mutant.lines else ran
     res, total, made = [], 0, set()
     for name, v in sorted(mine.items(), key=lambda i: i[1]['seconds'] + sum(i[1]['fixtures'].values())):
         more = v['seconds'] + sum(s for k, s in v['fixtures'].items() if k not in made) # each is made once
@@ -326,7 +333,9 @@ def equivalents() -> dict:
     "Changes that change nothing, each with the reason: mutant -> reason"
     path = ROOT/'tools/equivalent_mutants.csv'
     with open(path, newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
-    return {' | '.join((r['module'], r['function'], r['line'], r['change'])): r['reason'] for r in rows}
+    return {name_of(r): r['reason'] for r in rows}
+
+def name_of(row): return ' | '.join(row[k] for k in ('module', 'function', 'line', 'change')) # as `Mutant.name`
 
 def judged(module, text, args, tests, pool, said) -> list:
     "A result for each mutant of a module"
@@ -335,7 +344,9 @@ def judged(module, text, args, tests, pool, said) -> list:
     mutants = choose(make_mutants(module, text), text, args.limit or EACH, args.seed)
     for m in mutants:
         old = known.get(m.name)
-        if old and not args.fresh and (old['version'] == versions or args.survivors and old['outcome'] == 'killed'): res[m.name] = old; continue
+        if old and not args.fresh and (old['version'] == versions or args.survivors and old['outcome'] == 'killed'):
+            res[m.name] = old
+            continue
         names, seconds = tests_for(m, tests)
         def then(result, log, m=m, began=time.time()):
             r = result or dict(outcome='killed', by='takes too long' if log == 'timeout' else 'the process ends')
@@ -343,14 +354,16 @@ def judged(module, text, args, tests, pool, said) -> list:
             save(f'{module}.json', known)
             said(m, r)
         if not names: then(dict(outcome='survived', by='no test runs this line'), '')
-        else: pool.submit(lambda copy, m=m, names=names: judge(copy, m, m.source(text), names), 120 + 10 * seconds, then)
+        else:
+            work = lambda copy, m=m, names=names: judge(copy, m, m.source(text), names)
+            pool.submit(work, 120 + 10 * seconds, then)
     pool.finish()
     return [dict(module=m.module, function=m.scope, kind=m.kind, line=m.line, change=m.change,
         outcome=res[m.name]['outcome'], noticed_by=res[m.name]['by']) for m in mutants]
 
 def with_equivalents(rows, reasons):
     for r in rows:
-        name = ' | '.join((r['module'], r['function'], r['line'], r['change']))
+        name = name_of(r)
         if name in reasons and r['outcome'] == 'killed': print(f'listed as equivalent, but noticed: {name}')
         elif name in reasons: r |= dict(outcome='equivalent', noticed_by=reasons[name])
     return rows
@@ -370,7 +383,8 @@ def write_results(rows, args):
         w = csv.DictWriter(f, list(rows[0]), lineterminator='\n')
         w.writeheader()
         w.writerows(rows)
-    (ROOT/'results/mutation.json').write_text(json.dumps(dict(seed=args.seed, modules=table(rows)), indent=1) + '\n', encoding='utf-8')
+    said = json.dumps(dict(seed=args.seed, modules=table(rows)), indent=1)
+    (ROOT/'results/mutation.json').write_text(said + '\n', encoding='utf-8')
 
 def show(rows):
     print(f'\n{"module":12}{"mutants":>9}{"equivalent":>12}{"killed":>8}{"survived":>10}{"share":>9}')
@@ -378,7 +392,8 @@ def show(rows):
         share = '' if t['share'] is None else f'{t["share"]:.1%}'
         print(f'{m:12}{t["mutants"]:9}{t["equivalent"]:12}{t["killed"]:8}{t["survived"]:10}{share:>9}')
     for r in rows:
-        if r['outcome'] == 'survived': print(f'\n{r["module"]}.{r["function"]}: {r["line"]}\n    {r["change"]}   ({r["noticed_by"] or "tests pass"})')
+        if r['outcome'] != 'survived': continue
+        print(f'\n{r["module"]}.{r["function"]}: {r["line"]}\n    {r["change"]}   ({r["noticed_by"] or "tests pass"})')
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -386,25 +401,26 @@ def main():
     p.add_argument('--limit', type=int, help=f'mutants of each module (default: {EACH})')
     p.add_argument('--seed', type=int, default=0, help='another one gives other mutants')
     p.add_argument('--jobs', type=int, default=2, help='processes at a time')
-    p.add_argument('--survivors', action='store_true', help='keep what was noticed, though tests or code have changed since')
+    p.add_argument('--survivors', action='store_true', help='keep what was noticed, though tests have changed since')
     p.add_argument('--fresh', action='store_true', help='keep nothing')
     p.add_argument('--list', action='store_true', help='only list the mutants')
     args = p.parse_args()
-    texts, pool, began = {m: (ROOT/f'fastcifar/{m}.py').read_text(encoding='utf-8') for m in args.module}, Pool(args.jobs), time.time()
+    texts = {m: (ROOT/f'fastcifar/{m}.py').read_text(encoding='utf-8') for m in args.module}
+    pool, began = Pool(args.jobs), time.time()
     if args.list:
         for m, text in texts.items():
             for o in choose(make_mutants(m, text), text, args.limit or EACH, args.seed): print(f'{o.kind:12}{o.name}')
         return
     import_the_rest()
-    def said(m, r): print(f'{time.time() - began:6.0f} s  {r["outcome"]:9} {m.module}.{m.scope}: {m.change}  {r["by"]}', flush=True)
+    def said(m, r):
+        print(f'{time.time() - began:6.0f} s  {r["outcome"]:9} {m.module}.{m.scope}: {m.change}  {r["by"]}', flush=True)
     try:
         tests, reasons = measured(args.module, pool), equivalents()
         rows = [r for m in args.module for r in with_equivalents(judged(m, texts[m], args, tests, pool, said), reasons)]
     finally: pool.stop()
     show(rows)
-    for name in reasons:
-        if name.split(' | ')[0] in args.module and not args.limit and name not in {' | '.join((r['module'], r['function'], r['line'], r['change'])) for r in rows}:
-            print(f'listed as equivalent, but not among the mutants: {name}')
+    for name in sorted(reasons.keys() - {name_of(r) for r in rows}):
+        if name.split(' | ')[0] in args.module and not args.limit: print(f'equivalent, but not among the mutants: {name}')
     if args.module == list(TESTS) and not args.limit: write_results(rows, args)
 
 if __name__ == '__main__': main()
