@@ -27,7 +27,7 @@ TESTS = { # module -> what is run besides its notebook; of these, the tests that
     'schedule': ['test_values', 'test_fastai'],
     'export': ['test_numbers', 'test_trust'], 'runs': ['test_numbers', 'test_cli', 'test_identity'],
     'study': ['test_numbers', 'test_study'], 'sweep': ['test_numbers'], 'state': ['test_fastai', 'test_trust'],
-    'loaders': ['test_numbers', 'test_library'], 'recipes': ['test_numbers', 'test_cli']}
+    'loaders': ['test_numbers', 'test_library'], 'recipes': ['test_numbers', 'test_recipes']}
 OWN = ('hostile', 'soak', 'docs', 'readme', 'forms') # modules beside the tests, which import fastcifar
 HEAVY = ('ray', 'gradio', 'wandb', 'playwright') # not to be forked
 SLOW = ('killed', 'hostile', 'wheel', 'browser') # names of tests that start processes of their own
