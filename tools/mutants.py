@@ -1,4 +1,4 @@
-"""Mutants of a module: its source with one small mistake in it, as people make them; `mutate.py` tests the tests on them.
+"""Mutants of a module: its source with one small mistake in it, as people make them; what `mutate.py` needs.
 
 A mutant is one node of the syntax tree, replaced in the text, so that all other lines and comments stay where they are.
 Texts for people (docstrings, errors, what is printed), type hints and the looks of plots are left alone."""
@@ -43,7 +43,8 @@ def _called(node):
     f = node.func if isinstance(node, ast.Call) else None
     return f.id if isinstance(f, ast.Name) else f.attr if isinstance(f, ast.Attribute) else ''
 
-def _is_text(node): return isinstance(node, ast.JoinedStr) or isinstance(node, ast.Constant) and isinstance(node.value, str)
+def _is_text(node):
+    return isinstance(node, ast.JoinedStr) or isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 def _number(v):
     "Another number: a neighbour, or something else of about this size"

@@ -36,8 +36,8 @@ SLOW = ('killed', 'hostile', 'wheel', 'browser') # names of tests that start pro
 
 def copy_repository(to:Path):
     "What git knows, and what Python has compiled"
-    listed = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard', '-z'], cwd=ROOT, capture_output=True, check=True)
-    for name in filter(None, listed.stdout.decode().split('\0')):
+    listed = subprocess.check_output(['git', 'ls-files', '-co', '--exclude-standard', '-z'], cwd=ROOT)
+    for name in filter(None, listed.decode().split('\0')):
         if not (ROOT/name).is_file(): continue # a link to a folder, or a file that was deleted
         (to/name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT/name, to/name)
@@ -223,7 +223,7 @@ class Pool:
     "Some forked processes at a time"
     def __init__(self, jobs): self.jobs, self.running = jobs, []
     def submit(self, what, seconds, then):
-        "Call `what(copy)` in a process of its own, and `then` with its result here: None where it had no time or crashed"
+        "Call `what(copy)` in a process of its own, and `then` with its result here: None where it was late or crashed"
         while len(self.running) >= self.jobs: self.wait()
         folder = Path(tempfile.mkdtemp(prefix='mutant'))
         sys.stdout.flush()
@@ -277,7 +277,8 @@ def digest(*paths) -> str:
 def code_of(path:Path) -> str:
     "What runs of a notebook; its outputs and prose do not matter"
     cells = json.loads(path.read_text(encoding='utf-8'))['cells']
-    return hashlib.sha256(''.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code').encode()).hexdigest()[:16]
+    code = ''.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code')
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 def version_of(unit) -> str:
     if unit.endswith('.ipynb'): return code_of(ROOT/'nbs'/unit)
@@ -356,7 +357,7 @@ def judged(module, text, args, tests, pool, said) -> list:
         if not names: then(dict(outcome='survived', by='no test runs this line'), '')
         else:
             work = lambda copy, m=m, names=names: judge(copy, m, m.source(text), names)
-            pool.submit(work, 120 + 10 * seconds, then)
+            pool.submit(work, 60 + 5 * seconds, then)
     pool.finish()
     return [dict(module=m.module, function=m.scope, kind=m.kind, line=m.line, change=m.change,
         outcome=res[m.name]['outcome'], noticed_by=res[m.name]['by']) for m in mutants]
@@ -420,7 +421,7 @@ def main():
     finally: pool.stop()
     show(rows)
     for name in sorted(reasons.keys() - {name_of(r) for r in rows}):
-        if name.split(' | ')[0] in args.module and not args.limit: print(f'equivalent, but not among the mutants: {name}')
+        if name.split(' | ')[0] in args.module and not args.limit: print(f'equivalent, but no mutant: {name}')
     if args.module == list(TESTS) and not args.limit: write_results(rows, args)
 
 if __name__ == '__main__': main()
