@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 
 import fastcifar
 from . import __version__
-from .basics import FastcifarError, command_line, env_number, lenient_output, user_path
+from .basics import FastcifarError, check_file, command_line, env_number, harmless, lenient_output, user_path
 
 POLICIES = ('crop_flip_cutout', 'crop_flip', 'small_crop_flip_cutout', 'small_crop_flip', 'small_crop_altflip', 'crop_reflect_flip', 'crop', 'flip', 'rare_flip', 'rare_shift_dropout',
             'shift_scale_rotate_dropout', 'shift_scale_rotate_black', 'wide_shift_bright_hole', 'none') # for --help, which imports nothing
@@ -22,7 +22,9 @@ SETTINGS = ('groups', 'model_args', 'epochs', 'bs', 'lr_max', 'lr_min', 'wd', 'p
 OF_A_RUN = ('model', 'norm', 'seed', 'valid', 'precision', 'path', 'convert') # what else a run is
 
 # %% ../nbs/39_cli.ipynb #c105d655
-def _say(args): return (lambda *a: print(*a, file=sys.stderr, flush=True)) if args.json else (lambda *a: print(*a, flush=True))
+def _say(args):
+    "A function that prints a line, to stderr where stdout is for JSON"
+    return lambda *a: print(harmless(' '.join(map(str, a))), file=sys.stderr if args.json else sys.stdout, flush=True)
 
 def _bars(args): return sys.stdout.isatty() and not args.json
 
@@ -47,12 +49,12 @@ def _records(t):
 
 def _table(t):
     "A table for a person: fitted to the terminal by rich, plain elsewhere"
-    if not sys.stdout.isatty(): return print(t.to_string(index=False, na_rep='-'), flush=True)
+    if not sys.stdout.isatty(): return print(harmless(t.to_string(index=False, na_rep='-')), flush=True)
     from rich.console import Console
     from rich.table import Table
     table = Table(box=None, header_style='bold', pad_edge=False)
     for i, k in enumerate(t.columns): table.add_column(str(k), justify='right' if t[k].dtype.kind in 'if' else 'left', overflow='fold', no_wrap=i > 0, min_width=14 if i == 0 else None)
-    for row in t.itertuples(index=False): table.add_row(*('-' if v != v else f'{v:,}' if isinstance(v, int) else str(v) for v in row))
+    for row in t.itertuples(index=False): table.add_row(*('-' if v != v else f'{v:,}' if isinstance(v, int) else harmless(str(v)) for v in row))
     Console().print(table)
 
 def _data(args): return args.data or os.environ.get('FASTCIFAR_DATA') or 'cifar10'
@@ -245,7 +247,11 @@ def predict_command(args) -> list:
     "Classify images with a trained net"
     from fastcifar.predict import predict_files
     res = predict_files(getattr(args, 'from'), args.files, args.top, args.trust)
-    for r in res: _say(args)(f'{r["file"]}: ' + ', '.join(f'{c} {p:.1%}' for c, p in r['top']))
+    for r in res:
+        if 'error' in r: print(harmless(f'fastcifar: {r["error"]}'), file=sys.stderr, flush=True)
+        else: _say(args)(f'{r["file"]}: ' + ', '.join(f'{c} {p:.1%}' for c, p in r['top']))
+    bad = sum('error' in r for r in res)
+    args.exit_code = 0 if not bad else 2 if bad == len(res) else 1
     return res
 
 def export_command(args) -> dict:
@@ -473,7 +479,7 @@ def _plain_warnings():
     "Context in which what the library warns of is a line, without the place in its code"
     usual, here = warnings.formatwarning, os.path.join(fastcifar.__path__[0], '')
     def plain(message, category, filename, *rest):
-        return f'fastcifar: {message}\n' if filename.startswith(here) else usual(message, category, filename, *rest)
+        return f'fastcifar: {harmless(str(message))}\n' if filename.startswith(here) else usual(message, category, filename, *rest)
     warnings.formatwarning = plain
     try: yield
     finally: warnings.formatwarning = usual

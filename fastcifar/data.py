@@ -25,7 +25,9 @@ def pixel_stats(
     x:np.ndarray, # uint8 (N, H, W, 3)
 ) -> tuple: # (mean, std), each three floats in 0..1
     "Exact mean and standard deviation of each colour over all pixels"
-    counts = np.stack([np.bincount(x[..., c].ravel(), minlength=256) for c in range(3)])
+    counts = np.zeros((3, 256), np.int64)
+    for i in range(0, len(x), 1024): # of a file, perhaps, that is larger than the memory
+        counts += [np.bincount(x[i:i + 1024, ..., c].ravel(), minlength=256) for c in range(3)]
     v, n = np.arange(256) / 255, counts[0].sum()
     mean = counts @ v / n
     return mean.tolist(), np.sqrt(np.maximum(counts @ v**2 / n - mean**2, 0)).tolist()

@@ -27,7 +27,7 @@ from .loaders import checked_device
 from .models.zoo import list_models
 from .recipes import list_recipes
 from .report import drawn_svgs, write_study_report
-from .runs import Config, build_model, check_same, configure, run_config, settings_on, train_run
+from .runs import Config, build_model, check_same, configure, own_folder, run_config, settings_on, train_run
 from .state import Stopped
 from .statistics import CELL, paired_differences, plot_differences, plot_study_curves, study_answer, study_summary
 from .together import alike, train_together
@@ -93,7 +93,10 @@ def _one_run(c, out, threads, device, wait, pictures):
 def _log(out):
     "A function that adds a line to the log of a run"
     out.mkdir(parents=True, exist_ok=True)
-    with open(out/'log.txt', 'a', encoding='utf-8', errors='replace') as f: yield lambda s: print(s, file=f, flush=True)
+    file = out/'log.txt'
+    try: fd = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o666)
+    except OSError as e: raise FastcifarError(f'cannot write {file} ({e.strerror}): it has to be a file, or not there') from e
+    with open(fd, 'a', encoding='utf-8', errors='replace') as f: yield lambda s: print(s, file=f, flush=True)
 
 def _one_pass(cs, folder, threads, device, parent=None, wait=0, pictures=True):
     "Train configurations that differ in their seeds alone, together if there are several; returns None for each, or why it failed"
@@ -123,7 +126,8 @@ def _passes(grid, folder, together):
         begun = [[c for c in cs if str(c.seed) in seeds] for seeds in begun]
         left = [c for c in cs if not finished(c) and not any(c in b for b in begun)]
         res += [b for b in begun if not all(map(finished, b))] + [left[i:i + together] for i in range(0, len(left), together)]
-    return sorted(res, key=lambda cs: grid.index(cs[0]))
+    place = {run_name(c): i for i, c in enumerate(grid)}
+    return sorted(res, key=lambda cs: place[run_name(cs[0])])
 
 LOST_WAIT = 60 # Seconds that a run waits for its folder, which the process of a lost machine may hold for a moment
 
@@ -140,6 +144,7 @@ class Study:
         **settings, # Any other fields of `Config` and `Recipe`, the same for all
     ):
         self.out, self.data = user_path(out), str(data)
+        self._finished = {} # name -> row of `results` and curve, read once
         self.grid = study_grid(models, norms, recipes, seeds, batch_sizes, data=self.data, **settings)
 
     def _settle(self):
@@ -179,7 +184,13 @@ class Study:
         folder = self.out.resolve()/'runs'
         finished, todo = {run_name(c) for c in self.grid if (folder/run_name(c)/'metrics.json').exists()}, _passes(self.grid, folder, together)
         for cs in todo: alike(cs)
-        self._settle()
+        with own_folder(self.out, _is_study, 'a study'):
+            self._settle()
+            return self._run(todo, finished, jobs, threads, device, gpus, pictures, tasks, together, bars, say)
+
+    def _run(self, todo, finished, jobs, threads, device, gpus, pictures, tasks, together, bars, say):
+        "What `run` does while the folder is its own"
+        folder = self.out.resolve()/'runs'
         if tasks: gpus = ['cuda' if tasks.gpus else 'cpu'] # Ray says which
         say(f'{len(self.grid)} runs, {len(finished)} finished; {min(tasks.at_a_time() if tasks else jobs, len(todo))} at a time{"" if together == 1 else f", each up to {together} seeds in one pass,"} on {"a Ray cluster" if tasks else ", ".join(gpus)}')
         work = self._on_ray(tasks, todo, threads, gpus[0], pictures) if tasks else None
@@ -210,30 +221,45 @@ class Study:
 
     def results(self) -> pd.DataFrame:
         "A row for each run: what it is, whether it is finished, failed (and why) or missing, and its numbers"
-        return collect_runs([self.out/'runs'/run_name(c) for c in self.grid], self.grid)
+        return self._collected()[0]
+
+    def _collected(self):
+        "(table of runs, list of their curves); what is finished stays as it is, and is read once"
+        folder, rows, parts = self.out/'runs', [], []
+        for c in self.grid:
+            name = run_name(c)
+            known = self._finished.get(name) or (_row(folder/name, c), _curve(folder/name, c))
+            if known[0]['status'] == 'finished': self._finished[name] = known
+            rows.append(known[0]), parts.append(known[1])
+        return _runs_table(rows), parts
 
     def curves(self) -> pd.DataFrame:
         "A row for each epoch of each run"
-        return collect_curves([self.out/'runs'/run_name(c) for c in self.grid], self.grid)
+        return _curves_table(self._collected()[1])
 
     def write(self, say=say) -> pd.DataFrame: # `results()`
         "Write tables (CSV), plots, the answer in words and the page (report.html), and say in a line what fails"
-        return _write(self.out, self.grid, say)
+        return _write(self.out, self.grid, *self._collected(), say)
+
+def _is_study(folder) -> bool:
+    "Does a folder hold a study, by what is in its study.json?"
+    try: saved = read_json(Path(folder)/'study.json')
+    except FastcifarError: return False
+    return isinstance(saved, dict) and isinstance(saved.get('runs'), dict)
 
 def _write_table(t, file, say):
     "Write a table that nothing depends on; a spreadsheet may hold it locked"
     with attempt(file.name, say): write_atomic(file, lambda tmp: t.to_csv(tmp, index=False))
 
-def _write(out, grid, say, page=attempt): # `page` is the context in which the page is written
-    folders = [out/'runs'/run_name(c) for c in grid]
-    r, curves = collect_runs(folders, grid), collect_curves(folders, grid)
+def _write(out, grid, r, parts, say, page=attempt): # `page` is the context in which the page is written
+    folders, curves = [out/'runs'/run_name(c) for c in grid], _curves_table(parts)
     differences = paired_differences(r)
     tables = dict(results=r, curves=curves, summary=study_summary(r).reset_index(), differences=differences)
     for name, t in tables.items(): _write_table(t, out/f'{name}.csv', say)
     answer = study_answer(r)
     with attempt('answer.txt', say): write_text(out/'answer.txt', '\n'.join(answer) + '\n')
-    done = [(f, c) for f, c in zip(folders, grid) if (f/'metrics.json').exists()] # a curve that ends early would move the means
-    whole, split = collect_curves(*zip(*done)) if done else (), 'validation' if grid[0].valid else 'test'
+    whole = _curves_table([p for p, s in zip(parts, r.status) if s == 'finished']) # a curve that ends early would move the means
+    split = 'validation' if grid[0].valid else 'test'
     plots = dict(curves=lambda: plot_study_curves(whole, split)) if len(whole) else {}
     plots |= dict(differences=lambda: plot_differences(differences)) if len(differences) else {}
     for name, plot in plots.items(): save_plot(plot, out/f'{name}.png', say)
@@ -252,7 +278,9 @@ def report_study(
     saved = read_json(f) if f.is_file() else None
     try: grid = [Config(**c).checked() for c in saved['runs'].values()]
     except (TypeError, KeyError, AttributeError): raise FastcifarError(f'{out} is not a study folder: it holds no study.json of this version') from None
-    _write(out, grid, say, lambda *_: contextlib.nullcontext()) # without its page this has failed
+    folders = [out/'runs'/run_name(c) for c in grid]
+    parts = [_curve(f, c) for f, c in zip(folders, grid)]
+    _write(out, grid, collect_runs(folders, grid), parts, say, lambda *_: contextlib.nullcontext()) # without its page this has failed
     return out/'report.html'
 
 def _numbered(i, work, args): return i, work(*args)
@@ -300,19 +328,23 @@ def collect_runs(
     configs=None, # Their configurations, for those that have not begun; None: as in the folders
 ) -> pd.DataFrame: # model, norm, recipe, bs, seed, status, reason, test_accuracy, ...
     "The numbers of many runs, a row each"
-    rows = []
-    for i, f in enumerate(map(Path, folders)):
-        c = configs[i] if configs else run_config(f)
-        row = {**{k: getattr(c, k) for k in (*CELL, 'seed', 'epochs')}, 'status': 'missing', 'reason': ''}
-        if (f/'metrics.json').exists():
-            m, h, settled = read_json(f/'metrics.json'), _history(f), run_config(f)
-            row |= dict(status='finished', **{k: m[k] for k in ('test_accuracy', 'test_loss', 'train_accuracy',
-                'test_images', 'parameters', 'precision', 'seconds', 'data')}, path=settled.path, views=settled.views,
-                train_views=m.get('train_views', 'none'),
-                        epochs_to_60=_epochs_to(h, .6), epochs_to_70=_epochs_to(h, .7))
-        elif (f/'failure.txt').exists(): row |= dict(status='failed', reason=read_text(f/'failure.txt'))
-        elif (f/'checkpoints').exists(): row |= dict(status='interrupted')
-        rows.append(row)
+    folders = [Path(f) for f in folders]
+    return _runs_table([_row(f, c) for f, c in zip(folders, configs or map(run_config, folders))])
+
+def _row(f, c):
+    "What is known of a run: a row of `collect_runs`"
+    row = {**{k: getattr(c, k) for k in (*CELL, 'seed', 'epochs')}, 'status': 'missing', 'reason': ''}
+    if (f/'metrics.json').exists():
+        m, h, settled = read_json(f/'metrics.json'), _history(f), run_config(f)
+        measured = {k: m[k] for k in ('test_accuracy', 'test_loss', 'train_accuracy', 'test_images', 'parameters',
+                                      'precision', 'seconds', 'data')}
+        reached = dict(epochs_to_60=_epochs_to(h, .6), epochs_to_70=_epochs_to(h, .7))
+        views = dict(views=settled.views, train_views=m.get('train_views', 'none'))
+        return {**row, 'status': 'finished', **measured, 'path': settled.path, **views, **reached}
+    if (f/'failure.txt').exists(): return {**row, 'status': 'failed', 'reason': read_text(f/'failure.txt')}
+    return {**row, 'status': 'interrupted'} if (f/'checkpoints').exists() else row
+
+def _runs_table(rows):
     return pd.DataFrame(rows, columns=None if rows else [*CELL, 'seed', 'epochs', 'status', 'reason'])
 
 def collect_curves(
@@ -320,9 +352,17 @@ def collect_curves(
     configs=None, # Their configurations; None: as in the folders
 ) -> pd.DataFrame: # model, norm, recipe, bs, seed, epoch, train_loss, train_accuracy, valid_loss, accuracy
     "The histories of many runs, a row an epoch"
-    parts = []
-    for i, f in enumerate(map(Path, folders)):
-        c, h = configs[i] if configs else run_config(f), _history(f)
-        if not len(h): continue
-        parts.append(pd.concat([pd.DataFrame([{k: getattr(c, k) for k in (*CELL, 'seed')}] * len(h)), h[['epoch', 'train_loss', 'train_accuracy', 'valid_loss', 'accuracy']]], axis=1))
+    folders = [Path(f) for f in folders]
+    return _curves_table([_curve(f, c) for f, c in zip(folders, configs or map(run_config, folders))])
+
+def _curve(f, c):
+    "The epochs of a run, with what it is; empty if it has none"
+    h = _history(f)
+    if not len(h): return pd.DataFrame()
+    h = h[['epoch', 'train_loss', 'train_accuracy', 'valid_loss', 'accuracy']]
+    for i, k in enumerate((*CELL, 'seed')): h.insert(i, k, getattr(c, k))
+    return h
+
+def _curves_table(parts):
+    parts = [p for p in parts if len(p)]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()

@@ -20,7 +20,7 @@ from .data import load_data
 from .interpret import CifarInterpretation, save_plot
 from .loaders import CifarDataLoaders, checked_device # with this import an ImageData has its dataloaders
 from .recipes import fit_recipe, override_recipe, recipe_learner, write_recipe
-from .runs import build_model, configure, settings_on
+from .runs import build_model, configure, own_folder, settings_on
 from .state import Stopped, StopRequest
 from .train import cpu_threads
 
@@ -107,10 +107,15 @@ class Sweep:
         say=say, # Called with a line for each trial
     ) -> dict: # What is in recipe.json
         "Try settings and write the best as a recipe file"
-        optuna = optional('optuna', 'sweep', 'a sweep')
+        optional('optuna', 'sweep', 'a sweep')
         if trials < 1: raise FastcifarError(f'{trials} trials: give at least 1')
         device, data = checked_device(device), load_data(self.base.data, self.base.convert)
         _loaders(self.base, data, device) # what cannot work is to be said before anything is written
+        with own_folder(self.out, _is_sweep, 'a sweep'): return self._run(trials, threads, device, data, bars, say)
+
+    def _run(self, trials, threads, device, data, bars, say):
+        "What `run` does while the folder is its own"
+        import optuna
         self._settle(data)
         study, request = self._storage(), StopRequest(say)
         over = [t for t in study.trials if t.state.is_finished() and t.state.name != 'FAIL']
@@ -161,6 +166,12 @@ class Sweep:
         res = write_recipe(self.out/'recipe.json', best, best.recipe, best.model, norm=best.norm, groups=best.groups, found=found)
         save_plot(lambda: plot_sweep(t), self.out/'sweep.png', say)
         return res
+
+def _is_sweep(folder) -> bool:
+    "Does a folder hold a sweep, by what is in its sweep.json?"
+    try: saved = read_json(Path(folder)/'sweep.json')
+    except FastcifarError: return False
+    return isinstance(saved, dict) and {'model', 'recipe', 'tune'} <= set(saved)
 
 def _again(trial):
     "A trial that suggests what it was"
