@@ -9,7 +9,7 @@ __all__ = ['BESIDE', 'Config', 'configure', 'build_model', 'environment', 'RunHi
            'threads_of', 'load_run', 'evaluate_run', 'report_run']
 
 # %% ../nbs/29_runs.ipynb #f30c178b
-import contextlib, dataclasses, os, platform, re, shlex, subprocess, sys
+import contextlib, dataclasses, hmac, os, platform, re, secrets, shlex, subprocess, sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 import fastcifar
 from .basics import FastcifarError, as_json, attempt, check_folder, check_name, command_line, optional, read_json, read_text
 from .basics import remove_unfinished, say, seed_everything, user_path, write_atomic, write_json, write_text
-from .data import NAMED, load_data, place_of
+from .data import NAMED, cache_root, load_data, place_of
 from .fetch import ARCHIVES
 from .interpret import CifarInterpretation, plot_curves, plot_schedule, save_plot
 from .layers import NORMS
@@ -212,7 +212,8 @@ def write_surroundings(
 ):
     "Write where, with what and on which data a run is trained"
     write_json(out/'environment.json', dict(environment(device), **more))
-    write_text(out/'.data', place_of(c.data))
+    place = place_of(c.data)
+    write_text(out/'.data', place if place in NAMED else f'{_seal(place)}\n{place}')
 
 def check_same(
     c:Config, # What is asked for
@@ -228,7 +229,7 @@ def check_same(
     if data is None:
         o, place, sha = ARCHIVES.get(c.data), place_of(c.data), saved.get('data_sha256')
         if o and sha and sha in (o.sha256, o.content): return # nothing has to be downloaded for that
-        gone = c.data not in NAMED and place == data_place(out) and not Path(place).exists()
+        gone = c.data not in NAMED and place == _noted_place(out)[0] and not Path(place).exists()
         if gone: return # where they lay, there is nothing to look at any more
         data = load_data(c.data, c.convert)
     _check_data(saved, data, out, ordered=False)
@@ -479,10 +480,29 @@ def run_config(out) -> Config:
     saved = complete_config(saved)
     return Config(**{f.name: saved[f.name] for f in dataclasses.fields(Config)}).checked()
 
+def _seal(place):
+    "What only this account can write under a place, so that a run folder from elsewhere cannot send us anywhere"
+    file = cache_root()/'key'
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError), open(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), 'w') as f: f.write(secrets.token_hex(32))
+        return hmac.new(file.read_bytes(), place.encode('utf-8', 'surrogateescape'), 'sha256').hexdigest()
+    return 'none' # nowhere to keep a key, so it will have to be said again
+
+def _noted_place(out):
+    "(where the data of a run lay, was that written by this account?)"
+    f = user_path(out)/'.data'
+    noted = read_text(f).strip() if f.is_file() else run_config(out).data
+    seal, _, place = noted.partition('\n')
+    if noted in NAMED or not place: return noted, noted in NAMED
+    return place, hmac.compare_digest(seal, _seal(place)) and seal != 'none'
+
 def data_place(out) -> str:
     "Where the data of a run lay when it was trained; kept apart from what is worth sharing"
-    f = user_path(out)/'.data'
-    return read_text(f).strip() if f.is_file() else run_config(out).data
+    place, ours = _noted_place(out)
+    if ours: return place
+    raise FastcifarError(f'{out} was not trained by this account, and names {place!r} as its data, where nothing is looked for unasked: '
+                         'say where they lie with --data')
 
 def run_data(
     out, # A run folder

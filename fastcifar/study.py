@@ -228,7 +228,7 @@ class Study:
         folder, rows, parts = self.out/'runs', [], []
         for c in self.grid:
             name = run_name(c)
-            known = self._finished.get(name) or (_row(folder/name, c), _curve(folder/name, c))
+            known = self._finished.get(name) or _read(folder/name, c)
             if known[0]['status'] == 'finished': self._finished[name] = known
             rows.append(known[0]), parts.append(known[1])
         return _runs_table(rows), parts
@@ -279,8 +279,8 @@ def report_study(
     try: grid = [Config(**c).checked() for c in saved['runs'].values()]
     except (TypeError, KeyError, AttributeError): raise FastcifarError(f'{out} is not a study folder: it holds no study.json of this version') from None
     folders = [out/'runs'/run_name(c) for c in grid]
-    parts = [_curve(f, c) for f, c in zip(folders, grid)]
-    _write(out, grid, collect_runs(folders, grid), parts, say, lambda *_: contextlib.nullcontext()) # without its page this has failed
+    rows, parts = zip(*map(_read, folders, grid))
+    _write(out, grid, _runs_table(rows), parts, say, lambda *_: contextlib.nullcontext()) # without its page this has failed
     return out/'report.html'
 
 def _numbered(i, work, args): return i, work(*args)
@@ -329,13 +329,17 @@ def collect_runs(
 ) -> pd.DataFrame: # model, norm, recipe, bs, seed, status, reason, test_accuracy, ...
     "The numbers of many runs, a row each"
     folders = [Path(f) for f in folders]
-    return _runs_table([_row(f, c) for f, c in zip(folders, configs or map(run_config, folders))])
+    return _runs_table([_read(f, c)[0] for f, c in zip(folders, configs or map(run_config, folders))])
 
-def _row(f, c):
-    "What is known of a run: a row of `collect_runs`"
+def _read(f, c):
+    "What is known of a run: (its row of `collect_runs`, its part of `collect_curves`)"
+    h = _history(f)
+    return _row(f, c, h), _curve(c, h)
+
+def _row(f, c, h):
     row = {**{k: getattr(c, k) for k in (*CELL, 'seed', 'epochs')}, 'status': 'missing', 'reason': ''}
     if (f/'metrics.json').exists():
-        m, h, settled = read_json(f/'metrics.json'), _history(f), run_config(f)
+        m, settled = read_json(f/'metrics.json'), run_config(f)
         measured = {k: m[k] for k in ('test_accuracy', 'test_loss', 'train_accuracy', 'test_images', 'parameters',
                                       'precision', 'seconds', 'data')}
         reached = dict(epochs_to_60=_epochs_to(h, .6), epochs_to_70=_epochs_to(h, .7))
@@ -353,11 +357,9 @@ def collect_curves(
 ) -> pd.DataFrame: # model, norm, recipe, bs, seed, epoch, train_loss, train_accuracy, valid_loss, accuracy
     "The histories of many runs, a row an epoch"
     folders = [Path(f) for f in folders]
-    return _curves_table([_curve(f, c) for f, c in zip(folders, configs or map(run_config, folders))])
+    return _curves_table([_read(f, c)[1] for f, c in zip(folders, configs or map(run_config, folders))])
 
-def _curve(f, c):
-    "The epochs of a run, with what it is; empty if it has none"
-    h = _history(f)
+def _curve(c, h):
     if not len(h): return pd.DataFrame()
     h = h[['epoch', 'train_loss', 'train_accuracy', 'valid_loss', 'accuracy']]
     for i, k in enumerate((*CELL, 'seed')): h.insert(i, k, getattr(c, k))
