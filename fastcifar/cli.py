@@ -8,7 +8,7 @@ __all__ = ['POLICIES', 'SETTINGS', 'OF_A_RUN', 'train_command', 'compare_command
            'predict_command', 'export_command', 'bench_command', 'cache_command', 'models_command', 'parser', 'main']
 
 # %% ../nbs/39_cli.ipynb #0b14928c
-import argparse, json, math, os, sys, warnings
+import argparse, json, math, os, shlex, sys, warnings
 from contextlib import contextmanager, nullcontext
 
 import fastcifar
@@ -62,20 +62,20 @@ def train_command(args) -> dict:
     "Train a net into a run folder, or continue the run that is in it"
     import matplotlib; matplotlib.use('agg')
     from fastcifar.recipes import override_recipe, read_recipe
-    from fastcifar.runs import configure, data_place, run_config, threads_of, train_run
+    from fastcifar.runs import begun_with, configure, data_place, run_config, train_run
     if args.resume:
         other = _options(args, *SETTINGS, 'set', 'recipe', 'out', *OF_A_RUN)
         if other: raise FastcifarError(f'--resume goes on with the settings of the run: leave out {", ".join("--" + k.replace("_", "-") for k in other)}')
         c, args.out = run_config(args.resume), args.resume
         c.data = args.data or data_place(args.resume)
-        args.threads = args.threads or threads_of(args.resume)
+        for k, was in begun_with(args.resume).items(): setattr(args, k, getattr(args, k) or was)
     else:
         recipe = args.recipe or 'one_cycle'
         settings = read_recipe(recipe) if recipe.endswith('.json') else dict(recipe=recipe)
         settings |= dict(data=_data(args)) | _options(args, *OF_A_RUN)
         given = _given(args)
         c = override_recipe(configure(**settings, **({'groups': given.pop('groups')} if 'groups' in given else {})), **given)
-    return train_run(c, args.out, workers=args.workers, threads=args.threads, device=args.device, bars=_bars(args), compile=args.compile, checkpoint_every=args.checkpoint_every, deterministic=args.deterministic, pictures=not args.no_pictures, log=args.log, say=_say(args))
+    return train_run(c, args.out, workers=args.workers, threads=args.threads, device=args.device, bars=_bars(args), compile=args.compile, checkpoint_every=args.checkpoint_every, deterministic=args.deterministic, pictures=not args.no_pictures, log=args.log, say=_say(args), command=args.typed)
 
 def compare_command(args) -> dict:
     "Train models x norms x recipes x batch sizes x seeds and compare them"
@@ -514,6 +514,7 @@ def main(
     "Run a command and return its exit code"
     try:
         args = parser().parse_args(argv)
+        args.typed = shlex.join(['fastcifar', *map(str, sys.argv[1:] if argv is None else argv)])
         if args.command is None: return parser().print_help() or 0
         processes, rank = env_number('WORLD_SIZE', 1, 1), env_number('RANK', 0)
         if args.command != 'train' and processes > 1:

@@ -409,7 +409,7 @@ def _is_free(path):
 def list_cache() -> pd.DataFrame: # what, name, train, test, classes, MB, used (seconds since 1970), free, path
     "What the cache folder holds: decoded sets, those of older versions, and what broken-off processes have left"
     root, rows = cache_root(), []
-    found = sorted(p for p in root.iterdir() if p.name not in ('downloads', 'key') and p.suffix != '.lock') if root.is_dir() else []
+    found = sorted(p for p in root.iterdir() if p.name != 'downloads' and p.suffix != '.lock') if root.is_dir() else []
     found += sorted((root/'downloads').iterdir()) if (root/'downloads').is_dir() else []
     for p in found:
         what, name, *numbers = _entry(p)

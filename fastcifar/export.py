@@ -104,7 +104,7 @@ Measured after the last epoch, test-time views: {c['views']}. One run: another s
 ## How it was trained
 
 Recipe `{m['recipe']}`, {m['epochs']} epochs, batches of {m['bs']}, computed in {m['precision']} on {c['environment']['device_name']}, with torch {c['environment']['versions']['torch']} and fastcifar {c['environment']['versions']['fastcifar']}.
-Every setting stands in config.json under `training`. The data was {_as_text(m['data'])} ({hashed}).
+{''.join(f"It was continued on {d} with torch {t}. " for d, t in c.get('continued', ()))}Every setting stands in config.json under `training`. The data was {_as_text(m['data'])} ({hashed}).
 
 ## How to use it
 
@@ -145,6 +145,11 @@ def _test_images(out, data, n=1000):
     def spread(x, n): return np.asarray(x)[spread_evenly(len(x), n)]
     return np.concatenate([spread(d.x['test'], n), spread(d.x['train'], max(n - len(d.x['test']), 0))])
 
+def _continued(env):
+    "(device, version of torch) of every start that was made elsewhere than the first"
+    def where(s): return [s.get('device_name'), (s.get('versions') or {}).get('torch')]
+    return [w for w in map(where, env.get('starts', [])[1:]) if w != where(env)]
+
 def _fill(folder, run, onnx, pt2, data):
     "Write all files of an exported run into an empty folder"
     metrics, env = read_json(run/'metrics.json'), read_json(run/'environment.json')
@@ -153,7 +158,7 @@ def _fill(folder, run, onnx, pt2, data):
     save_model(model, folder/'model.safetensors', **{k: v for k, v in model.note.items() if k != 'model'})
     keep = ('test_accuracy', 'test_loss', 'test_images', 'wrong', 'train_accuracy', 'epochs', 'seed', 'recipe', 'bs', 'precision', 'data', 'data_sha256', 'parameters')
     c = dict(library='fastcifar', architecture=model.config, classes=classes, mean=model.note['mean'], std=model.note['std'], views=net.views, input='uint8 (N, 32, 32, 3), RGB', metrics=dict({k: metrics[k] for k in keep}, n=1),
-             training=read_json(run/'config.json'), environment={k: env[k] for k in ('python', 'versions', 'device_name', 'threads')})
+             training=read_json(run/'config.json'), environment={k: env[k] for k in ('python', 'versions', 'device_name', 'threads')}, continued=_continued(env))
     if onnx or pt2: images, ours = _test_images(run, data), open_predictor(folder)
     if onnx:
         diff = compare_predictions(ours, open_predictor(write_onnx(net, classes, folder/'model.onnx')), images)
