@@ -9,7 +9,7 @@ __all__ = ['FastcifarError', 'check_name', 'is_number', 'is_count', 'optional', 
            'preserve_rng', 'seed_everything', 'spread_evenly']
 
 # %% ../nbs/00_basics.ipynb #dee8c037
-import contextlib, difflib, getpass, importlib, io, json, math, numbers, os, random, re, shlex, sys, tempfile
+import contextlib, difflib, getpass, importlib, io, json, numbers, os, random, re, shlex, sys, tempfile
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +40,8 @@ def check_name(
 def is_number(
     v, # Anything
 ) -> bool:
-    "Is this a finite number?"
-    return isinstance(v, numbers.Real) and not isinstance(v, bool) and math.isfinite(v)
+    "Is this a number that a float can hold, neither infinite nor NaN?"
+    return isinstance(v, numbers.Real) and not isinstance(v, bool) and abs(v) <= sys.float_info.max
 
 def is_count(
     v, # Anything

@@ -250,6 +250,14 @@ def _finished(c, out, say):
     except (KeyError, TypeError, ValueError): raise FastcifarError(f'{out}/metrics.json is damaged: remove it, and the same command evaluates again') from None
     return m
 
+def _read_range(f):
+    "What a range test found, from the file that keeps it"
+    try:
+        r = LRRange(**read_json(f))
+        if 0 < r.lr_min <= r.lr_max: return r
+    except TypeError: pass # other names, or no numbers
+    raise FastcifarError(f'{f} is damaged: remove it, and the same command finds the rates again')
+
 def _find_lrs(learn, c, out, say):
     "LRMIN and LRMAX as given, as found before, or found now"
     if c.lr_max: return LRRange(c.lr_min or c.lr_max / 50, c.lr_max)
@@ -258,10 +266,7 @@ def _find_lrs(learn, c, out, say):
         say('finding LRMIN and LRMAX (100 steps)')
         r = learn.lr_range(show_plot=False)
         write_json(f, r._asdict())
-    try:
-        r = LRRange(**read_json(f))
-        if not 0 < r.lr_min <= r.lr_max: raise ValueError
-    except (TypeError, ValueError): raise FastcifarError(f'{f} is damaged: remove it, and the same command finds the rates again') from None
+    r = _read_range(f)
     say(f'LRMIN {r.lr_min:.2e}, LRMAX {r.lr_max:.2e}')
     return r
 
@@ -524,7 +529,7 @@ def report_run(
     if not (out/'metrics.json').is_file(): raise FastcifarError(f'{out} is not finished: continue it with the command that began it')
     m = read_json(out/'metrics.json')
     try:
-        lrs = LRRange(**read_json(out/'lr_range.json')) if (out/'lr_range.json').exists() else LRRange(m['lr_min'], m['lr_max'])
+        lrs = _read_range(out/'lr_range.json') if (out/'lr_range.json').exists() else LRRange(m['lr_min'], m['lr_max'])
         history = pd.read_csv(out/'history.csv')
         if not {'epoch', 'train_loss', 'train_accuracy', 'valid_loss', 'accuracy'} <= set(history): raise KeyError('history.csv')
         return _report(evaluate_run(out, data, device, bars), out, lrs, c, history.to_dict('records'), m, say)

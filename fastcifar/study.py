@@ -6,7 +6,7 @@
 __all__ = ['LOST_WAIT', 'run_name', 'study_grid', 'Study', 'report_study', 'collect_runs', 'collect_curves']
 
 # %% ../nbs/35_study.ipynb #b70ee399
-import contextlib, dataclasses, itertools, math, os, sys, threading, time, warnings
+import contextlib, dataclasses, io, itertools, math, os, sys, threading, time, warnings
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -307,13 +307,14 @@ def _history(folder):
     f = folder/'history.csv'
     if not f.exists(): return pd.DataFrame({k: [] for k in _columns})
     try:
-        t = pd.read_csv(f)
-        t = t[_columns].apply(pd.to_numeric)
+        text = read_text(f)
+        if not text.endswith('\n'): raise ValueError('it is cut off')
+        t = pd.read_csv(io.StringIO(text))[_columns].apply(pd.to_numeric)
         if t.epoch.tolist() != list(range(1, len(t) + 1)): raise ValueError('its epochs are not 1, 2, ...')
         shares = [t[k].between(0, 1).all() for k in ('train_accuracy', 'accuracy')]
         if not all(shares): raise ValueError('an accuracy is none')
         return t
-    except (OSError, LookupError, TypeError, ValueError) as e:
+    except (FastcifarError, LookupError, TypeError, ValueError, ArithmeticError) as e:
         raise FastcifarError(f'{f} is damaged ({in_a_line(e)[:150]}), so its curve is left out') from e
 
 def _share(v): return is_number(v) and 0 <= v <= 1
