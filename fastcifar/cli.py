@@ -73,8 +73,8 @@ def train_command(args) -> dict:
         recipe = args.recipe or 'one_cycle'
         settings = read_recipe(recipe) if recipe.endswith('.json') else dict(recipe=recipe)
         settings |= dict(data=_data(args)) | _options(args, *OF_A_RUN)
-        given = _given(args)
-        c = override_recipe(configure(**settings, **({'groups': given.pop('groups')} if 'groups' in given else {})), **given)
+        if settings.get('norm', 'bn') != 'gn': settings.pop('groups', None) # a file's groups go with its norm
+        c = override_recipe(configure(**settings), **_given(args))
     return train_run(c, args.out, workers=args.workers, threads=args.threads, device=args.device, bars=_bars(args), compile=args.compile, checkpoint_every=args.checkpoint_every, deterministic=args.deterministic, pictures=not args.no_pictures, log=args.log, say=_say(args), command=args.typed)
 
 def compare_command(args) -> dict:
@@ -117,9 +117,13 @@ def summary_command(args):
     from fastcifar.inspect import plot_field, plot_graph, summarize
     from fastcifar.interpret import check_plot, write_plot
     from fastcifar.models.zoo import create_model
+    if args.image and not args.field: raise FastcifarError('--image is what receptive fields are drawn over: add --field FILE')
     for f in (args.graph, args.field):
         if f: check_plot(f, args.overwrite)
-    model = create_model(**{'name': args.model, 'norm': args.norm, **({} if args.groups is None else dict(groups=args.groups)), **(args.model_args or {})})
+    more, own = args.model_args or {}, dict(name=args.model, norm=args.norm) | _options(args, 'groups')
+    twice = [k for k in ('name', 'norm', 'groups', 'pretrained') if k in more]
+    if twice: raise FastcifarError(f'--model-args has {", ".join(twice)}, which a summary takes otherwise: leave it out')
+    model = create_model(**own, **more)
     image, n_in = _square(args.image, args.size) if args.image else None, model.config.get('n_in', 3)
     t = summarize(model, n_in, args.size, args.details)
     for f, plot in ((args.graph, lambda: plot_graph(model, n_in, args.size)), (args.field, lambda: plot_field(model, image, args.size, n_in))):
@@ -167,12 +171,16 @@ def find_lr_command(args) -> dict:
     from fastcifar.data import load_data
     from fastcifar.interpret import check_plot, save_plot
     from fastcifar.loaders import CifarDataLoaders # with this import an ImageData has its dataloaders
-    from fastcifar.recipes import recipe_learner
+    from fastcifar.recipes import SCHEDULES, recipe_learner
     from fastcifar.runs import build_model, configure
     from fastcifar.schedule import plot_range
     check_plot(args.plot, args.overwrite)
-    c = configure(args.recipe, **_options(args, 'model', 'norm', 'seed', 'precision', 'path'), **_given(args))
-    data = load_data(_data(args), bool(args.convert))
+    given = _given(args)
+    later = {'epochs', 'schedule', 'lr_max', 'ema', 'views', 'freeze'}.union(*SCHEDULES.values())
+    idle = [k for k in given if k in later and given[k] is not None]
+    if idle: raise FastcifarError(f'{", ".join(idle)} has no part in a range test: leave it out')
+    c = configure(args.recipe, data=_data(args), **_options(args, *OF_A_RUN), **given)
+    data = load_data(c.data, c.convert)
     seed_everything(c.seed)
     dls = data.dataloaders(bs=c.bs, policy=c.policy, seed=c.seed, num_workers=args.workers, device=args.device, stats=c.stats, path=c.path)
     learn = recipe_learner(dls, build_model(c, len(data.classes)), c, precision=c.precision)
@@ -187,12 +195,14 @@ def evaluate_command(args) -> dict:
     "Predict the test split with a finished run and print accuracy, classes and confusions; draw and measure more if asked to"
     import matplotlib; matplotlib.use('agg')
     from pathlib import Path
+    from fastcifar.basics import check_writable
     from fastcifar.robust import read_corruptions
     from fastcifar.basics import check_folder
     from fastcifar.runs import _holds_plots, draw_interpretation, evaluate_run
     if args.plots: check_folder(args.plots, _holds_plots, 'plots of a run') # before anything takes minutes
     if args.layer and not args.plots: raise FastcifarError('--layer is for Grad-CAM, which is drawn into a folder: add --plots FOLDER')
     if args.corruptions: read_corruptions(args.corruptions) # before anything takes minutes
+    if args.plots: check_writable(Path(args.plots)/'class_accuracy.csv')
     i = evaluate_run(args.run, args.data, args.device, _bars(args))
     say, classes = _say(args), i.class_accuracy()
     say(f'test accuracy {i.accuracy:.2%} ({int(classes.right.sum()):,} of {len(i.targs):,} images), loss {i.loss:.4f}, calibration error {100 * i.ece():.1f} points; test-time views: {i.views}\n')
@@ -228,6 +238,7 @@ def report_command(args) -> dict:
     from pathlib import Path
     if (Path(args.folder)/'study.json').exists():
         from fastcifar.study import report_study
+        if args.data or args.device: raise FastcifarError('--data and --device are for the page of a run, and this is a study: leave them out')
         page = report_study(args.folder, _say(args))
     else:
         from fastcifar.runs import report_run
@@ -273,7 +284,7 @@ def bench_command(args) -> dict:
     from fastcifar.basics import write_json
     from fastcifar.bench import run_bench
     if args.out: check_file(args.out, lambda data: b'"rows"' in data and b'"machine"' in data, args.overwrite)
-    r = run_bench(args.name, args.rounds, args.device, _data(args), args.runs, args.airbench, args.results)
+    r = run_bench(args.name, args.rounds, args.device, args.data, args.runs, args.airbench, args.results)
     if args.out: write_json(Path(args.out), r)
     if not args.json:
         t = pd.DataFrame(r['rows'])
@@ -334,8 +345,11 @@ def _value(text, words):
 
 def _arguments(text, words=False):
     "`mended=true,scale=0.2` as a dict"
-    try: return {k: _value(v, words) for k, v in (part.split('=') for part in text.split(','))}
-    except ValueError: raise argparse.ArgumentTypeError(f'{text!r} is not a list such as {"anneal=linear,mom=0.8" if words else "mended=true,scale=0.2"}') from None
+    try: pairs = [(k, _value(v, words)) for k, v in (part.split('=') for part in text.split(','))]
+    except ValueError: raise argparse.ArgumentTypeError(f'{text!r} is not a list such as {"anneal=linear,peak=0.3" if words else "mended=true,scale=0.2"}') from None
+    twice = [k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i])]
+    if twice: raise argparse.ArgumentTypeError(f'{text!r} has {twice[0]} twice: give it once')
+    return dict(pairs)
 
 def _settings(text): return _arguments(text, words=True)
 
@@ -366,7 +380,7 @@ def _loss_options(p):
     p.add_argument('--dropout', type=float, help="dropout of the net, 0 to 1 (default: the recipe's, or the net's)")
     p.add_argument('--label-smoothing', type=float, help="share of the target that is spread over all classes, 0 to 1 (default: the recipe's)")
     p.add_argument('--l1', type=float, help="weight of the parameters' absolute values in the loss (default: the recipe's)")
-    p.add_argument('--set', type=_settings, metavar='NAME=VALUE', help='other settings that `fastcifar recipes` lists and that are one value, such as anneal=linear,mom=0.8 or step_epochs=5')
+    p.add_argument('--set', type=_settings, metavar='NAME=VALUE', help='other settings that `fastcifar recipes` lists and that are one value, such as anneal=linear,peak=0.3')
 
 def _schedule_options(p):
     "What overrides a recipe and belongs to a whole training"
@@ -467,10 +481,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--data', help='where the data of the run lies, if it has moved')
     p = add('bench', bench_command, 'time the library against its alternatives, in turns')
     p.add_argument('name', help='data, step, epoch, speedrun, parallel or together')
-    p.add_argument('--rounds', type=_at_least(1), default=5, help='rounds of each pair (default: %(default)s)')
+    p.add_argument('--rounds', type=_at_least(1), help='rounds of each pair (default: 5)')
     p.add_argument('--device', help='cuda for the GPU rows, cpu for the others (default: for speedrun and together a GPU if there is one)')
-    p.add_argument('--data', help="for the GPU rows: 'cifar10', a folder or an archive (default: $FASTCIFAR_DATA, else cifar10)")
-    p.add_argument('--runs', type=_at_least(1), default=10, help='whole trainings of each on a GPU (default: %(default)s)')
+    p.add_argument('--data', help="for the speedrun on a GPU: 'cifar10', a folder or an archive (default: $FASTCIFAR_DATA, else cifar10)")
+    p.add_argument('--runs', type=_at_least(1), help='for the speedrun on a GPU: whole trainings of each (default: 10)')
     p.add_argument('--airbench', type=_path, metavar='FILE', help='airbench94_muon.py, to be run beside ours on the same GPU and images')
     p.add_argument('--results', type=_path, metavar='FILE', nargs='+', default=(), help='for the speedrun on a CPU: results.csv of studies or metrics.json of runs, which say how accurate whole trainings are')
     p.add_argument('--out', type=_path, metavar='FILE', help='also write the result to this JSON file')
@@ -512,6 +526,7 @@ def main(
     argv:list=None, # Arguments; `sys.argv[1:]` if None
 ) -> int: # Exit code
     "Run a command and return its exit code"
+    args = None
     try:
         args = parser().parse_args(argv)
         args.typed = shlex.join(['fastcifar', *map(str, sys.argv[1:] if argv is None else argv)])
@@ -527,7 +542,7 @@ def main(
         return getattr(e, 'exit_code', 2)
     except MemoryError: print('fastcifar: out of memory: use a smaller --bs', file=sys.stderr)
     except KeyboardInterrupt:
-        print('\nfastcifar: stopped' + ('; the same command continues from the last checkpoint' if args.command in ('train', 'compare') else ''), file=sys.stderr)
+        print('\nfastcifar: stopped' + ('; the same command continues from the last checkpoint' if args and args.command in ('train', 'compare') else ''), file=sys.stderr)
         return 130
     except BrokenPipeError: # the reader of a pipe went away, as `| head` does
         sys.stdout = open(os.devnull, 'w', encoding='utf-8')

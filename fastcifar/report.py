@@ -22,6 +22,7 @@ from .basics import say, write_text
 from .explain import overlay
 from .inspect import plot_field, plot_graph, summarize
 from .interpret import CifarInterpretation, attempt_plot, share_interval
+from .recipes import create_recipe
 
 # %% ../nbs/28_report.ipynb #26e6b81d
 def figure_svg(
@@ -145,6 +146,17 @@ def _starts(environment):
 
 def _settings(d): return table_cells(pd.DataFrame([(k, '-' if v is None else str(v)) for k, v in d.items()], columns=['setting', 'value']))
 
+def _rates(config, metrics):
+    "The learning rates of a run in words, and where they come from"
+    lr_min, lr_max, schedule = metrics['lr_min'], metrics['lr_max'], config.get('schedule', 'one_cycle')
+    usual = create_recipe(config['recipe'], config['model'])
+    if config.get('lr_max') is None: source = 'found by a range test before the training'
+    elif config['lr_max'] == usual.lr_max: source = 'as the recipe has it'
+    else: source = 'as given' if config['bs'] == usual.bs else 'as given, or scaled with the batch size'
+    if schedule != 'one_cycle': return f'Learning rate {lr_max:.2e}{"" if schedule == "constant" else " at first"}, {source}.'
+    both = config.get('lr_max') is None or config.get('lr_min') is not None
+    return f'LRMIN {lr_min:.2e}{"" if both else ", a fiftieth of LRMAX"}; LRMAX {lr_max:.2e}, {source}.'
+
 def write_run_report(
     out, # Run folder
     interp:CifarInterpretation, # Predictions of the test split
@@ -170,7 +182,7 @@ def write_run_report(
         data=metrics['data'], seed=metrics['seed'], views=metrics.get('views', 'none'),
             interval=f'{low:.2f} to {high:.2f} %', cards=cards,
         figures=figures | drawn_svgs(dict(graph=lambda: plot_graph(model), field=lambda: plot_field(model)), say=say),
-        history=table_cells(history, share), rates=f'LRMIN {metrics["lr_min"]:.2e}, LRMAX {metrics["lr_max"]:.2e}' + (', found by a range test before the training.' if 'lr_range' in figures else ', as given.'),
+        history=table_cells(history, share), rates=_rates(config, metrics),
         wrong=f'{metrics["wrong"]:,}', losses=_losses(interp, 12), surest=_shown(interp, interp.wrong().head(30)), labels=_shown(interp, labels.head(20)), label_errors=f'{len(labels):,}',
         classes=table_cells(interp.class_accuracy().reset_index(), share), confusion=_confusion(interp),
         confused=table_cells(pd.DataFrame([(str(a), str(b), int(n)) for a, b, n in interp.most_confused(1)[:12]], columns=['actual', 'predicted', 'times'])), ece=f'{100 * interp.ece():.1f} points',

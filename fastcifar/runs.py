@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STARTED', 'BESIDE', 'Config', 'configure', 'build_model', 'environment', 'launched', 'RunHistory', 'default_out',
-           'complete_config', 'settle_config', 'settings_on', 'write_surroundings', 'check_same', 'note_epoch',
-           'draw_interpretation', 'draw_run', 'finish_run', 'own_folder', 'run_folder', 'explained', 'train_run',
-           'run_config', 'data_place', 'run_data', 'begun_with', 'load_run', 'evaluate_run', 'report_run']
+           'complete_config', 'settle_config', 'settings_on', 'write_surroundings', 'check_settings', 'check_same',
+           'note_epoch', 'draw_interpretation', 'draw_run', 'finish_run', 'own_folder', 'run_folder', 'explained',
+           'train_run', 'run_config', 'data_place', 'run_data', 'begun_with', 'load_run', 'evaluate_run', 'report_run']
 
 # %% ../nbs/29_runs.ipynb #f30c178b
 import contextlib, dataclasses, hmac, os, platform, re, secrets, shlex, subprocess, sys
@@ -32,7 +32,7 @@ from .loaders import CifarDataLoaders, checked_device # with this import an Imag
 from .models.zoo import count_parameters, create_model, list_models, save_model
 from .parallel import check_launcher, first_process_first, process_group, rank, rank_device, world_size
 from .report import drawn_svgs, write_run_report
-from .recipes import Recipe, create_recipe, fit_recipe, list_recipes, recipe_learner, recipe_rates
+from .recipes import Recipe, check_given, create_recipe, fit_recipe, list_recipes, recipe_learner, recipe_rates
 from .schedule import LRRange, plot_range
 from .state import Checkpoints, StopRequest, Stopped
 from .train import best_precision, cpu_threads, deterministic_only
@@ -74,9 +74,11 @@ def configure(
 ) -> Config:
     "The configuration of a named recipe for a net, with some settings given"
     own = {f.name for f in dataclasses.fields(Config)} - {f.name for f in dataclasses.fields(Recipe)}
-    if settings.get('groups') is not None and settings.get('norm', 'bn') != 'gn': raise FastcifarError(f'groups are for group norm, and the norm is {settings.get("norm", "bn")}: leave them out, or use gn')
     r = create_recipe(recipe, model, **{k: v for k, v in settings.items() if k not in own})
-    return Config(recipe=recipe, model=model, **dataclasses.asdict(r), **{k: v for k, v in settings.items() if k in own}).checked()
+    c = Config(recipe=recipe, model=model, **dataclasses.asdict(r), **{k: v for k, v in settings.items() if k in own}).checked()
+    check_given(c, settings)
+    if c.convert and c.data in NAMED: raise FastcifarError(f'convert is for your own images, and {c.data} has no others than 32x32 RGB: leave it out')
+    return c
 
 def build_model(
     c:Config, # What is trained
@@ -84,7 +86,7 @@ def build_model(
 ) -> torch.nn.Module:
     "The net of a configuration"
     own = {k: getattr(c, k) for k in ('groups', 'dropout') if getattr(c, k) is not None}
-    twice = {'name', 'n_out', 'norm', 'pretrained', 'groups', 'dropout'} & set(c.model_args or {})
+    twice = {'name', 'n_out', 'n_in', 'norm', 'pretrained', 'groups', 'dropout'} & set(c.model_args or {})
     if twice: raise FastcifarError(f'model_args has {", ".join(sorted(twice))}, which a training sets by itself: leave it out')
     return create_model(c.model, n_out=n_out, norm=c.norm, **own, **(c.model_args or {}))
 
@@ -239,16 +241,23 @@ def write_surroundings(
     place = place_of(c.data)
     write_text(out/'.data', place if place in NAMED else f'{_seal(place)}\n{place}')
 
+def check_settings(
+    c:Config, # What is asked for
+    out:Path, # A run folder
+):
+    "Raise an error if the run in a folder has other settings; its data are not looked at"
+    old = run_config(out)
+    for f in (f for f in dataclasses.fields(Config) if f.name != 'data'):
+        was, now = (as_json(getattr(o, f.name)) for o in (old, c))
+        if was != now and not (f.name in ('precision', 'path') and now == 'auto'): raise FastcifarError(f'{out} holds a run with {f.name}={was!r}, not {now!r}: choose another --out')
+
 def check_same(
     c:Config, # What is asked for
     out:Path, # A finished run folder
     data=None, # The `ImageData` that are asked for; None: loaded
 ):
     "Raise an error if the run in a folder is another one"
-    old = run_config(out)
-    for f in (f for f in dataclasses.fields(Config) if f.name != 'data'):
-        was, now = (as_json(getattr(o, f.name)) for o in (old, c))
-        if was != now and not (f.name in ('precision', 'path') and now == 'auto'): raise FastcifarError(f'{out} holds a run with {f.name}={was!r}, not {now!r}: choose another --out')
+    check_settings(c, out)
     saved = read_json(Path(out)/'config.json')
     if data is None:
         o, place, sha = ARCHIVES.get(c.data), place_of(c.data), saved.get('data_sha256')
@@ -266,6 +275,14 @@ def _finished(c, out, say):
     except (KeyError, TypeError, ValueError): raise FastcifarError(f'{out}/metrics.json is damaged: remove it, and the same command evaluates again') from None
     return m
 
+def _read_range(f):
+    "What a range test found, from the file that keeps it"
+    try:
+        r = LRRange(**read_json(f))
+        if 0 < r.lr_min <= r.lr_max: return r
+    except TypeError: pass # other names, or no numbers
+    raise FastcifarError(f'{f} is damaged: remove it, and the same command finds the rates again')
+
 def _find_lrs(learn, c, out, say):
     "LRMIN and LRMAX as given, as found before, or found now"
     if c.lr_max: return LRRange(c.lr_min or c.lr_max / 50, c.lr_max)
@@ -274,8 +291,7 @@ def _find_lrs(learn, c, out, say):
         say('finding LRMIN and LRMAX (100 steps)')
         r = learn.lr_range(show_plot=False)
         write_json(f, r._asdict())
-    try: r = LRRange(**read_json(f))
-    except TypeError: raise FastcifarError(f'{f} is damaged: remove it, and the same command finds the rates again') from None
+    r = _read_range(f)
     say(f'LRMIN {r.lr_min:.2e}, LRMAX {r.lr_max:.2e}')
     return r
 
@@ -472,6 +488,7 @@ def train_run(
     "Train, evaluate and draw everything into a run folder; called again, continue or say that it is finished"
     c = c.checked()
     for name in log: check_name(name, ('tensorboard', 'wandb'), 'logger')
+    if len(set(log)) < len(log): raise FastcifarError(f'the same logger twice ({", ".join(log)}): give each once')
     check_launcher()
     out = user_path(out) if out else default_out(c)
     bars = sys.stdout.isatty() if bars is None else bars
@@ -603,8 +620,8 @@ def report_run(
     if not (out/'metrics.json').is_file(): raise FastcifarError(f'{out} is not finished: continue it with the command that began it')
     m = read_json(out/'metrics.json')
     try:
-        lrs = LRRange(**read_json(out/'lr_range.json')) if (out/'lr_range.json').exists() else LRRange(m['lr_min'], m['lr_max'])
+        lrs = _read_range(out/'lr_range.json') if (out/'lr_range.json').exists() else LRRange(m['lr_min'], m['lr_max'])
         history = pd.read_csv(out/'history.csv')
         if not {'epoch', 'train_loss', 'train_accuracy', 'valid_loss', 'accuracy'} <= set(history): raise KeyError('history.csv')
         return _report(evaluate_run(out, data, device, bars), out, lrs, c, history.to_dict('records'), m, say)
-    except (KeyError, TypeError, ValueError, OSError) as e: raise FastcifarError(f'the tables of {out} are damaged ({type(e).__name__}: {e}): nothing was written') from e
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError) as e: raise FastcifarError(f'the tables of {out} are damaged ({type(e).__name__}: {e}): nothing was written') from e
