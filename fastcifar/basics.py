@@ -247,7 +247,7 @@ def check_folder(
 ) -> Path: # `out`
     "Refuse a folder that holds something of somebody else"
     out = user_path(out)
-    if out.exists() and not out.is_dir(): raise FastcifarError(f'{out} is a file: choose another folder for {what}')
+    if out.exists() and not out.is_dir(): raise FastcifarError(f'cannot write into {out}: it is a file; choose another folder for {what}')
     try: found = sorted(f.name for f in out.iterdir() if f.name not in beside and UNFINISHED not in f.name) if out.exists() else []
     except OSError as e: raise FastcifarError(f'cannot look into {out}: {e.strerror}; choose another folder') from e
     if not found or ours(out): return out

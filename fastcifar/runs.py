@@ -9,7 +9,7 @@ __all__ = ['STARTED', 'BESIDE', 'Config', 'configure', 'build_model', 'environme
            'train_run', 'run_config', 'data_place', 'run_data', 'begun_with', 'load_run', 'evaluate_run', 'report_run']
 
 # %% ../nbs/29_runs.ipynb #f30c178b
-import contextlib, dataclasses, hmac, os, platform, re, secrets, shlex, subprocess, sys
+import contextlib, dataclasses, hmac, os, platform, re, secrets, subprocess, sys
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path

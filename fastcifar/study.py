@@ -29,7 +29,7 @@ from .models.zoo import list_models
 from .recipes import list_recipes
 from .report import drawn_svgs, write_study_report
 from .runs import Config, build_model, check_same, check_settings, configure, own_folder, run_config
-from .runs import settings_on, train_run
+from .runs import _is_run, settings_on, train_run
 from .state import Stopped
 from .statistics import CELL, paired_differences, plot_differences, plot_study_curves, study_answer, study_summary
 from .together import alike, train_together
@@ -249,7 +249,8 @@ class Study:
         return _write(self.out, self.grid, *self._collected(), say)
 
 def _is_study(folder) -> bool:
-    "Does a folder hold a study, by what is in its study.json?"
+    "Does a folder hold a study, by what is in its study.json, or else by its runs?"
+    if any(map(_is_run, (Path(folder)/'runs').glob('*'))): return True
     try: saved = read_json(Path(folder)/'study.json')
     except FastcifarError: return False
     return isinstance(saved, dict) and isinstance(saved.get('runs'), dict)

@@ -182,7 +182,7 @@ def test_a_plot_that_cannot_be_written_is_noticed_before_the_work(place, main, r
     if place != 'FOLDER.png': commands.append(('evaluate', run, '--plots', Path(place).parent))
     for args in commands:
         code, _, err = main(*args)
-        assert code == 2 and 'cannot write' in err and err.count('\n') == 1, (args, err)
+        assert code == 2 and 'cannot write ' in err and err.count('\n') == 1, (args, err)
     assert sorted(tmp_path.rglob('*')) == before
 
 # --- Ctrl-C
