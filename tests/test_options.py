@@ -64,8 +64,18 @@ LINES = {
     'division by zero': ('summary speednet --model-args scale=0', 'cannot be built with'),
 }
 
+@pytest.fixture
+def no_work(monkeypatch):
+    "What would take long raises an error"
+    import fastcifar.bench as bench, fastcifar.demo as demo, fastcifar.inspect as inspect, fastcifar.recipes as recipes
+    import fastcifar.runs as runs, fastcifar.study as study, fastcifar.sweep as sweep
+    def work(*args, **kw): raise AssertionError('the work was begun')
+    for module, name in ((recipes, 'recipe_learner'), (runs, 'recipe_learner'), (sweep, 'recipe_learner'), (runs, 'evaluate_run'),
+                         (study, '_on_pool'), (bench, 'bench_step'), (bench, 'bench_data'), (demo, 'demo_app'), (inspect, 'summarize')):
+        monkeypatch.setattr(module, name, work)
+
 @pytest.mark.parametrize('name', LINES)
-def test_command_is_refused_in_a_line(name, main, tree, tmp_path):
+def test_command_is_refused_in_a_line(name, main, tree, tmp_path, no_work):
     line, says = LINES[name]
     args = line.replace('TREE', str(tree)).split()
     if args[0] in ('train', 'compare', 'sweep', 'find-lr') and '--data' not in args: args += ['--data', str(tree)]
@@ -96,7 +106,7 @@ CALLS = {
 }
 
 @pytest.mark.parametrize('name', CALLS)
-def test_call_is_refused_in_a_line(name, tmp_path, monkeypatch):
+def test_call_is_refused_in_a_line(name, tmp_path, monkeypatch, no_work):
     monkeypatch.chdir(tmp_path)
     call, says = CALLS[name]
     with pytest.raises(FastcifarError) as e: call()
@@ -170,11 +180,7 @@ def test_labels_far_apart():
 # --- places that cannot be written
 
 @pytest.mark.parametrize('place', ['/dev/null/p.png', 'FOLDER.png', 'FILE/p.png'])
-def test_a_plot_that_cannot_be_written_is_noticed_before_the_work(place, main, run, tmp_path, monkeypatch):
-    import fastcifar.bench as bench, fastcifar.inspect as inspect, fastcifar.recipes as recipes, fastcifar.runs as runs
-    def work(*args, **kw): raise AssertionError('the work was begun')
-    for module, name in ((recipes, 'recipe_learner'), (runs, 'evaluate_run'), (bench, 'run_bench'), (inspect, 'summarize')):
-        monkeypatch.setattr(module, name, work)
+def test_a_plot_that_cannot_be_written_is_noticed_before_the_work(place, main, run, tmp_path, no_work):
     (tmp_path/'FOLDER.png').mkdir(), (tmp_path/'FILE').write_text('')
     before = sorted(tmp_path.rglob('*'))
     commands = [('find-lr', '--data', 'digits', '--plot', place), ('bench', 'step', '--out', place),
