@@ -116,11 +116,13 @@ def summary_command(args):
     from fastcifar.basics import write_atomic
     from fastcifar.inspect import plot_field, plot_graph, summarize
     from fastcifar.models.zoo import create_model
-    if args.image and not args.field: raise FastcifarError('--image is what receptive fields are drawn over: add --field FILE')
+    if args.image and not args.field:
+        raise FastcifarError('--image is what receptive fields are drawn over: add --field FILE')
     for f in (args.graph, args.field): _check_picture(f)
     more, own = args.model_args or {}, dict(name=args.model, norm=args.norm) | _options(args, 'groups')
     twice = [k for k in ('name', 'norm', 'groups', 'pretrained') if k in more]
-    if twice: raise FastcifarError(f'--model-args has {", ".join(twice)}, which a summary takes otherwise: leave it out')
+    if twice:
+        raise FastcifarError(f'--model-args has {", ".join(twice)}, which a summary takes otherwise: leave it out')
     model = create_model(**own, **more)
     image, n_in = _square(args.image, args.size) if args.image else None, model.config.get('n_in', 3)
     t = summarize(model, n_in, args.size, args.details)
@@ -136,7 +138,8 @@ def _check_picture(file):
     from pathlib import Path
     from fastcifar.basics import check_writable
     if file is None: return
-    if Path(file).suffix not in PICTURES: raise FastcifarError(f'cannot draw {file}: give a name that ends in {", ".join(PICTURES)}')
+    if Path(file).suffix not in PICTURES:
+        raise FastcifarError(f'cannot draw {file}: give a name that ends in {", ".join(PICTURES)}')
     check_writable(file)
 
 def _square(file, size):
@@ -242,7 +245,8 @@ def report_command(args) -> dict:
     from pathlib import Path
     if (Path(args.folder)/'study.json').exists():
         from fastcifar.study import report_study
-        if args.data or args.device: raise FastcifarError('--data and --device are for the page of a run, and this is a study: leave them out')
+        if args.data or args.device:
+            raise FastcifarError('--data and --device are for the page of a run, and this is a study: leave them out')
         page = report_study(args.folder, _say(args))
     else:
         from fastcifar.runs import report_run
@@ -333,7 +337,9 @@ def _value(text, words):
 def _arguments(text, words=False):
     "`mended=true,scale=0.2` as a dict"
     try: pairs = [(k, _value(v, words)) for k, v in (part.split('=') for part in text.split(','))]
-    except ValueError: raise argparse.ArgumentTypeError(f'{text!r} is not a list such as {"anneal=linear,peak=0.3" if words else "mended=true,scale=0.2"}') from None
+    except ValueError:
+        such = 'anneal=linear,peak=0.3' if words else 'mended=true,scale=0.2'
+        raise argparse.ArgumentTypeError(f'{text!r} is not a list such as {such}') from None
     twice = [k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i])]
     if twice: raise argparse.ArgumentTypeError(f'{text!r} has {twice[0]} twice: give it once')
     return dict(pairs)
@@ -367,7 +373,8 @@ def _loss_options(p):
     p.add_argument('--dropout', type=float, help="dropout of the net, 0 to 1 (default: the recipe's, or the net's)")
     p.add_argument('--label-smoothing', type=float, help="share of the target that is spread over all classes, 0 to 1 (default: the recipe's)")
     p.add_argument('--l1', type=float, help="weight of the parameters' absolute values in the loss (default: the recipe's)")
-    p.add_argument('--set', type=_settings, metavar='NAME=VALUE', help='other settings that `fastcifar recipes` lists and that are one value, such as anneal=linear,peak=0.3')
+    p.add_argument('--set', type=_settings, metavar='NAME=VALUE', 
+        help='other settings that `fastcifar recipes` lists and that are one value, such as anneal=linear,peak=0.3')
 
 def _schedule_options(p):
     "What overrides a recipe and belongs to a whole training"
@@ -466,7 +473,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('name', help='data, step, epoch, speedrun, parallel or together')
     p.add_argument('--rounds', type=_at_least(1), help='rounds of each pair (default: 5)')
     p.add_argument('--device', help='cuda for the GPU rows, cpu for the others (default: for speedrun and together a GPU if there is one)')
-    p.add_argument('--data', help="for the speedrun on a GPU: 'cifar10', a folder or an archive (default: $FASTCIFAR_DATA, else cifar10)")
+    p.add_argument('--data', help="for the speedrun on a GPU: 'cifar10', a folder or an archive "
+                                  '(default: $FASTCIFAR_DATA, else cifar10)')
     p.add_argument('--runs', type=_at_least(1), help='for the speedrun on a GPU: whole trainings of each (default: 10)')
     p.add_argument('--airbench', type=_path, metavar='FILE', help='airbench94_muon.py, to be run beside ours on the same GPU and images')
     p.add_argument('--results', type=_path, metavar='FILE', nargs='+', default=(), help='for the speedrun on a CPU: results.csv of studies or metrics.json of runs, which say how accurate whole trainings are')
@@ -519,7 +527,9 @@ def main(
         return getattr(e, 'exit_code', 2)
     except MemoryError: print('fastcifar: out of memory: use a smaller --bs', file=sys.stderr)
     except KeyboardInterrupt:
-        print('\nfastcifar: stopped' + ('; the same command continues from the last checkpoint' if args and args.command in ('train', 'compare') else ''), file=sys.stderr)
+        goes_on = args and args.command in ('train', 'compare')
+        more = '; the same command continues from the last checkpoint' if goes_on else ''
+        print(f'\nfastcifar: stopped{more}', file=sys.stderr)
         return 130
     except BrokenPipeError: # the reader of a pipe went away, as `| head` does
         sys.stdout = open(os.devnull, 'w', encoding='utf-8')

@@ -177,7 +177,8 @@ class Study:
         for n, v in (('jobs', jobs), ('threads', threads), ('together', together)):
             if v is not None and v < 1: raise FastcifarError(f'{n} is {v}: give at least 1')
         if not tasks and not (torch.cuda.is_available() and str(device or default_device()).startswith('cuda')): checked_device(device) # a context on a GPU would take its memory
-        if tasks and (jobs or device): raise FastcifarError('jobs and device are for runs on this machine, and Ray places its own: leave them out')
+        if tasks and (jobs or device):
+            raise FastcifarError('jobs and device are for runs on this machine, and Ray places its own: leave them out')
         device = default_device().type if device is None else str(device)
         gpus = [f'cuda:{i}' for i in range(torch.cuda.device_count())] if device == 'cuda' or device.startswith('cuda') and ':' not in device else [device]
         jobs = jobs or (max(1, cpu_count() // threads) if device == 'cpu' else 3 * len(gpus))
@@ -238,7 +239,8 @@ def _write(out, grid, say, page=attempt): # `page` is the context in which the p
     for name, t in tables.items(): _write_table(t, out/f'{name}.csv', say)
     answer = study_answer(r)
     with attempt('answer.txt', say): write_text(out/'answer.txt', '\n'.join(answer) + '\n')
-    done = [(f, c) for f, c, s in zip(folders, grid, r.status) if s == 'finished'] # a curve that ends early would move the means
+    # a curve that ends early would move the means
+    done = [(f, c) for f, c, s in zip(folders, grid, r.status) if s == 'finished']
     whole, split = collect_curves(*zip(*done)) if done else (), 'validation' if grid[0].valid else 'test'
     plots = dict(curves=lambda: plot_study_curves(whole, split)) if len(whole) else {}
     plots |= dict(differences=lambda: plot_differences(differences)) if len(differences) else {}
@@ -260,7 +262,8 @@ def report_study(
     except (TypeError, KeyError, AttributeError): raise FastcifarError(f'{out} is not a study folder: it holds no study.json of this version') from None
     except FastcifarError as e: raise FastcifarError(f'{f} is damaged: {e}') from e
     odd = [k for k, c in grid.items() if k != run_name(c)]
-    if odd or not grid: raise FastcifarError(f'{f} is damaged: {f"its run {odd[0]!r} is another" if odd else "it holds no run"}')
+    if odd or not grid:
+        raise FastcifarError(f'{f} is damaged: {f"its run {odd[0]!r} is another" if odd else "it holds no run"}')
     grid = list(grid.values())
     _write(out, grid, say, lambda *_: contextlib.nullcontext()) # without its page this has failed
     return out/'report.html'
@@ -346,7 +349,8 @@ def _finished(folder, c, given):
     m = _read_metrics(folder, settled)
     try:
         h = _history(folder)
-        if 0 < len(h) < settled.epochs: raise FastcifarError(f'{folder}/history.csv has {len(h)} of {settled.epochs} epochs')
+        if 0 < len(h) < settled.epochs:
+            raise FastcifarError(f'{folder}/history.csv has {len(h)} of {settled.epochs} epochs')
     except FastcifarError as e: h, reason = pd.DataFrame({k: [] for k in _columns}), _plain(str(e))
     return dict(status='finished', reason=reason, **{k: m[k] for k in ('test_accuracy', 'test_loss', 'train_accuracy',
         'test_images', 'parameters', 'precision', 'seconds', 'data')}, path=settled.path, views=settled.views,
