@@ -559,7 +559,8 @@ def run_bench(
     if gpu and name not in ('epoch', 'speedrun', 'together'): raise FastcifarError(f'{name} has CPU rows only: leave --device out')
     whole = gpu and name == 'speedrun' # trainings, not parts of them
     for option, given, there in (('runs', n, whole), ('data', data, whole), ('rounds', rounds, not whole)):
-        if given is not None and not there: raise FastcifarError(f'--{option} is {"not " if whole else ""}for the speedrun on a GPU: leave it out')
+        if given is not None and not there:
+            raise FastcifarError(f'--{option} is {"not " if whole else ""}for the speedrun on a GPU: leave it out')
     rounds, n, data = rounds or 5, n or 10, data or os.environ.get('FASTCIFAR_DATA') or 'cifar10'
     if whole: rows = bench_gpu_speedrun(data, device, n, airbench)
     else: rows = dict(data=lambda: bench_data(rounds), step=lambda: bench_step(rounds), epoch=lambda: bench_epoch(rounds=rounds, device=device), parallel=lambda: bench_parallel(rounds=rounds), together=lambda: bench_together(rounds=rounds, device=device), speedrun=lambda: bench_cpu_speedrun(rounds, results=results))[name]()

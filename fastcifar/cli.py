@@ -122,7 +122,8 @@ def summary_command(args):
         if f: check_plot(f, args.overwrite)
     more, own = args.model_args or {}, dict(name=args.model, norm=args.norm) | _options(args, 'groups')
     twice = [k for k in ('name', 'norm', 'groups', 'pretrained') if k in more]
-    if twice: raise FastcifarError(f'--model-args has {", ".join(twice)}, which a summary takes otherwise: leave it out')
+    if twice:
+        raise FastcifarError(f'--model-args has {", ".join(twice)}, which a summary takes otherwise: leave it out')
     model = create_model(**own, **more)
     image, n_in = _square(args.image, args.size) if args.image else None, model.config.get('n_in', 3)
     t = summarize(model, n_in, args.size, args.details)
@@ -238,7 +239,8 @@ def report_command(args) -> dict:
     from pathlib import Path
     if (Path(args.folder)/'study.json').exists():
         from fastcifar.study import report_study
-        if args.data or args.device: raise FastcifarError('--data and --device are for the page of a run, and this is a study: leave them out')
+        if args.data or args.device:
+            raise FastcifarError('--data and --device are for the page of a run, and this is a study: leave them out')
         page = report_study(args.folder, _say(args))
     else:
         from fastcifar.runs import report_run
@@ -346,7 +348,9 @@ def _value(text, words):
 def _arguments(text, words=False):
     "`mended=true,scale=0.2` as a dict"
     try: pairs = [(k, _value(v, words)) for k, v in (part.split('=') for part in text.split(','))]
-    except ValueError: raise argparse.ArgumentTypeError(f'{text!r} is not a list such as {"anneal=linear,peak=0.3" if words else "mended=true,scale=0.2"}') from None
+    except ValueError:
+        such = 'anneal=linear,peak=0.3' if words else 'mended=true,scale=0.2'
+        raise argparse.ArgumentTypeError(f'{text!r} is not a list such as {such}') from None
     twice = [k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i])]
     if twice: raise argparse.ArgumentTypeError(f'{text!r} has {twice[0]} twice: give it once')
     return dict(pairs)
@@ -380,7 +384,8 @@ def _loss_options(p):
     p.add_argument('--dropout', type=float, help="dropout of the net, 0 to 1 (default: the recipe's, or the net's)")
     p.add_argument('--label-smoothing', type=float, help="share of the target that is spread over all classes, 0 to 1 (default: the recipe's)")
     p.add_argument('--l1', type=float, help="weight of the parameters' absolute values in the loss (default: the recipe's)")
-    p.add_argument('--set', type=_settings, metavar='NAME=VALUE', help='other settings that `fastcifar recipes` lists and that are one value, such as anneal=linear,peak=0.3')
+    p.add_argument('--set', type=_settings, metavar='NAME=VALUE', 
+        help='other settings that `fastcifar recipes` lists and that are one value, such as anneal=linear,peak=0.3')
 
 def _schedule_options(p):
     "What overrides a recipe and belongs to a whole training"
@@ -483,7 +488,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('name', help='data, step, epoch, speedrun, parallel or together')
     p.add_argument('--rounds', type=_at_least(1), help='rounds of each pair (default: 5)')
     p.add_argument('--device', help='cuda for the GPU rows, cpu for the others (default: for speedrun and together a GPU if there is one)')
-    p.add_argument('--data', help="for the speedrun on a GPU: 'cifar10', a folder or an archive (default: $FASTCIFAR_DATA, else cifar10)")
+    p.add_argument('--data', help="for the speedrun on a GPU: 'cifar10', a folder or an archive "
+                                  '(default: $FASTCIFAR_DATA, else cifar10)')
     p.add_argument('--runs', type=_at_least(1), help='for the speedrun on a GPU: whole trainings of each (default: 10)')
     p.add_argument('--airbench', type=_path, metavar='FILE', help='airbench94_muon.py, to be run beside ours on the same GPU and images')
     p.add_argument('--results', type=_path, metavar='FILE', nargs='+', default=(), help='for the speedrun on a CPU: results.csv of studies or metrics.json of runs, which say how accurate whole trainings are')
@@ -542,7 +548,9 @@ def main(
         return getattr(e, 'exit_code', 2)
     except MemoryError: print('fastcifar: out of memory: use a smaller --bs', file=sys.stderr)
     except KeyboardInterrupt:
-        print('\nfastcifar: stopped' + ('; the same command continues from the last checkpoint' if args and args.command in ('train', 'compare') else ''), file=sys.stderr)
+        goes_on = args and args.command in ('train', 'compare')
+        more = '; the same command continues from the last checkpoint' if goes_on else ''
+        print(f'\nfastcifar: stopped{more}', file=sys.stderr)
         return 130
     except BrokenPipeError: # the reader of a pipe went away, as `| head` does
         sys.stdout = open(os.devnull, 'w', encoding='utf-8')

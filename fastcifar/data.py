@@ -525,6 +525,7 @@ def load_data(
     convert:bool=False, # For your own images: resize to 32x32 and convert to RGB, instead of refusing what is not?
 ) -> ImageData:
     "Load a data set, downloading, verifying and decoding it if that has not happened yet"
-    if convert and isinstance(source, (tuple, list)): raise FastcifarError('convert is for image files, and these are arrays: leave it out')
+    if convert and isinstance(source, (tuple, list)):
+        raise FastcifarError('convert is for image files, and these are arrays: leave it out')
     if isinstance(source, (tuple, list)): return _from_arrays(source)
     return _named(source) if isinstance(source, str) and source in NAMED else _from_path(source, convert)

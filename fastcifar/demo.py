@@ -102,7 +102,9 @@ def serve_demo(
     "Serve the page of a trained net"
     interp, note = None, 'only a run folder knows its test images'
     of_a_run = (Path(source)/'config.json').is_file() and (Path(source)/'metrics.json').is_file()
-    if not of_a_run and (data or device): raise FastcifarError(f'data and device are for the test images of a run folder, and {source} is none: leave them out')
+    if not of_a_run and (data or device):
+        raise FastcifarError(f'data and device are for the test images of a run folder, and {source} is none: '
+                             'leave them out')
     if of_a_run:
         say('predicting the test images once')
         try: interp = evaluate_run(source, data, device, bars=False)

@@ -182,7 +182,8 @@ def export_run(
     out = user_path(out) if out else run.resolve().with_name(f'{run.resolve().name}-export')
     if not (run/'metrics.json').is_file():
         raise FastcifarError(f'{run} is not finished: continue it with {command_line("train", resume=run)}')
-    if data and not (onnx or pt2): raise FastcifarError('data are for comparing formats on its images, and none is written: leave them out')
+    if data and not (onnx or pt2):
+        raise FastcifarError('data are for comparing formats on its images, and none is written: leave them out')
     if out.exists(): raise FastcifarError(f'{out} exists already and is left as it is: remove it, or choose another --out')
     try:
         tmp = out.with_name(f'.{out.name[:60]}.{UNFINISHED}{secrets.token_hex(4)}.tmp') # it has to stay a name

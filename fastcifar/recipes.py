@@ -17,7 +17,7 @@ from torch import nn
 
 from .augment import list_policies
 from .averages import EMA, VIEWS
-from .basics import FastcifarError, as_json, check_name, read_json, write_json
+from .basics import FastcifarError, as_json, check_name, is_number, read_json, write_json
 from .models.zoo import list_models
 from .loop import CrossEntropy, piecewise
 from .optim import OPTIMIZERS, optimizer
@@ -97,12 +97,14 @@ def idle_settings(
     "The settings that have no effect in a recipe"
     leave, res = 'leave it out, or choose', {}
     for s, names in SCHEDULES.items():
-        if s != r.schedule: res |= dict.fromkeys(names, f'is for the schedule {s}, and it is {r.schedule}: {leave} that')
+        why = f'is for the schedule {s}, and it is {r.schedule}: {leave} that'
+        if s != r.schedule: res |= dict.fromkeys(names, why)
     others = {k for names in OPTIMIZERS.values() for k in names} - set(OPTIMIZERS[r.optimizer])
     res |= dict.fromkeys(others, f'is not for the optimizer {r.optimizer}: {leave} another')
     if r.schedule == 'one_cycle' and r.mom_cycle:
         res['mom'] = 'is a momentum that stays, and mom_cycle moves it: leave it out, or set mom_cycle to null (None)'
-    if r.wd == 0: res |= dict.fromkeys(('decay', 'decay_all'), 'is for weight decay, and wd is 0: leave it out, or give wd')
+    no_decay = 'is for weight decay, and wd is 0: leave it out, or give wd'
+    if r.wd == 0: res |= dict.fromkeys(('decay', 'decay_all'), no_decay)
     if getattr(r, 'norm', 'gn') != 'gn':
         res['groups'] = f'are for group norm, and the norm is {r.norm}: leave them out, or use gn'
     return res
@@ -211,7 +213,7 @@ def _meant(name, model, settings):
     for k in settings: check_name(k, [f.name for f in dataclasses.fields(r)], 'setting of a recipe')
     idle = idle_settings(dataclasses.replace(r, **settings).checked())
     usual = create_recipe(name, model, **{k: v for k, v in settings.items() if k not in idle})
-    def same(a, b): return math.isclose(a, b) if isinstance(a, float) and isinstance(b, float) else as_json(a) == as_json(b)
+    def same(a, b): return is_number(a) and is_number(b) and math.isclose(a, b) or as_json(a) == as_json(b)
     settings = {k: v for k, v in settings.items() if k not in idle or not same(v, getattr(usual, k))}
     create_recipe(name, model, **settings) # refuses those that were changed
     return settings

@@ -153,7 +153,8 @@ def _rates(config, metrics):
     if config.get('lr_max') is None: source = 'found by a range test before the training'
     elif config['lr_max'] == usual.lr_max: source = 'as the recipe has it'
     else: source = 'as given' if config['bs'] == usual.bs else 'as given, or scaled with the batch size'
-    if schedule != 'one_cycle': return f'Learning rate {lr_max:.2e}{"" if schedule == "constant" else " at first"}, {source}.'
+    if schedule == 'constant': return f'Learning rate {lr_max:.2e}, {source}.'
+    if schedule == 'steps': return f'Learning rate {lr_max:.2e} at first, {source}.'
     both = config.get('lr_max') is None or config.get('lr_min') is not None
     return f'LRMIN {lr_min:.2e}{"" if both else ", a fiftieth of LRMAX"}; LRMAX {lr_max:.2e}, {source}.'
 

@@ -75,9 +75,11 @@ def configure(
     "The configuration of a named recipe for a net, with some settings given"
     own = {f.name for f in dataclasses.fields(Config)} - {f.name for f in dataclasses.fields(Recipe)}
     r = create_recipe(recipe, model, **{k: v for k, v in settings.items() if k not in own})
-    c = Config(recipe=recipe, model=model, **dataclasses.asdict(r), **{k: v for k, v in settings.items() if k in own}).checked()
+    about = {k: v for k, v in settings.items() if k in own}
+    c = Config(recipe=recipe, model=model, **dataclasses.asdict(r), **about).checked()
     check_given(c, settings)
-    if c.convert and c.data in NAMED: raise FastcifarError(f'convert is for your own images, and {c.data} has no others than 32x32 RGB: leave it out')
+    if c.convert and c.data in NAMED:
+        raise FastcifarError(f'convert is for your own images, and {c.data} has no others than 32x32 RGB: leave it out')
     return c
 
 def build_model(
@@ -624,4 +626,5 @@ def report_run(
         history = pd.read_csv(out/'history.csv')
         if not {'epoch', 'train_loss', 'train_accuracy', 'valid_loss', 'accuracy'} <= set(history): raise KeyError('history.csv')
         return _report(evaluate_run(out, data, device, bars), out, lrs, c, history.to_dict('records'), m, say)
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError) as e: raise FastcifarError(f'the tables of {out} are damaged ({type(e).__name__}: {e}): nothing was written') from e
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError) as e:
+        raise FastcifarError(f'the tables of {out} are damaged ({type(e).__name__}: {e}): nothing was written') from e

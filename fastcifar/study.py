@@ -183,7 +183,8 @@ class Study:
         for n, v in (('jobs', jobs), ('threads', threads), ('together', together)):
             if v is not None and v < 1: raise FastcifarError(f'{n} is {v}: give at least 1')
         if not tasks and not (torch.cuda.is_available() and str(device or default_device()).startswith('cuda')): checked_device(device) # a context on a GPU would take its memory
-        if tasks and (jobs or device): raise FastcifarError('jobs and device are for runs on this machine, and Ray places its own: leave them out')
+        if tasks and (jobs or device):
+            raise FastcifarError('jobs and device are for runs on this machine, and Ray places its own: leave them out')
         device = default_device().type if device is None else str(device)
         gpus = [f'cuda:{i}' for i in range(torch.cuda.device_count())] if device == 'cuda' or device.startswith('cuda') and ':' not in device else [device]
         jobs = jobs or (max(1, cpu_count() // threads) if device == 'cpu' else 3 * len(gpus))
@@ -288,7 +289,8 @@ def report_study(
     except (TypeError, KeyError, AttributeError): raise FastcifarError(f'{out} is not a study folder: it holds no study.json of this version') from None
     except FastcifarError as e: raise FastcifarError(f'{f} is damaged: {e}') from e
     odd = [k for k, c in grid.items() if k != run_name(c)]
-    if odd or not grid: raise FastcifarError(f'{f} is damaged: {f"its run {odd[0]!r} is another" if odd else "it holds no run"}')
+    if odd or not grid:
+        raise FastcifarError(f'{f} is damaged: {f"its run {odd[0]!r} is another" if odd else "it holds no run"}')
     grid = list(grid.values())
     rows, parts = zip(*[_read(out/'runs'/run_name(c), c, True) for c in grid])
     _write(out, grid, _runs_table(rows), parts, say, lambda *_: contextlib.nullcontext()) # without its page this has failed

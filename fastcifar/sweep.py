@@ -74,11 +74,14 @@ class Sweep:
         if not tune: raise FastcifarError(f'there is nothing to tune: name some of {", ".join(TUNABLE)}')
         lost = [k for k in tune if k != 'lr_max' and settings.get(k) is not None] # of lr_max the search goes out
         left = ','.join(k for k in tune if k not in lost) or 'others'
-        if lost: raise FastcifarError(f'{", ".join(lost)} is given, and searched: leave it out, or search --tune {left}')
+        if lost:
+            raise FastcifarError(f'{", ".join(lost)} is given, and searched: leave it out, or search --tune {left}')
         if not valid or valid < 1: raise FastcifarError('a sweep needs held-out images: give --valid of at least 1')
         self.out, self.tune = user_path(out), tuple(tune)
-        later = {k: settings.pop(k) for k in ('decay', 'decay_all') if 'wd' in tune and k in settings} # wd may begin at 0
-        self.base = dataclasses.replace(configure(recipe, model, data=str(data), valid=valid, **settings), **later).checked()
+        of_decay = ('decay', 'decay_all') if 'wd' in tune else () # which may begin at 0
+        later = {k: settings.pop(k) for k in of_decay if k in settings}
+        base = configure(recipe, model, data=str(data), valid=valid, **settings)
+        self.base = dataclasses.replace(base, **later).checked()
         if self.base.lr_max is None: raise FastcifarError(f'the recipe {recipe} has no learning rate of its own: give --lr-max, or use fast or reference')
 
     def _settle(self, data):
@@ -101,7 +104,8 @@ class Sweep:
         try:
             storage = JournalStorage(JournalFileBackend(str(self.out/'journal.log')))
             return optuna.create_study(storage=storage, study_name='sweep', direction='maximize', load_if_exists=True, pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=max(1, self.base.epochs // 4)))
-        except (ValueError, LookupError, TypeError, AttributeError, OSError) as e: raise FastcifarError(f'{self.out}/journal.log is damaged ({type(e).__name__}): choose another --out') from e
+        except (ValueError, LookupError, TypeError, AttributeError, OSError) as e:
+            raise FastcifarError(f'{self.out}/journal.log is damaged ({type(e).__name__}): choose another --out') from e
 
     def run(self,
         trials:int=20, # How many in all, with those that are done

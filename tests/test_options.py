@@ -1,5 +1,5 @@
-"""Options that contradict each other or change nothing, values that are none, folders that are damaged: one line says so,
-from the command line and from Python, before any work is done."""
+"""Options that contradict each other or change nothing, values that are none, folders that are damaged: one line says
+so, from the command line and from Python, before any work is done."""
 import copy, json, os, re, shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +18,7 @@ from fastcifar.export import export_run
 from fastcifar.models.zoo import create_model, list_models, load_model, save_model
 from fastcifar.optim import optimizer
 from fastcifar.recipes import create_recipe, override_recipe, read_recipe, write_recipe
-from fastcifar.runs import build_model, configure, report_run, run_config, train_run
+from fastcifar.runs import build_model, configure, evaluate_run, report_run, run_config, train_run
 from fastcifar.study import Study, collect_runs, report_study, run_name, study_grid
 from fastcifar.sweep import Sweep
 
@@ -27,8 +27,10 @@ def quiet(line): pass
 # --- settings that change nothing
 
 LINES = {
-    'lr-min of a constant rate': ('train --recipe reference --model normnet41k --lr-min 1e-3', 'for the schedule one_cycle'),
-    'lr-min beside constant': ('train --recipe fast --model normnet31k --schedule constant --lr-min 8e-4', 'lr_min is for'),
+    'lr-min of a constant rate': (
+        'train --recipe reference --model normnet41k --lr-min 1e-3', 'for the schedule one_cycle'),
+    'lr-min beside constant': (
+        'train --recipe fast --model normnet31k --schedule constant --lr-min 8e-4', 'lr_min is for'),
     'peak of steps': ('train --recipe reference --model normnet48k --set peak=0.3', 'it is steps: leave it out'),
     'gamma of no steps': ('train --recipe fast --model normnet31k --set gamma=0.1', 'gamma is for the schedule steps'),
     'steps of a cycle': ('compare --models normnet31k --set step_epochs=2', 'step_epochs is for the schedule steps'),
@@ -64,8 +66,19 @@ LINES = {
     'division by zero': ('summary speednet --model-args scale=0', 'cannot be built with'),
 }
 
+@pytest.fixture
+def no_work(monkeypatch):
+    "What would take long raises an error"
+    import fastcifar.bench as bench, fastcifar.demo as demo, fastcifar.inspect as inspect, fastcifar.recipes as recipes
+    import fastcifar.runs as runs, fastcifar.study as study, fastcifar.sweep as sweep
+    def work(*args, **kw): raise AssertionError('the work was begun')
+    for module, name in ((recipes, 'recipe_learner'), (runs, 'recipe_learner'), (sweep, 'recipe_learner'),
+                         (runs, 'evaluate_run'), (study, '_on_pool'), (bench, 'bench_step'), (bench, 'bench_data'),
+                         (demo, 'demo_app'), (inspect, 'summarize')):
+        monkeypatch.setattr(module, name, work)
+
 @pytest.mark.parametrize('name', LINES)
-def test_command_is_refused_in_a_line(name, main, tree, tmp_path):
+def test_command_is_refused_in_a_line(name, main, tree, tmp_path, no_work):
     line, says = LINES[name]
     args = line.replace('TREE', str(tree)).split()
     if args[0] in ('train', 'compare', 'sweep', 'find-lr') and '--data' not in args: args += ['--data', str(tree)]
@@ -82,21 +95,24 @@ CALLS = {
     'a configuration': (lambda: configure('reference', 'normnet41k', peak=.3), 'peak is for'),
     'kind of no decay': (lambda: configure('fast', 'normnet31k', decay_all=True), 'wd is 0'),
     'converted digits': (lambda: configure(data='digits', convert=True), 'convert is for your own images'),
-    'converted arrays': (lambda: load_data((np.zeros((20, 32, 32, 3), np.uint8), np.arange(20) % 2), True), 'are arrays'),
+    'converted arrays': (lambda: load_data((np.zeros((9, 32, 32, 3), np.uint8), np.zeros(9, int)), True), 'are arrays'),
     'an optimizer': (lambda: optimizer('sgd', spectral=12.), 'sgd has no spectral'),
     'a net': (lambda: create_model('groupnet', norm='ln', groups=4), 'groups are for group norm'),
     'a sweep': (lambda: Sweep('s', 'normnet31k', 'digits', wd=.1), 'wd is given, and searched'),
-    'a study': (lambda: study_grid(['normnet31k', 'normnet41k'], recipes='reference', peak=.3), 'normnet41k, reference: peak'),
+    'a study': (
+        lambda: study_grid(['normnet31k', 'normnet41k'], recipes='reference', peak=.3), 'normnet41k, reference: peak'),
     'Ray and jobs': (lambda: Study('s', 'normnet31k', 'digits').run(jobs=2, tasks='a cluster'), 'Ray places its own'),
-    'Ray and a device': (lambda: Study('s', 'normnet31k', 'digits').run(device='cpu', tasks='a cluster'), 'Ray places its own'),
+    'Ray and a device': (
+        lambda: Study('s', 'normnet31k', 'digits').run(device='cpu', tasks='a cluster'), 'Ray places its own'),
     'a GPU that is none': (lambda: RayTasks(gpus=float('nan')), 'a task with 1 processors and nan GPUs'),
     'a benchmark': (lambda: run_bench('data', n=3), '--runs is for the speedrun on a GPU'),
     'a demo': (lambda: serve_demo('groupnet', data='digits', block=False), 'groupnet is none'),
-    'channels of a training': (lambda: build_model(configure(model_args=dict(n_in=1)), 10), 'n_in, which a training sets'),
+    'channels of a training': (
+        lambda: build_model(configure(model_args=dict(n_in=1)), 10), 'n_in, which a training sets'),
 }
 
 @pytest.mark.parametrize('name', CALLS)
-def test_call_is_refused_in_a_line(name, tmp_path, monkeypatch):
+def test_call_is_refused_in_a_line(name, tmp_path, monkeypatch, no_work):
     monkeypatch.chdir(tmp_path)
     call, says = CALLS[name]
     with pytest.raises(FastcifarError) as e: call()
@@ -157,24 +173,22 @@ def test_file_of_a_net_that_is_none(tmp_path):
     for change in (dict(n_out=-3), dict(n_in=True), dict(dropout=2), dict(name='x'), dict(extra=1)):
         net.config = dict(name='normnet31k', n_out=10, norm='bn') | change
         save_model(net, tmp_path/'m.safetensors')
-        with pytest.raises(FastcifarError, match='m.safetensors describes a net that cannot be built'): load_model(tmp_path/'m.safetensors')
+        with pytest.raises(FastcifarError, match='m.safetensors describes a net that cannot be built'):
+            load_model(tmp_path/'m.safetensors')
     net.config = dict(name='normnet31k', n_out=10, norm='bn', groups=4) # as older versions let pass
     save_model(net, tmp_path/'m.safetensors', classes=list('0123456789'))
     assert load_model(tmp_path/'m.safetensors').note['classes']
 
 def test_labels_far_apart():
     x = np.zeros((20, 32, 32, 3), np.uint8)
-    with pytest.warns(UserWarning, match='the labels are 0, 100000000, not 0 to 1'): data = load_data((x, np.repeat([0, 10**8], 10)))
+    with pytest.warns(UserWarning, match='the labels are 0, 100000000, not 0 to 1'):
+        data = load_data((x, np.repeat([0, 10**8], 10)))
     assert data.classes == ['0', '100000000'] and len(data.counts()) == 2
 
 # --- places that cannot be written
 
 @pytest.mark.parametrize('place', ['/dev/null/p.png', 'FOLDER.png', 'FILE/p.png'])
-def test_a_plot_that_cannot_be_written_is_noticed_before_the_work(place, main, run, tmp_path, monkeypatch):
-    import fastcifar.bench as bench, fastcifar.inspect as inspect, fastcifar.recipes as recipes, fastcifar.runs as runs
-    def work(*args, **kw): raise AssertionError('the work was begun')
-    for module, name in ((recipes, 'recipe_learner'), (runs, 'evaluate_run'), (bench, 'run_bench'), (inspect, 'summarize')):
-        monkeypatch.setattr(module, name, work)
+def test_a_plot_that_cannot_be_written_is_noticed_before_the_work(place, main, run, tmp_path, no_work):
     (tmp_path/'FOLDER.png').mkdir(), (tmp_path/'FILE').write_text('')
     before = sorted(tmp_path.rglob('*'))
     commands = [('find-lr', '--data', 'digits', '--plot', place), ('bench', 'step', '--out', place),
@@ -219,40 +233,42 @@ def test_a_page_says_where_rates_come_from(recipe, more, says, run, tmp_path, mo
     (tmp_path/'r/metrics.json').write_text(json.dumps(m | dict(zip(('lr_min', 'lr_max'), found))))
     shown = {}
     monkeypatch.setattr(report, 'render', lambda template, **values: shown.update(values) or '')
-    for name in ('drawn_svgs', '_losses', '_shown', '_augmented'): monkeypatch.setattr(report, name, lambda *a, **kw: {})
-    config = json.loads((tmp_path/'r/config.json').read_text())
+    for name in ('drawn_svgs', '_losses', '_shown', '_augmented'):
+        monkeypatch.setattr(report, name, lambda *a, **kw: {})
     monkeypatch.setattr('fastcifar.runs.evaluate_run', lambda *a: interp(run))
     monkeypatch.setattr('fastcifar.runs.drawn_svgs', lambda *a: {})
     report_run(tmp_path/'r', say=quiet)
     assert shown['rates'] == says
 
-_interps = {}
-def interp(out):
-    from fastcifar.runs import evaluate_run
-    if out not in _interps: raise AssertionError('made by the fixture')
-    return _interps[out]
+_interps = {} # of the fixture's run
+
+def interp(out): return _interps[out]
 
 @pytest.fixture(scope='module')
 def run(tree, tmp_path_factory):
     "A finished run folder"
-    from fastcifar.runs import evaluate_run
     out = tmp_path_factory.mktemp('run')/'run'
-    train_run(configure('fast', 'normnet31k', data=str(tree), epochs=1, bs=20), out, bars=False, pictures=False, say=quiet)
+    c = configure('fast', 'normnet31k', data=str(tree), epochs=1, bs=20)
+    train_run(c, out, bars=False, pictures=False, say=quiet)
     _interps[out] = evaluate_run(out, bars=False)
     return out
 
-@pytest.mark.parametrize('file, content', [('environment.json', '[]'), ('metrics.json', '[]'), ('metrics.json', '{"test_images": 0}'),
-    ('lr_range.json', '{"lr_min": "a", "lr_max": 1}'), ('lr_range.json', '[1]'), ('history.csv', ''), ('history.csv', 'epoch\n1\n')])
+@pytest.mark.parametrize('file, content', [
+    ('environment.json', '[]'), ('metrics.json', '[]'), ('metrics.json', '{"test_images": 0}'),
+    ('lr_range.json', '{"lr_min": "a", "lr_max": 1}'), ('lr_range.json', '[1]'),
+    ('history.csv', ''), ('history.csv', 'epoch\n1\n')])
 def test_damaged_tables_of_a_run(file, content, run, tmp_path, monkeypatch):
     monkeypatch.setattr('fastcifar.runs.evaluate_run', lambda *a: interp(run))
-    for name in ('_losses', '_shown', '_augmented'): monkeypatch.setattr(f'fastcifar.report.{name}', lambda *a, **kw: {})
+    for name in ('_losses', '_shown', '_augmented'):
+        monkeypatch.setattr(f'fastcifar.report.{name}', lambda *a, **kw: {})
     shutil.copytree(run, tmp_path/'r')
     (tmp_path/'r'/file).write_text(content)
     with pytest.raises(FastcifarError, match='damaged') as e: report_run(tmp_path/'r', say=quiet)
     assert '\n' not in str(e.value)
 
 def test_data_without_a_format_to_compare(run, tmp_path):
-    with pytest.raises(FastcifarError, match='none is written: leave them out'): export_run(run, tmp_path/'e', onnx=False, data='digits')
+    with pytest.raises(FastcifarError, match='none is written: leave them out'):
+        export_run(run, tmp_path/'e', onnx=False, data='digits')
     assert not (tmp_path/'e').exists()
 
 # --- a damaged study
@@ -301,13 +317,16 @@ def _damage(out, original, name, kind, share, new, junk):
         except ValueError: # no JSON
             f.write_bytes(re.sub(rb'[0-9.]+', lambda m: str(new).encode(), data, count=1 + int(9 * share)))
 
-FILES = ['study.json', 'results.csv', 'report.html', 'answer.txt', 'curves.csv', *(f'runs/normnet31k-{norm}-fast-bs20-seed{seed}/{f}'
-    for norm, seed in (('bn', 0), ('gn', 1)) for f in ('config.json', 'metrics.json', 'metrics.json', 'history.csv', 'failure.txt', 'environment.json'))]
+OF_A_RUN = 'config.json metrics.json history.csv failure.txt environment.json'.split()
+FILES = ['study.json', 'results.csv', 'report.html', 'answer.txt', 'curves.csv',
+         *(f'runs/normnet31k-{run}/{f}' for run in ('bn-fast-bs20-seed0', 'gn-fast-bs20-seed1') for f in OF_A_RUN)]
 KINDS = ['removed', 'directory', 'truncated', 'flipped', 'junk', 'another', 'value', 'value', 'value']
 DAMAGE = st.lists(st.tuples(st.sampled_from(FILES), st.sampled_from(KINDS), st.floats(0, 1, exclude_max=True), ODD,
                             st.binary(max_size=4)), min_size=1, max_size=3, unique_by=lambda d: d[0])
 
-def accuracies(r): return {tuple(k): v for *k, v in r[r.status == 'finished'][['norm', 'seed', 'test_accuracy']].values.tolist()}
+def accuracies(r):
+    done = r[r.status == 'finished']
+    return {(norm, seed): a for norm, seed, a in zip(done.norm, done.seed, done.test_accuracy)}
 
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(damage=DAMAGE)
@@ -319,11 +338,12 @@ def test_a_damaged_study(study, damage, tmp_path_factory):
     out = tmp_path_factory.mktemp('damaged')/'study'
     shutil.copytree(original, out)
     for d in damage: _damage(out, original, *d)
-    ways = dict(page=lambda: report_study(out, say=told.append), again=lambda: Study(out, **what).run(bars=False, say=told.append))
+    ways = (lambda: report_study(out, say=told.append), lambda: Study(out, **what).run(bars=False, say=told.append))
+    def not_now(work, calls, *more): return ((i, ['not now'] * len(args[0])) for i, args in calls.items())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, 'save_plot', lambda *a: None), patch.setattr(module, 'drawn_svgs', lambda plots, *a: dict.fromkeys(plots, []))
-        patch.setattr(module, '_on_pool', lambda work, calls, *a: ((i, ['not now'] * len(args[0])) for i, (args) in calls.items()))
-        for way in ways.values():
+        patch.setattr(module, 'save_plot', lambda *a: None), patch.setattr(module, '_on_pool', not_now)
+        patch.setattr(module, 'drawn_svgs', lambda plots, *a: dict.fromkeys(plots, []))
+        for way in ways:
             told = []
             try: way()
             except FastcifarError as e:
@@ -342,8 +362,8 @@ def test_a_damaged_study(study, damage, tmp_path_factory):
 
 @pytest.mark.parametrize('file, content, says', [
     ('metrics.json', '{"test_accuracy": 0.99}', 'metrics.json is damaged'), ('metrics.json', None, 'cannot read'),
-    ('config.json', '{}', 'not the configuration of a run'), ('history.csv', 'epoch,accuracy\n1,.5', 'history.csv is damaged'),
-    ('history.csv', None, 'history.csv is damaged')])
+    ('config.json', '{}', 'not the configuration of a run'),
+    ('history.csv', 'epoch,accuracy\n1,.5', 'history.csv is damaged'), ('history.csv', None, 'history.csv is damaged')])
 def test_the_broken_run_is_named(file, content, says, study, main, tmp_path):
     shutil.copytree(study[0], tmp_path/'s')
     f = tmp_path/'s/runs/normnet31k-bn-fast-bs20-seed1'/file
@@ -356,7 +376,9 @@ def test_the_broken_run_is_named(file, content, says, study, main, tmp_path):
     assert 'normnet31k bn fast 20 seed 1: ' in line and says in line
     assert (r.status == 'finished').sum() == (4 if file == 'history.csv' else 3)
 
-@pytest.mark.parametrize('content', [None, '', '[]', '{"runs": {}}', '{"runs": []}', '{"runs": {"a": {"model": []}}}', '{"runs": {"a": {}}}'])
+LISTS = [None, '', '[]', '{"runs": {}}', '{"runs": []}', '{"runs": {"a": {"model": []}}}', '{"runs": {"a": {}}}']
+
+@pytest.mark.parametrize('content', LISTS)
 def test_a_damaged_list_of_runs(content, study, main, tmp_path):
     shutil.copytree(study[0], tmp_path/'s')
     (tmp_path/'s/study.json').unlink()

@@ -91,7 +91,8 @@ def create_model(
     **kwargs, # What else the model's class takes
 ) -> nn.Module: # (N, 3, 32, 32) -> logits (N, n_out)
     "Build a network by name; an unknown name or argument is an error that says what there is"
-    if 'groups' in kwargs and norm != 'gn': raise FastcifarError(f'groups are for group norm, and the norm is {norm}: leave them out, or use gn')
+    if 'groups' in kwargs and norm != 'gn':
+        raise FastcifarError(f'groups are for group norm, and the norm is {norm}: leave them out, or use gn')
     return _build(name, pretrained, n_out=n_out, norm=norm, **kwargs)
 
 def model_table() -> pd.DataFrame:
@@ -125,7 +126,8 @@ def load_model(
     tensors, note = load_tensors(path)
     if not isinstance(note, dict) or not isinstance(note.get('model'), dict) or 'name' not in note['model']:
         raise FastcifarError(f'{path} does not say which net it holds: it was not written by fastcifar')
-    with torch.device('meta'): load_weights(_described(note['model'], path), tensors, path, copy=False) # compares before anything is allocated
+    with torch.device('meta'): # compares before anything is allocated
+        load_weights(_described(note['model'], path), tensors, path, copy=False)
     model = _described(note['model'], path)
     load_weights(model, tensors, path)
     model.note = note
