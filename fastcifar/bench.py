@@ -541,10 +541,10 @@ BENCHES = ('data', 'step', 'epoch', 'speedrun', 'parallel', 'together')
 
 def run_bench(
     name:str, # One of `BENCHES`
-    rounds:int=5, # Rounds of each pair; fewer for whole epochs
+    rounds:int=None, # Rounds of each pair; None: 5
     device=None, # `'cuda'` for the GPU rows; None: a GPU if there is one, for `speedrun` and `together`
-    data:str='cifar10', # Needed for accuracies on a GPU
-    n:int=10, # Runs of each on a GPU
+    data:str=None, # For accuracies of the speedrun on a GPU; None: $FASTCIFAR_DATA, else `'cifar10'`
+    n:int=None, # Whole trainings of each in the speedrun on a GPU; None: 10
     airbench=None, # Path of airbench94_muon.py
     results=(), # For `speedrun` on a CPU: files with the accuracies of whole trainings
 ) -> dict: # rows, machine, versions
@@ -557,7 +557,12 @@ def run_bench(
     if airbench and not (gpu and name == 'speedrun'): raise FastcifarError('--airbench is for the speedrun on a GPU: leave it out')
     if results and (gpu or name != 'speedrun'): raise FastcifarError('--results is for the speedrun on a CPU: leave it out')
     if gpu and name not in ('epoch', 'speedrun', 'together'): raise FastcifarError(f'{name} has CPU rows only: leave --device out')
-    if name == 'speedrun' and gpu: rows = bench_gpu_speedrun(data, device, n, airbench)
+    whole = gpu and name == 'speedrun' # trainings, not parts of them
+    for option, given, there in (('runs', n, whole), ('data', data, whole), ('rounds', rounds, not whole)):
+        if given is not None and not there:
+            raise FastcifarError(f'--{option} is {"not " if whole else ""}for the speedrun on a GPU: leave it out')
+    rounds, n, data = rounds or 5, n or 10, data or os.environ.get('FASTCIFAR_DATA') or 'cifar10'
+    if whole: rows = bench_gpu_speedrun(data, device, n, airbench)
     else: rows = dict(data=lambda: bench_data(rounds), step=lambda: bench_step(rounds), epoch=lambda: bench_epoch(rounds=rounds, device=device), parallel=lambda: bench_parallel(rounds=rounds), together=lambda: bench_together(rounds=rounds, device=device), speedrun=lambda: bench_cpu_speedrun(rounds, results=results))[name]()
     e = environment(device)
     return dict(rows=[dict(dataclasses.asdict(r), met=r.met) for r in rows], machine={k: e[k] for k in ('system', 'device', 'device_name', 'threads', 'cores')}, versions=dict(e['versions'], python=e['python']), commit=e['commit'])

@@ -6,7 +6,7 @@
 __all__ = ['RayTasks', 'everywhere']
 
 # %% ../nbs/33_cluster.ipynb #f7992556
-import os
+import math, os
 from pathlib import Path
 
 from .basics import FastcifarError, optional
@@ -21,7 +21,9 @@ class RayTasks:
         gpus:float=0., # GPUs of each task; a fraction lets several share one
         retries:int=5, # How often a task is started again when its process or machine dies
     ):
-        if cpus < 1 or gpus < 0 or gpus > 1 and gpus != int(gpus): raise FastcifarError(f'a task with {cpus} processors and {gpus} GPUs: give at least 1 processor, and a fraction of a GPU or whole ones')
+        if cpus < 1 or not 0 <= gpus < math.inf or gpus > 1 and gpus != int(gpus):
+            raise FastcifarError(f'a task with {cpus} processors and {gpus} GPUs: give at least 1 processor, '
+                                 'and a fraction of a GPU or whole ones')
         os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
         self.ray = optional('ray', 'ray', 'a study on Ray')
         self.cpus, self.gpus, self.retries = cpus, gpus, retries

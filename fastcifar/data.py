@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['NAMED', 'pixel_stats', 'draws_names', 'legible', 'ImageData', 'stratified_holdout', 'image_digests', 'content_hash',
-           'order_hash', 'cache_root', 'count_copies', 'cached', 'place_of', 'load_data']
+           'order_hash', 'cache_root', 'count_copies', 'cached', 'list_cache', 'clear_cache', 'place_of', 'load_data']
 
 # %% ../nbs/03_data.ipynb #f21ed94d
-import functools, hashlib, json, os, shutil, uuid, warnings
+import contextlib, functools, hashlib, json, os, re, shutil, uuid, warnings
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from .archive import Arrays, SIDE, check_arrays, clean_names, file_sha256, read_images
@@ -25,7 +25,9 @@ def pixel_stats(
     x:np.ndarray, # uint8 (N, H, W, 3)
 ) -> tuple: # (mean, std), each three floats in 0..1
     "Exact mean and standard deviation of each colour over all pixels"
-    counts = np.stack([np.bincount(x[..., c].ravel(), minlength=256) for c in range(3)])
+    counts = np.zeros((3, 256), np.int64)
+    for i in range(0, len(x), 1024): # of a file, perhaps, that is larger than the memory
+        counts += [np.bincount(x[i:i + 1024, ..., c].ravel(), minlength=256) for c in range(3)]
     v, n = np.arange(256) / 255, counts[0].sum()
     mean = counts @ v / n
     return mean.tolist(), np.sqrt(np.maximum(counts @ v**2 / n - mean**2, 0)).tolist()
@@ -309,7 +311,7 @@ def _told(data, copies):
     for note in _notes(data, copies): warnings.warn(note)
     return data
 
-def _save(folder, a, sha):
+def _save(folder, name, a, sha):
     a, about = _identified(a, sha)
     tmp = folder.parent/f'.{folder.name}.{uuid.uuid4().hex}'
     tmp.mkdir(parents=True)
@@ -320,7 +322,7 @@ def _save(folder, a, sha):
             if a.coarse: np.save(tmp/f'{s}_coarse.npy', a.coarse[s])
         for f in tmp.iterdir():
             with open(f, 'rb+') as o: os.fsync(o.fileno())
-        about |= dict(classes=a.classes, coarse_classes=a.coarse_classes, stats=pixel_stats(a.x['train']), copies=count_copies(a))
+        about |= dict(name=name, classes=a.classes, coarse_classes=a.coarse_classes, stats=pixel_stats(a.x['train']), copies=count_copies(a))
         write_json(tmp/'meta.json', about)
         os.rename(tmp, folder)
     except BaseException:
@@ -331,7 +333,28 @@ def _load(folder, kind, mode=None):
     try: return {s: np.load(folder/f'{s}_{kind}.npy', mmap_mode=mode, allow_pickle=False) for s in ('train', 'test')}
     except (OSError, ValueError, EOFError) as e: raise FastcifarError(f'the cache folder {folder} is damaged ({e}): delete it, it will be made again') from e
 
+try: import fcntl
+except ImportError: _USED = None # Windows keeps open files by itself
+else: _USED = {} # folder -> its meta.json, held open with a shared lock
+
+def _use(folder):
+    "Say to `clear_cache` of other processes, and show in the time of the folder, that a set is in use"
+    with contextlib.suppress(OSError): os.utime(folder)
+    if _USED is None or folder in _USED: return
+    with contextlib.suppress(OSError): # where locks do not work, as on some network drives
+        f = open(folder/'meta.json')
+        fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        _USED[folder] = f
+
+def _in_use(folder):
+    try:
+        with open(folder/'meta.json') as f: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError: return False
+    except OSError: return True
+    return False
+
 def _open(folder, name, policy):
+    _use(folder)
     meta = read_json(folder/'meta.json')
     a = Arrays(_load(folder, 'x', 'r'), _load(folder, 'y'), meta['classes'], _load(folder, 'coarse') if meta['coarse_classes'] else None, meta['coarse_classes'])
     about = {k: meta[k] for k in ('source', 'stats', 'order', 'former', 'arranged')}
@@ -342,6 +365,7 @@ def cached(
     decode, # Gives (`Arrays`, sha256 of their file, or None); not called when the cache has them
     name:str, # Name of the data set, if its content is not that of a known one
     policy:str='crop_flip_cutout', # Its default policy
+    download=None, # A folder that is no longer needed then
 ) -> ImageData: # Backed by memory-mapped files
     "The data set of `key` from the cache, decoded first if need be"
     folder = cache_root()/f'{key[:32]}-{_FORMAT}'
@@ -349,9 +373,64 @@ def cached(
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f'{folder}.lock'):
-                if not folder.exists(): _save(folder, *decode())
+                if not folder.exists(): _save(folder, name, *decode())
+                if download: shutil.rmtree(download, ignore_errors=True) # while nobody else can be filling it
         except OSError as e: raise FastcifarError(f'cannot write the cache folder {folder}: {e.strerror or e}; set FASTCIFAR_CACHE to a folder with free space') from e
     return _open(folder, name, policy)
+
+# %% ../nbs/03_data.ipynb #9aab6b9f
+_SETS = re.compile(r'[0-9a-f]{32}-(\d+)') # Folders of decoded sets, with the number of their form
+_PARTS = re.compile(r'\.[0-9a-f]{32}-\d+\.[0-9a-f]{32}') # The same while they are being written
+
+def _entry(path):
+    "(what it is, name, numbers of images and classes) of something in the cache folder"
+    named = _SETS.fullmatch(path.name)
+    if named and path.is_dir():
+        try: meta = read_json(path/'meta.json')
+        except FastcifarError: return ('damaged', '-')
+        images = [len(np.load(path/f'{s}_y.npy', mmap_mode='r')) if (path/f'{s}_y.npy').exists() else 0 for s in ('train', 'test')]
+        kind = 'current' if int(named[1]) == _FORMAT else 'old'
+        return (kind, str(meta.get('known') or meta.get('name') or '-'), *images, len(meta.get('classes', ())))
+    if _PARTS.fullmatch(path.name): return ('unfinished', '-')
+    if path.parent.name == 'downloads': return ('download', path.name)
+    return ('not ours', path.name)
+
+def _is_free(path):
+    "Does no living process make or use it?"
+    name = path.name.split('.')[1] if path.name.startswith('.') else path.name
+    if not _SETS.fullmatch(name): name = ARCHIVES[name].sha256[:32] + f'-{_FORMAT}' if name in ARCHIVES else None
+    if name is None: return True
+    lock = FileLock(f'{cache_root()/name}.lock', timeout=0)
+    try: lock.acquire()
+    except (Timeout, OSError): return False
+    lock.release()
+    return _USED is None or not _in_use(path)
+
+def list_cache() -> pd.DataFrame: # what, name, train, test, classes, MB, used (seconds since 1970), free, path
+    "What the cache folder holds: decoded sets, those of older versions, and what broken-off processes have left"
+    root, rows = cache_root(), []
+    found = sorted(p for p in root.iterdir() if p.name != 'downloads' and p.suffix != '.lock') if root.is_dir() else []
+    found += sorted((root/'downloads').iterdir()) if (root/'downloads').is_dir() else []
+    for p in found:
+        what, name, *numbers = _entry(p)
+        size = sum(f.stat().st_size for f in ([p] if p.is_file() else p.rglob('*')) if f.is_file())
+        numbers = numbers or [None] * 3
+        rows.append((what, name, *numbers, size / 1e6, p.stat().st_mtime, _is_free(p), str(p)))
+    return pd.DataFrame(rows, columns=['what', 'name', 'train', 'test', 'classes', 'MB', 'used', 'free', 'path'])
+
+def clear_cache(
+    what:str='old', # `'old'`: what no version or process needs any more; `'all'`; or the name of a data set
+) -> pd.DataFrame: # Of `list_cache`: what was removed
+    "Remove decoded sets and leavings; what a process is using stays, and so does whatever is not ours"
+    t = list_cache()
+    old = t.what.isin(('old', 'damaged', 'unfinished', 'download'))
+    if what not in ('old', 'all'): check_name(what, sorted({*t.name[t.what != 'not ours']} - {'-'}), 'data set in the cache')
+    chosen = t[t.free & (t.what != 'not ours') & (old if what == 'old' else (t.name == what) | (what == 'all'))]
+    for path in map(Path, chosen.path):
+        gone = path.with_name(f'.{path.name.strip(".")[:35]}.{uuid.uuid4().hex}') if path.parent == cache_root() else path
+        os.rename(path, gone) # at once, so that nobody opens half of it
+        shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    return chosen
 
 # %% ../nbs/03_data.ipynb #9b024404
 NAMED = (*ARCHIVES, 'digits') # Data sets that have a name
@@ -438,14 +517,15 @@ def _named(name):
     if os.path.lexists(name):
         warnings.warn(f'{name!r} names a data set; for the file or folder that lies here, give ./{name}', stacklevel=3)
     if name == 'digits': return ImageData(_digits(), name, policy='crop', former=('scikit-learn load_digits',))
-    data = cached(ARCHIVES[name].sha256, lambda: fetch_archive(name, cache_root()), f'{name}-copy')
-    shutil.rmtree(cache_root()/'downloads', ignore_errors=True) # decoded and cached: no longer needed
-    return data
+    root = cache_root()
+    return cached(ARCHIVES[name].sha256, lambda: fetch_archive(name, root), f'{name}-copy', download=root/'downloads'/name)
 
 def load_data(
     source='cifar10', # `'cifar10'`, `'cifar100'`, `'digits'`, a folder (of such a name: `'./digits'`), an archive, `(x, y)` or `((train_x, train_y), (test_x, test_y))` arrays
     convert:bool=False, # For your own images: resize to 32x32 and convert to RGB, instead of refusing what is not?
 ) -> ImageData:
     "Load a data set, downloading, verifying and decoding it if that has not happened yet"
+    if convert and isinstance(source, (tuple, list)):
+        raise FastcifarError('convert is for image files, and these are arrays: leave it out')
     if isinstance(source, (tuple, list)): return _from_arrays(source)
     return _named(source) if isinstance(source, str) and source in NAMED else _from_path(source, convert)

@@ -6,7 +6,7 @@
 __all__ = ['OPSET', 'write_onnx', 'write_program', 'compare_predictions', 'model_card', 'export_run']
 
 # %% ../nbs/32_export.ipynb #018261f3
-import json, os, re, shutil, tempfile, warnings
+import json, os, re, secrets, shutil, tempfile, warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,8 +15,8 @@ import torch
 from scipy.stats import binomtest
 
 from .archive import SIDE, file_sha256
-from .basics import FastcifarError, command_line, optional, read_json, spread_evenly, user_path, write_atomic, write_json
-from .basics import write_text
+from .basics import UNFINISHED, FastcifarError, command_line, optional, read_json, spread_evenly, user_path
+from .basics import harmless, write_atomic, write_json, write_text
 from .models.zoo import load_model, save_model
 from .predict import checked_onnx, open_predictor, pixel_net
 from .runs import run_config, run_data
@@ -89,7 +89,7 @@ tags: [image-classification, fastai, pytorch{', onnx' if onnx else ''}]
 metrics: [accuracy]
 ---
 
-# {c['architecture']['name']} ({c['architecture']['norm']}), trained on {m['data']}
+# {c['architecture']['name']} ({c['architecture']['norm']}), trained on {_as_text(m['data'])}
 
 An image classifier for 32x32 colour pictures with {m['parameters']:,} parameters. Classes: {classes}.
 
@@ -104,11 +104,12 @@ Measured after the last epoch, test-time views: {c['views']}. One run: another s
 ## How it was trained
 
 Recipe `{m['recipe']}`, {m['epochs']} epochs, batches of {m['bs']}, computed in {m['precision']} on {c['environment']['device_name']}, with torch {c['environment']['versions']['torch']} and fastcifar {c['environment']['versions']['fastcifar']}.
-Every setting stands in config.json under `training`. The data was {m['data']} ({hashed}).
+{''.join(f"It was continued on {d} with torch {t}. " for d, t in c.get('continued', ()))}Every setting stands in config.json under `training`. The data was {_as_text(m['data'])} ({hashed}).
 
 ## How to use it
 
-    pip install git+https://github.com/fastcifar/fastcifar
+With fastcifar {c['environment']['versions']['fastcifar']} or later installed:
+
     fastcifar predict --from . PICTURE.png
 
 In Python, `fastcifar.models.zoo.load_model('.')` gives the PyTorch module, which takes normalized images; mean and standard deviation are in config.json.
@@ -119,8 +120,8 @@ It knows the classes above and nothing else, answers with one of them whatever i
 """
 
 def _as_text(name):
-    "A class name as Markdown shows it as it is"
-    return re.sub(r'([\\`*_{}\[\]<>()#+!|$~&])', r'\\\1', name)
+    "A name as Markdown shows it as it is, in a line"
+    return re.sub(r'([\\`*_{}\[\]<>()#+!|$~&:])', r'\\\1', harmless(' '.join(str(name).split())))
 
 def _onnx_part(onnx):
     return f"""
@@ -144,6 +145,11 @@ def _test_images(out, data, n=1000):
     def spread(x, n): return np.asarray(x)[spread_evenly(len(x), n)]
     return np.concatenate([spread(d.x['test'], n), spread(d.x['train'], max(n - len(d.x['test']), 0))])
 
+def _continued(env):
+    "(device, version of torch) of every start that was made elsewhere than the first"
+    def where(s): return [s.get('device_name'), (s.get('versions') or {}).get('torch')]
+    return [w for w in map(where, env.get('starts', [])[1:]) if w != where(env)]
+
 def _fill(folder, run, onnx, pt2, data):
     "Write all files of an exported run into an empty folder"
     metrics, env = read_json(run/'metrics.json'), read_json(run/'environment.json')
@@ -152,7 +158,7 @@ def _fill(folder, run, onnx, pt2, data):
     save_model(model, folder/'model.safetensors', **{k: v for k, v in model.note.items() if k != 'model'})
     keep = ('test_accuracy', 'test_loss', 'test_images', 'wrong', 'train_accuracy', 'epochs', 'seed', 'recipe', 'bs', 'precision', 'data', 'data_sha256', 'parameters')
     c = dict(library='fastcifar', architecture=model.config, classes=classes, mean=model.note['mean'], std=model.note['std'], views=net.views, input='uint8 (N, 32, 32, 3), RGB', metrics=dict({k: metrics[k] for k in keep}, n=1),
-             training=read_json(run/'config.json'), environment={k: env[k] for k in ('python', 'versions', 'device_name', 'threads')})
+             training=read_json(run/'config.json'), environment={k: env[k] for k in ('python', 'versions', 'device_name', 'threads')}, continued=_continued(env))
     if onnx or pt2: images, ours = _test_images(run, data), open_predictor(folder)
     if onnx:
         diff = compare_predictions(ours, open_predictor(write_onnx(net, classes, folder/'model.onnx')), images)
@@ -176,16 +182,17 @@ def export_run(
     out = user_path(out) if out else run.resolve().with_name(f'{run.resolve().name}-export')
     if not (run/'metrics.json').is_file():
         raise FastcifarError(f'{run} is not finished: continue it with {command_line("train", resume=run)}')
+    if data and not (onnx or pt2):
+        raise FastcifarError('data are for comparing formats on its images, and none is written: leave them out')
     if out.exists(): raise FastcifarError(f'{out} exists already and is left as it is: remove it, or choose another --out')
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        short = out.name[:60] # it has to stay a name
-        tmp = Path(tempfile.mkdtemp(dir=out.parent, prefix=f'.{short}.', suffix='.tmp'))
+        tmp = out.with_name(f'.{out.name[:60]}.{UNFINISHED}{secrets.token_hex(4)}.tmp') # it has to stay a name
+        tmp.mkdir(parents=True)
     except OSError as e: raise FastcifarError(f'cannot write {out}: {e.strerror or e}; choose a folder you can write to, with free space') from e
     try:
         config = _fill(tmp, run, onnx, pt2, data)
-        os.chmod(tmp, 0o755)
-        os.rename(tmp, out)
+        try: os.rename(tmp, out)
+        except OSError as e: raise FastcifarError(f'{out} has come up meanwhile and is left as it is ({e.strerror}): choose another --out') from e
         return config
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as e: raise FastcifarError(f'{run} lacks something that a finished run has ({type(e).__name__}: {e}): train it again') from e
     finally: shutil.rmtree(tmp, ignore_errors=True)

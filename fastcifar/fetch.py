@@ -122,7 +122,7 @@ def fetch_archive(
     "Download, verify and decode an official data set from the first place that can give it"
     a, tried = ARCHIVES[name], []
     for i, (url, sha) in enumerate(_sources(a)):
-        path = Path(folder)/'downloads'/(a.file if sha else f'tree-{name}.tgz')
+        path = Path(folder)/'downloads'/name/(a.file if sha else f'tree-{name}.tgz')
         try:
             arrays = check_counts(read_images(download(url, path, sha, attempts, timeout, progress)), a, url)
             return arrays, file_sha256(path)

@@ -6,13 +6,13 @@
 __all__ = ['OPTIMIZERS', 'ListOptimizer', 'ListSGD', 'ListAdam', 'orthogonalize', 'Muon', 'optimizer']
 
 # %% ../nbs/16_optim.ipynb #c6dfc5bb
-import math
+import inspect, math
 from functools import partial
 
 import torch
 from fastai.optimizer import Optimizer
 
-from .basics import check_name
+from .basics import FastcifarError, check_name
 
 # %% ../nbs/16_optim.ipynb #0546533d
 def _scaled_add_(xs, ys, scale):
@@ -246,7 +246,8 @@ class Muon(ListAdam):
                 ps[i].add_(u.reshape(ps[i].shape).to(ps[i].dtype), alpha=-lr * sizes[i])
 
 # %% ../nbs/16_optim.ipynb #a5807af3
-OPTIMIZERS = ('adam', 'sgd', 'muon')
+OPTIMIZERS = {'adam': ('mom', 'sqr_mom', 'eps'), 'sgd': ('mom',), # and the settings that each has
+    'muon': ('mom', 'sqr_mom', 'eps', 'spectral', 'bias_rate', 'unit_filters', 'ns_steps')}
 
 def optimizer(
     name:str='adam', # One of `OPTIMIZERS`
@@ -263,6 +264,12 @@ def optimizer(
     "An optimizer function for a fastai `Learner`"
     check_name(name, OPTIMIZERS, 'optimizer')
     check_name(decay, ('decoupled', 'l2'), 'kind of weight decay')
+    given = dict(sqr_mom=sqr_mom, eps=eps, spectral=spectral, bias_rate=bias_rate, unit_filters=unit_filters,
+                 ns_steps=ns_steps)
+    usual = {k: p.default for k, p in inspect.signature(optimizer).parameters.items()}
+    for k, v in given.items():
+        if k not in OPTIMIZERS[name] and v != usual[k]:
+            raise FastcifarError(f'the optimizer {name} has no {k}: leave it out')
     if name == 'sgd': return partial(ListSGD, decay=decay, mom=mom, wd=0.)
     adam = dict(decay=decay, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=0.)
     if name == 'adam': return partial(ListAdam, **adam)

@@ -215,12 +215,22 @@ def predict_files(
     files:list, # Image files, folders of them, or `'-'` for standard input
     top:int=3, # How many classes to give for each
     trust:bool=False, # Open a .pt2, which can run code?
-) -> list: # For each image: dict(file=, prediction=, probability=, top=[(class, probability), ...])
-    "Classify images with a trained net"
+) -> list: # For each image: dict(file=, prediction=, probability=, top=[(class, probability), ...]), or dict(file=, error=)
+    "Classify images with a trained net; one that cannot be read is named, and the others are classified all the same"
     net, images = open_predictor(source, trust), find_images(files)
-    probs = net(np.stack([decode_image(image, name, convert=True) for name, image in images]))
-    res = []
-    for (name, _), p in zip(images, probs):
+    return [row for i in range(0, len(images), 1024) for row in _classified(net, images[i:i + 1024], top)]
+
+def _classified(net, images, top):
+    "The rows of `predict_files` for some images"
+    pixels, rows = [], []
+    for name, image in images:
+        try: pixels.append(decode_image(image, name, convert=True))
+        except FastcifarError as e: rows.append(dict(file=name, error=str(e)))
+        else: rows.append(dict(file=name))
+    probs = iter(net(np.stack(pixels)) if pixels else ())
+    for row in rows:
+        if 'error' in row: continue
+        p = next(probs)
         best = [(net.classes[i], float(p[i])) for i in np.argsort(-p, kind='stable')[:top]]
-        res.append(dict(file=name, prediction=best[0][0], probability=best[0][1], top=best))
-    return res
+        row |= dict(prediction=best[0][0], probability=best[0][1], top=best)
+    return rows

@@ -22,6 +22,7 @@ from .basics import say, write_text
 from .explain import overlay
 from .inspect import plot_field, plot_graph, summarize
 from .interpret import CifarInterpretation, attempt_plot, share_interval
+from .recipes import create_recipe
 
 # %% ../nbs/28_report.ipynb #26e6b81d
 def figure_svg(
@@ -131,7 +132,31 @@ def _confusion(interp):
     share = cm / np.maximum(cm.sum(1, keepdims=True), 1)
     return dict(classes=[str(v) for v in interp.vocab], rows=[[(int(n), round(.42 * float(s) ** .5, 3)) for n, s in zip(ns, ss)] for ns, ss in zip(cm, share)])
 
+def _starts(environment):
+    "(a sentence on a run that was not trained in one go, a table of its starts)"
+    starts = environment.get('starts') or []
+    rows = [dict(time=s.get('time', '-'), after_epoch=s.get('epoch'), device=s.get('device_name'), commit=(s.get('commit') or '-')[:12],
+                 **{k: s.get(k) for k in ('threads', 'world_size', 'deterministic', 'compile')},
+                 **{k: (s.get('versions') or {}).get(k) for k in ('fastcifar', 'torch')}, command=s.get('command')) for s in starts]
+    t = pd.DataFrame(rows, dtype=object)
+    if len(t) < 2: return '', None
+    apart = [k.replace('_', ' ') for k in t if k not in ('time', 'after_epoch', 'command') and t[k].nunique(dropna=False) > 1]
+    differ = f'They differ in {", ".join(apart)}, so another training may end in other last digits.' if apart else 'All were made in the same way.'
+    return f'The training was begun once and continued {len(t) - 1} time{"s" if len(t) > 2 else ""}. {differ}', table_cells(t)
+
 def _settings(d): return table_cells(pd.DataFrame([(k, '-' if v is None else str(v)) for k, v in d.items()], columns=['setting', 'value']))
+
+def _rates(config, metrics):
+    "The learning rates of a run in words, and where they come from"
+    lr_min, lr_max, schedule = metrics['lr_min'], metrics['lr_max'], config.get('schedule', 'one_cycle')
+    usual = create_recipe(config['recipe'], config['model'])
+    if config.get('lr_max') is None: source = 'found by a range test before the training'
+    elif config['lr_max'] == usual.lr_max: source = 'as the recipe has it'
+    else: source = 'as given' if config['bs'] == usual.bs else 'as given, or scaled with the batch size'
+    if schedule == 'constant': return f'Learning rate {lr_max:.2e}, {source}.'
+    if schedule == 'steps': return f'Learning rate {lr_max:.2e} at first, {source}.'
+    both = config.get('lr_max') is None or config.get('lr_min') is not None
+    return f'LRMIN {lr_min:.2e}{"" if both else ", a fiftieth of LRMAX"}; LRMAX {lr_max:.2e}, {source}.'
 
 def write_run_report(
     out, # Run folder
@@ -158,13 +183,13 @@ def write_run_report(
         data=metrics['data'], seed=metrics['seed'], views=metrics.get('views', 'none'),
             interval=f'{low:.2f} to {high:.2f} %', cards=cards,
         figures=figures | drawn_svgs(dict(graph=lambda: plot_graph(model), field=lambda: plot_field(model)), say=say),
-        history=table_cells(history, share), rates=f'LRMIN {metrics["lr_min"]:.2e}, LRMAX {metrics["lr_max"]:.2e}' + (', found by a range test before the training.' if 'lr_range' in figures else ', as given.'),
+        history=table_cells(history, share), rates=_rates(config, metrics),
         wrong=f'{metrics["wrong"]:,}', losses=_losses(interp, 12), surest=_shown(interp, interp.wrong().head(30)), labels=_shown(interp, labels.head(20)), label_errors=f'{len(labels):,}',
         classes=table_cells(interp.class_accuracy().reset_index(), share), confusion=_confusion(interp),
         confused=table_cells(pd.DataFrame([(str(a), str(b), int(n)) for a, b, n in interp.most_confused(1)[:12]], columns=['actual', 'predicted', 'times'])), ece=f'{100 * interp.ece():.1f} points',
         parameters=f'{t.parameters.sum():,}', macs=f'{t.MACs.sum():,}', megabytes=f'{4 * t.parameters.sum() / 1e6:.2f}', summary=table_cells(t), statistics=table_cells(interp.learn.dls.data.stats().T.reset_index(names='statistic')), augmented=_augmented(interp.learn.dls, 24), policy=str(config['policy'] or interp.learn.dls.data.policy),
-        drawn=_shown(interp, interp.predictions().iloc[drawn]), command=environment.get('command', '-'), configuration=_settings(config),
-        environment=_settings({**{k: v for k, v in environment.items() if k not in ('versions', 'command')}, **(environment.get('versions') or {})}))
+        drawn=_shown(interp, interp.predictions().iloc[drawn]), command=environment.get('command', '-'), starts=_starts(environment), configuration=_settings(config),
+        environment=_settings({**{k: v for k, v in environment.items() if k not in ('versions', 'command', 'starts')}, **(environment.get('versions') or {})}))
     write_text(Path(out)/'report.html', page)
     return Path(out)/'report.html'
 

@@ -173,6 +173,10 @@ def _unlike(done, factors):
 
 def _plain(v): return str(v) if isinstance(v, str) else f'{v:g}' # a column with gaps holds 8.0
 
+def _named_runs(what, runs):
+    "A line for each run that is not as it should be"
+    return [f'{what}: {" ".join(str(r[k]) for k in CELL)} seed {r.seed}: {r.reason}' for _, r in runs.iterrows()]
+
 def study_answer(
     results:pd.DataFrame, # Of `collect_runs`
     factor:str=None, # Whose values are ranked: one of `CELL`; None: each that varies
@@ -184,7 +188,8 @@ def study_answer(
     if not factors:
         for key, r in (study_summary(done).iterrows() if len(done) else ()):
             lines.append(f'{_named(dict(zip(CELL, key)))}: {r["mean"]:.2f} % (n = {r.n:.0f}{"" if math.isnan(r.low) else f", 95 % interval {r.low:.2f} to {r.high:.2f} %"})')
-    return lines + _unlike(done, factors) + [f'failed: {" ".join(str(r[k]) for k in CELL)} seed {r.seed}: {r.reason}' for _, r in failed.iterrows()]
+    told = done[[isinstance(v, str) and v != '' for v in done.reason]] if 'reason' in done else done[:0]
+    return lines + _unlike(done, factors) + _named_runs('failed', failed) + _named_runs('incomplete', told)
 
 # %% ../nbs/34_statistics.ipynb #e0372635
 def plot_study_curves(

@@ -6,7 +6,7 @@
 __all__ = ['LOST_WAIT', 'run_name', 'study_grid', 'Study', 'report_study', 'collect_runs', 'collect_curves']
 
 # %% ../nbs/35_study.ipynb #b70ee399
-import contextlib, dataclasses, itertools, math, os, sys, threading, time, warnings
+import contextlib, dataclasses, io, itertools, math, os, sys, threading, time, warnings
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -18,7 +18,8 @@ from joblib.externals.loky import ProcessPoolExecutor
 from tqdm.auto import tqdm
 
 from .cluster import RayTasks, everywhere
-from .basics import FastcifarError, as_json, attempt, check_name, in_a_line, read_json, read_text, say
+from .basics import FastcifarError, as_json, attempt, check_name, in_a_line, is_count, is_number, read_json
+from .basics import read_text, say
 from .basics import user_path, write_atomic, write_json, write_text
 from .data import load_data
 from .interpret import save_plot
@@ -27,7 +28,8 @@ from .loaders import checked_device
 from .models.zoo import list_models
 from .recipes import list_recipes
 from .report import drawn_svgs, write_study_report
-from .runs import Config, build_model, check_same, configure, run_config, settings_on, train_run
+from .runs import Config, build_model, check_same, check_settings, configure, own_folder, run_config
+from .runs import _is_run, settings_on, train_run
 from .state import Stopped
 from .statistics import CELL, paired_differences, plot_differences, plot_study_curves, study_answer, study_summary
 from .together import alike, train_together
@@ -66,7 +68,9 @@ def study_grid(
     if not len(seeds): raise FastcifarError('the study has no seeds: give at least 1')
     res = []
     for seed, model, recipe, bs, norm in itertools.product(seeds, one(models), one(recipes), one(batch_sizes), one(norms)):
-        c = configure(recipe, model, norm=norm, seed=seed, **{k: v for k, v in settings.items() if k != 'groups' or norm == 'gn'})
+        own = {k: v for k, v in settings.items() if k != 'groups' or norm == 'gn'}
+        try: c = configure(recipe, model, norm=norm, seed=seed, **own)
+        except FastcifarError as e: raise FastcifarError(f'{model}, {recipe}: {e}') from e # others may take it
         res.append((c if bs is None else _scaled(c, bs, settings)).checked())
     with torch.device('meta'):
         for c in {(c.model, c.norm, c.recipe): c for c in res}.values(): build_model(c, 10)
@@ -83,17 +87,21 @@ def _die_with(parent):
 
 def _one_run(c, out, threads, device, wait, pictures):
     "Train one configuration; returns None, or why it failed"
-    (out/'failure.txt').unlink(missing_ok=True)
-    with _log(out) as say:
-        try: train_run(c, out, threads=threads, device=device, bars=False, wait=wait, pictures=pictures, say=say)
-        except Stopped: raise
-        except Exception as e: return in_a_line(e)
+    try:
+        (out/'failure.txt').unlink(missing_ok=True)
+        with _log(out) as say:
+            train_run(c, out, threads=threads, device=device, bars=False, wait=wait, pictures=pictures, say=say)
+    except Stopped: raise
+    except Exception as e: return in_a_line(e)
 
 @contextlib.contextmanager
 def _log(out):
     "A function that adds a line to the log of a run"
     out.mkdir(parents=True, exist_ok=True)
-    with open(out/'log.txt', 'a', encoding='utf-8', errors='replace') as f: yield lambda s: print(s, file=f, flush=True)
+    file = out/'log.txt'
+    try: fd = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o666)
+    except OSError as e: raise FastcifarError(f'cannot write {file} ({e.strerror}): it has to be a file, or not there') from e
+    with open(fd, 'a', encoding='utf-8', errors='replace') as f: yield lambda s: print(s, file=f, flush=True)
 
 def _one_pass(cs, folder, threads, device, parent=None, wait=0, pictures=True):
     "Train configurations that differ in their seeds alone, together if there are several; returns None for each, or why it failed"
@@ -102,7 +110,7 @@ def _one_pass(cs, folder, threads, device, parent=None, wait=0, pictures=True):
         if parent: _die_with(parent)
     outs, work = [folder/run_name(c) for c in cs], _work(cs, folder)
     if len(cs) > 1:
-        with _log(outs[0]) as say:
+        with contextlib.suppress(OSError), _log(outs[0]) as say: # each by itself will name it
             try: train_together(cs, outs, work, threads, device, pictures=pictures, wait=wait, say=say)
             except Stopped: raise
             except Exception as e: say(f'{type(e).__name__}: {e}; now each by itself') # one of them may be at fault, which is then said of that one; checkpoints stay, they may be another process's
@@ -123,7 +131,8 @@ def _passes(grid, folder, together):
         begun = [[c for c in cs if str(c.seed) in seeds] for seeds in begun]
         left = [c for c in cs if not finished(c) and not any(c in b for b in begun)]
         res += [b for b in begun if not all(map(finished, b))] + [left[i:i + together] for i in range(0, len(left), together)]
-    return sorted(res, key=lambda cs: grid.index(cs[0]))
+    place = {run_name(c): i for i, c in enumerate(grid)}
+    return sorted(res, key=lambda cs: place[run_name(cs[0])])
 
 LOST_WAIT = 60 # Seconds that a run waits for its folder, which the process of a lost machine may hold for a moment
 
@@ -140,6 +149,7 @@ class Study:
         **settings, # Any other fields of `Config` and `Recipe`, the same for all
     ):
         self.out, self.data = user_path(out), str(data)
+        self._finished = {} # name -> row of `results` and curve, read once
         self.grid = study_grid(models, norms, recipes, seeds, batch_sizes, data=self.data, **settings)
 
     def _settle(self):
@@ -173,13 +183,21 @@ class Study:
         for n, v in (('jobs', jobs), ('threads', threads), ('together', together)):
             if v is not None and v < 1: raise FastcifarError(f'{n} is {v}: give at least 1')
         if not tasks and not (torch.cuda.is_available() and str(device or default_device()).startswith('cuda')): checked_device(device) # a context on a GPU would take its memory
+        if tasks and (jobs or device):
+            raise FastcifarError('jobs and device are for runs on this machine, and Ray places its own: leave them out')
         device = default_device().type if device is None else str(device)
         gpus = [f'cuda:{i}' for i in range(torch.cuda.device_count())] if device == 'cuda' or device.startswith('cuda') and ':' not in device else [device]
         jobs = jobs or (max(1, cpu_count() // threads) if device == 'cpu' else 3 * len(gpus))
         folder = self.out.resolve()/'runs'
         finished, todo = {run_name(c) for c in self.grid if (folder/run_name(c)/'metrics.json').exists()}, _passes(self.grid, folder, together)
         for cs in todo: alike(cs)
-        self._settle()
+        with own_folder(self.out, _is_study, 'a study'):
+            self._settle()
+            return self._run(todo, finished, jobs, threads, device, gpus, pictures, tasks, together, bars, say)
+
+    def _run(self, todo, finished, jobs, threads, device, gpus, pictures, tasks, together, bars, say):
+        "What `run` does while the folder is its own"
+        folder = self.out.resolve()/'runs'
         if tasks: gpus = ['cuda' if tasks.gpus else 'cpu'] # Ray says which
         say(f'{len(self.grid)} runs, {len(finished)} finished; {min(tasks.at_a_time() if tasks else jobs, len(todo))} at a time{"" if together == 1 else f", each up to {together} seeds in one pass,"} on {"a Ray cluster" if tasks else ", ".join(gpus)}')
         work = self._on_ray(tasks, todo, threads, gpus[0], pictures) if tasks else None
@@ -191,7 +209,8 @@ class Study:
                     back = [back] * len(todo[i]) if isinstance(back, str) else back
                     for name, failed in [(run_name(c), failed) for c, failed in zip(todo[i], back) if run_name(c) not in finished]:
                         failed = failed if not (folder/name/'metrics.json').exists() else None # the others of its pass may be finished
-                        if failed: write_text(folder/name/'failure.txt', failed)
+                        if failed:
+                            with attempt(f'{name}/failure.txt', say): write_text(folder/name/'failure.txt', failed)
                         said = f'failed: {failed}' if failed else f'{read_json(folder/name/"metrics.json")["test_accuracy"]:.2%}'
                         bar.n += 1
                         (tqdm.write if bars else say)(f'{bar.n}/{bar.total} {name}: {said}')
@@ -210,30 +229,46 @@ class Study:
 
     def results(self) -> pd.DataFrame:
         "A row for each run: what it is, whether it is finished, failed (and why) or missing, and its numbers"
-        return collect_runs([self.out/'runs'/run_name(c) for c in self.grid], self.grid)
+        return self._collected()[0]
+
+    def _collected(self):
+        "(table of runs, list of their curves); what is finished stays as it is, and is read once"
+        folder, rows, parts = self.out/'runs', [], []
+        for c in self.grid:
+            name = run_name(c)
+            known = self._finished.get(name) or _read(folder/name, c, True)
+            if known[0]['status'] == 'finished': self._finished[name] = known
+            rows.append(known[0]), parts.append(known[1])
+        return _runs_table(rows), parts
 
     def curves(self) -> pd.DataFrame:
         "A row for each epoch of each run"
-        return collect_curves([self.out/'runs'/run_name(c) for c in self.grid], self.grid)
+        return _curves_table(self._collected()[1])
 
     def write(self, say=say) -> pd.DataFrame: # `results()`
         "Write tables (CSV), plots, the answer in words and the page (report.html), and say in a line what fails"
-        return _write(self.out, self.grid, say)
+        return _write(self.out, self.grid, *self._collected(), say)
+
+def _is_study(folder) -> bool:
+    "Does a folder hold a study, by what is in its study.json, or else by its runs?"
+    if any(map(_is_run, (Path(folder)/'runs').glob('*'))): return True
+    try: saved = read_json(Path(folder)/'study.json')
+    except FastcifarError: return False
+    return isinstance(saved, dict) and isinstance(saved.get('runs'), dict)
 
 def _write_table(t, file, say):
     "Write a table that nothing depends on; a spreadsheet may hold it locked"
     with attempt(file.name, say): write_atomic(file, lambda tmp: t.to_csv(tmp, index=False))
 
-def _write(out, grid, say, page=attempt): # `page` is the context in which the page is written
-    folders = [out/'runs'/run_name(c) for c in grid]
-    r, curves = collect_runs(folders, grid), collect_curves(folders, grid)
+def _write(out, grid, r, parts, say, page=attempt): # `page` is the context in which the page is written
+    folders, curves = [out/'runs'/run_name(c) for c in grid], _curves_table(parts)
     differences = paired_differences(r)
     tables = dict(results=r, curves=curves, summary=study_summary(r).reset_index(), differences=differences)
     for name, t in tables.items(): _write_table(t, out/f'{name}.csv', say)
     answer = study_answer(r)
     with attempt('answer.txt', say): write_text(out/'answer.txt', '\n'.join(answer) + '\n')
-    done = [(f, c) for f, c in zip(folders, grid) if (f/'metrics.json').exists()] # a curve that ends early would move the means
-    whole, split = collect_curves(*zip(*done)) if done else (), 'validation' if grid[0].valid else 'test'
+    whole = _curves_table([p for p, s in zip(parts, r.status) if s == 'finished']) # a curve that ends early would move the means
+    split = 'validation' if grid[0].valid else 'test'
     plots = dict(curves=lambda: plot_study_curves(whole, split)) if len(whole) else {}
     plots |= dict(differences=lambda: plot_differences(differences)) if len(differences) else {}
     for name, plot in plots.items(): save_plot(plot, out/f'{name}.png', say)
@@ -250,9 +285,15 @@ def report_study(
     out = user_path(out)
     f = out/'study.json'
     saved = read_json(f) if f.is_file() else None
-    try: grid = [Config(**c).checked() for c in saved['runs'].values()]
+    try: grid = {k: Config(**c).checked() for k, c in saved['runs'].items()}
     except (TypeError, KeyError, AttributeError): raise FastcifarError(f'{out} is not a study folder: it holds no study.json of this version') from None
-    _write(out, grid, say, lambda *_: contextlib.nullcontext()) # without its page this has failed
+    except FastcifarError as e: raise FastcifarError(f'{f} is damaged: {e}') from e
+    odd = [k for k, c in grid.items() if k != run_name(c)]
+    if odd or not grid:
+        raise FastcifarError(f'{f} is damaged: {f"its run {odd[0]!r} is another" if odd else "it holds no run"}')
+    grid = list(grid.values())
+    rows, parts = zip(*[_read(out/'runs'/run_name(c), c, True) for c in grid])
+    _write(out, grid, _runs_table(rows), parts, say, lambda *_: contextlib.nullcontext()) # without its page this has failed
     return out/'report.html'
 
 def _numbered(i, work, args): return i, work(*args)
@@ -290,29 +331,82 @@ def _epochs_to(history, accuracy):
     reached = history.epoch[history.accuracy >= accuracy]
     return int(reached.iloc[0]) if len(reached) else None
 
+_columns = ['epoch', 'train_loss', 'train_accuracy', 'valid_loss', 'accuracy']
+
 def _history(folder):
     "The epochs of a run; none where the table could not be written"
     f = folder/'history.csv'
-    return pd.read_csv(f) if f.is_file() else pd.DataFrame(dict(epoch=[], accuracy=[]))
+    if not f.exists(): return pd.DataFrame({k: [] for k in _columns})
+    try:
+        text = read_text(f)
+        if not text.endswith('\n'): raise ValueError('it is cut off')
+        t = pd.read_csv(io.StringIO(text))[_columns].apply(pd.to_numeric)
+        if t.epoch.tolist() != list(range(1, len(t) + 1)): raise ValueError('its epochs are not 1, 2, ...')
+        shares = [t[k].between(0, 1).all() for k in ('train_accuracy', 'accuracy')]
+        if not all(shares): raise ValueError('an accuracy is none')
+        return t
+    except (FastcifarError, LookupError, TypeError, ValueError, ArithmeticError) as e:
+        raise FastcifarError(f'{f} is damaged ({in_a_line(e)[:150]}), so its curve is left out') from e
+
+def _share(v): return is_number(v) and 0 <= v <= 1
+
+def _text(v): return isinstance(v, str)
+
+_metrics = dict(test_accuracy=_share, train_accuracy=_share, test_loss=is_number, test_images=is_count,
+    parameters=is_count, precision=_text, seconds=is_number, data=_text) # what each has to be
+
+def _read_metrics(folder, c):
+    "The metrics of a finished run; what cannot be right is an error"
+    f = folder/'metrics.json'
+    m = read_json(f)
+    odd = ['all of it'] if not isinstance(m, dict) else [k for k, fits in _metrics.items() if not fits(m.get(k))]
+    odd = odd or [k for k in (*CELL, 'seed', 'epochs') if m.get(k, getattr(c, k)) != getattr(c, k)]
+    wrong = None if odd else round(m['test_images'] * (1 - m['test_accuracy']))
+    if not odd and m.get('wrong', wrong) != wrong: odd = ['test_accuracy']
+    if odd: raise FastcifarError(f'{f} is damaged ({odd[0]}): remove it, and the command of the study evaluates again')
+    return m
+
+def _plain(text):
+    "The text of a file as one line that can be shown and written anywhere"
+    return ' '.join(''.join(c if c.isprintable() else ' ' for c in text[:1000]).split())
+
+def _finished(folder, c, given, h, reason):
+    "What a row says of a finished run"
+    if given: check_settings(c, folder)
+    settled = run_config(folder)
+    m = _read_metrics(folder, settled)
+    if 0 < len(h) < settled.epochs: h, reason = h[:0], f'{folder}/history.csv has {len(h)} of {settled.epochs} epochs'
+    return dict(status='finished', reason=_plain(reason), **{k: m[k] for k in ('test_accuracy', 'test_loss', 'train_accuracy',
+        'test_images', 'parameters', 'precision', 'seconds', 'data')}, path=settled.path, views=settled.views,
+        train_views=m.get('train_views', 'none'), epochs_to_60=_epochs_to(h, .6), epochs_to_70=_epochs_to(h, .7))
+
+def _state_of(folder, c, given, h, fault):
+    "What a row says of a run, however far it has come; a folder that is damaged is a failure"
+    try:
+        if (folder/'metrics.json').exists(): return _finished(folder, c, given, h, fault)
+        if (folder/'failure.txt').exists(): return dict(status='failed', reason=_plain(read_text(folder/'failure.txt')))
+        if folder.exists() and not folder.is_dir(): return dict(status='failed', reason=f'{folder} is not a folder')
+    except FastcifarError as e: return dict(status='failed', reason=_plain(str(e)))
+    return dict(status='interrupted') if (folder/'checkpoints').exists() else {}
 
 def collect_runs(
     folders, # Run folders
     configs=None, # Their configurations, for those that have not begun; None: as in the folders
 ) -> pd.DataFrame: # model, norm, recipe, bs, seed, status, reason, test_accuracy, ...
     "The numbers of many runs, a row each"
-    rows = []
-    for i, f in enumerate(map(Path, folders)):
-        c = configs[i] if configs else run_config(f)
-        row = {**{k: getattr(c, k) for k in (*CELL, 'seed', 'epochs')}, 'status': 'missing', 'reason': ''}
-        if (f/'metrics.json').exists():
-            m, h, settled = read_json(f/'metrics.json'), _history(f), run_config(f)
-            row |= dict(status='finished', **{k: m[k] for k in ('test_accuracy', 'test_loss', 'train_accuracy',
-                'test_images', 'parameters', 'precision', 'seconds', 'data')}, path=settled.path, views=settled.views,
-                train_views=m.get('train_views', 'none'),
-                        epochs_to_60=_epochs_to(h, .6), epochs_to_70=_epochs_to(h, .7))
-        elif (f/'failure.txt').exists(): row |= dict(status='failed', reason=read_text(f/'failure.txt'))
-        elif (f/'checkpoints').exists(): row |= dict(status='interrupted')
-        rows.append(row)
+    folders = [Path(f) for f in folders]
+    return _runs_table([_read(f, c, bool(configs))[0] for f, c in zip(folders, configs or map(run_config, folders))])
+
+def _read(f, c, given):
+    "What is known of a run: (its row of `collect_runs`, its part of `collect_curves`)"
+    try: h, fault = _history(f), ''
+    except FastcifarError as e:
+        h, fault = pd.DataFrame({k: [] for k in _columns}), str(e)
+        warnings.warn(fault)
+    row = {**{k: getattr(c, k) for k in (*CELL, 'seed', 'epochs')}, 'status': 'missing', 'reason': ''}
+    return row | _state_of(f, c, given, h, fault), _curve(c, h)
+
+def _runs_table(rows):
     return pd.DataFrame(rows, columns=None if rows else [*CELL, 'seed', 'epochs', 'status', 'reason'])
 
 def collect_curves(
@@ -320,9 +414,15 @@ def collect_curves(
     configs=None, # Their configurations; None: as in the folders
 ) -> pd.DataFrame: # model, norm, recipe, bs, seed, epoch, train_loss, train_accuracy, valid_loss, accuracy
     "The histories of many runs, a row an epoch"
-    parts = []
-    for i, f in enumerate(map(Path, folders)):
-        c, h = configs[i] if configs else run_config(f), _history(f)
-        if not len(h): continue
-        parts.append(pd.concat([pd.DataFrame([{k: getattr(c, k) for k in (*CELL, 'seed')}] * len(h)), h[['epoch', 'train_loss', 'train_accuracy', 'valid_loss', 'accuracy']]], axis=1))
+    folders = [Path(f) for f in folders]
+    return _curves_table([_read(f, c, bool(configs))[1] for f, c in zip(folders, configs or map(run_config, folders))])
+
+def _curve(c, h):
+    if not len(h): return pd.DataFrame()
+    h = h.copy()
+    for i, k in enumerate((*CELL, 'seed')): h.insert(i, k, getattr(c, k))
+    return h
+
+def _curves_table(parts):
+    parts = [p for p in parts if len(p)]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()

@@ -20,7 +20,7 @@ from .data import load_data
 from .interpret import CifarInterpretation, save_plot
 from .loaders import CifarDataLoaders, checked_device # with this import an ImageData has its dataloaders
 from .recipes import fit_recipe, override_recipe, recipe_learner, write_recipe
-from .runs import build_model, configure, settings_on
+from .runs import build_model, configure, own_folder, settings_on
 from .state import Stopped, StopRequest
 from .train import cpu_threads
 
@@ -72,9 +72,16 @@ class Sweep:
     ):
         for k in tune: check_name(k, TUNABLE, 'setting to tune')
         if not tune: raise FastcifarError(f'there is nothing to tune: name some of {", ".join(TUNABLE)}')
+        lost = [k for k in tune if k != 'lr_max' and settings.get(k) is not None] # of lr_max the search goes out
+        left = ','.join(k for k in tune if k not in lost) or 'others'
+        if lost:
+            raise FastcifarError(f'{", ".join(lost)} is given, and searched: leave it out, or search --tune {left}')
         if not valid or valid < 1: raise FastcifarError('a sweep needs held-out images: give --valid of at least 1')
         self.out, self.tune = user_path(out), tuple(tune)
-        self.base = configure(recipe, model, data=str(data), valid=valid, **settings)
+        of_decay = ('decay', 'decay_all') if 'wd' in tune else () # which may begin at 0
+        later = {k: settings.pop(k) for k in of_decay if k in settings}
+        base = configure(recipe, model, data=str(data), valid=valid, **settings)
+        self.base = dataclasses.replace(base, **later).checked()
         if self.base.lr_max is None: raise FastcifarError(f'the recipe {recipe} has no learning rate of its own: give --lr-max, or use fast or reference')
 
     def _settle(self, data):
@@ -97,7 +104,8 @@ class Sweep:
         try:
             storage = JournalStorage(JournalFileBackend(str(self.out/'journal.log')))
             return optuna.create_study(storage=storage, study_name='sweep', direction='maximize', load_if_exists=True, pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=max(1, self.base.epochs // 4)))
-        except (ValueError, KeyError, TypeError) as e: raise FastcifarError(f'{self.out}/journal.log is damaged ({type(e).__name__}): choose another --out') from e
+        except (ValueError, LookupError, TypeError, AttributeError, OSError) as e:
+            raise FastcifarError(f'{self.out}/journal.log is damaged ({type(e).__name__}): choose another --out') from e
 
     def run(self,
         trials:int=20, # How many in all, with those that are done
@@ -107,10 +115,15 @@ class Sweep:
         say=say, # Called with a line for each trial
     ) -> dict: # What is in recipe.json
         "Try settings and write the best as a recipe file"
-        optuna = optional('optuna', 'sweep', 'a sweep')
+        optional('optuna', 'sweep', 'a sweep')
         if trials < 1: raise FastcifarError(f'{trials} trials: give at least 1')
         device, data = checked_device(device), load_data(self.base.data, self.base.convert)
         _loaders(self.base, data, device) # what cannot work is to be said before anything is written
+        with own_folder(self.out, _is_sweep, 'a sweep'): return self._run(trials, threads, device, data, bars, say)
+
+    def _run(self, trials, threads, device, data, bars, say):
+        "What `run` does while the folder is its own"
+        import optuna
         self._settle(data)
         study, request = self._storage(), StopRequest(say)
         over = [t for t in study.trials if t.state.is_finished() and t.state.name != 'FAIL']
@@ -161,6 +174,12 @@ class Sweep:
         res = write_recipe(self.out/'recipe.json', best, best.recipe, best.model, norm=best.norm, groups=best.groups, found=found)
         save_plot(lambda: plot_sweep(t), self.out/'sweep.png', say)
         return res
+
+def _is_sweep(folder) -> bool:
+    "Does a folder hold a sweep, by what is in its sweep.json?"
+    try: saved = read_json(Path(folder)/'sweep.json')
+    except FastcifarError: return False
+    return isinstance(saved, dict) and {'model', 'recipe', 'tune'} <= set(saved)
 
 def _again(trial):
     "A trial that suggests what it was"

@@ -23,7 +23,8 @@ from .basics import FastcifarError, attempt, say, seed_everything, write_atomic
 from .data import load_data
 from .loaders import CifarDataLoaders, checked_device # with this import an ImageData has its dataloaders
 from .recipes import fit_recipe, recipe_learner
-from .runs import RunHistory, build_model, explained, finish_run, run_folder, settle_config, write_surroundings
+from .runs import RunHistory, build_model, explained, finish_run, note_epoch, run_folder
+from .runs import settle_config, write_surroundings
 from .schedule import LRRange
 from .state import Checkpoints, Stopped, StopRequest
 from .train import cpu_threads, prepare_net
@@ -268,8 +269,11 @@ def train_together(
     device, data = checked_device(device), load_data(c.data, c.convert)
     with contextlib.ExitStack() as folders, explained(work), cpu_threads(threads):
         for out in (work, *outs): folders.enter_context(run_folder(out, wait))
-        configs = [settle_config(c, data, out, device, any((work/'checkpoints').glob('*'))) for c, out in zip(configs, outs)]
-        for c, out in zip(configs, outs): write_surroundings(c, out, device, together=len(configs))
+        begun = any((work/'checkpoints').glob('*'))
+        configs = [settle_config(c, data, out, device, begun) for c, out in zip(configs, outs)]
+        command = f'train_together({configs!r}, {list(map(str, outs))!r}, {str(work)!r})'
+        for c, out in zip(configs, outs):
+            write_surroundings(c, out, device, command, begun, together=len(configs), deterministic=False, compile=compile)
         learn = together_learner(data, configs, device, compile)
         say(f'{data}\n{len(configs)} nets {c.model} ({c.norm}) in one pass, recipe {c.recipe}, {c.precision} on {device}, seeds {", ".join(str(c.seed) for c in configs)}')
         with learn.no_bar(), learn.no_logging(): history = _fit(learn, configs, outs, work, checkpoint_every, say)
@@ -285,6 +289,8 @@ def _fit(learn, configs, outs, work, every, say):
     checkpoints = Checkpoints(work/'checkpoints', every, request=request, say=say)
     history = _Histories(learn.each_net, outs, checkpoints, 'valid' if c.valid else 'test', say)
     done, batch = checkpoints.latest(learn), checkpoints.batch
+    if done or batch:
+        for out in outs: note_epoch(out, done, batch)
     if done or batch: say(f'continuing after {f"batch {batch} of epoch {done + 1}" if batch else f"epoch {done}"} of {c.epochs}')
     with request:
         if done < c.epochs: fit_recipe(learn, c, start_epoch=done, cbs=[checkpoints, history])

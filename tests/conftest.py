@@ -1,4 +1,4 @@
-import os, shutil, subprocess, sys
+import os, shutil, subprocess, sys, tempfile
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +7,7 @@ from PIL import Image
 
 os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')
 os.environ.setdefault('MPLBACKEND', 'agg')
+os.environ['XDG_CONFIG_HOME'] = tempfile.mkdtemp() # where an account keeps the key of its run folders
 ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True)

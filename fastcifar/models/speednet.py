@@ -9,6 +9,7 @@ __all__ = ['whitening_filters', 'SpeedNet']
 import torch
 from torch import nn
 
+from ..basics import FastcifarError
 from ..layers import Dropout, norm_layer
 
 # %% ../../nbs/12_models.speednet.ipynb #a0cd2aea
@@ -36,6 +37,7 @@ class SpeedNet(nn.Module):
         scale:float=1/8, # What the head's answers are multiplied by
     ):
         super().__init__()
+        if len(widths) != 3: raise FastcifarError(f'widths of speednet are {len(widths)}: give those of three groups')
         n = 2 * n_in * 4
         self.whiten = nn.Conv2d(n_in, n, 2)
         self.whiten.weight.requires_grad_(False)

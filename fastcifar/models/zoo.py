@@ -15,7 +15,7 @@ from torch import nn
 
 import fastcifar
 from ..archive import file_sha256
-from ..basics import FastcifarError, check_name, read_json
+from ..basics import FastcifarError, check_name, in_a_line, is_count, is_number, read_json
 from .compact import FastNet200k, GroupNet
 from .custom_resnet import CustomResNet
 from .normnet import NormNet31k, NormNet41k, NormNet48k
@@ -52,7 +52,7 @@ def _load_pretrained(model, name, norm):
     if file_sha256(f) != index[key]['sha256']: raise FastcifarError(f'{f} is damaged (its hash differs from the one in index.json): install fastcifar again')
     tensors, note = load_tensors(f)
     default = {k: p.default for k, p in inspect.signature(type(model)).parameters.items()}
-    for k in sorted(default.keys() - {'n_out', 'dropout', *(() if norm == 'gn' else ('groups',))}): # what the weights depend on
+    for k in sorted(default.keys() - {'n_out', 'dropout'}): # what the weights depend on
         was, now = (c.get(k, default[k]) for c in (note['model'], model.config))
         if was != now: raise FastcifarError(f'the weights of {key} were trained with {k}={was!r}, not {now!r}: leave it out, or leave out pretrained')
     classes = model.config['n_out'] == note['model']['n_out']
@@ -61,6 +61,28 @@ def _load_pretrained(model, name, norm):
     model.note = note if classes else {k: v for k, v in note.items() if 'accuracy' not in k and k != 'classes'} # another head has neither
 
 # %% ../../nbs/14_models.zoo.ipynb #09c24a58
+_kinds = {int: (is_count, 'a whole number of at least 1'), float: (is_number, 'a number'),
+          bool: (lambda v: isinstance(v, bool), 'true or false'), str: (lambda v: isinstance(v, str), 'a word'),
+          tuple: (lambda v: isinstance(v, (tuple, list)) and all(map(is_count, v)), 'whole numbers of at least 1')}
+
+def _check_arguments(name, args):
+    "Refuse arguments that a net's class does not know, or that are no such thing as it says"
+    known = inspect.signature(_models[check_name(name, _models, 'model')]).parameters
+    for k, v in args.items():
+        fits, what = _kinds[known[check_name(k, known, f'argument of {name}')].annotation]
+        if not fits(v): raise FastcifarError(f'{k} of {name} is {str(v)[:50]!r}: give {what}')
+
+def _build(name, pretrained=False, **args):
+    "A net by name; arguments that do not go together are an error in one line"
+    _check_arguments(name, args)
+    try: model = _models[name](**args)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, MemoryError) as e:
+        given = ', '.join(f'{k}={str(v)[:50]}' for k, v in args.items())
+        raise FastcifarError(f'{name} cannot be built with {given} ({in_a_line(e)})') from e
+    model.config = dict(name=name, **args)
+    if pretrained: _load_pretrained(model, name, args['norm'])
+    return model
+
 def create_model(
     name:str, # One of `list_models()`
     n_out:int=10, # Classes
@@ -69,13 +91,9 @@ def create_model(
     **kwargs, # What else the model's class takes
 ) -> nn.Module: # (N, 3, 32, 32) -> logits (N, n_out)
     "Build a network by name; an unknown name or argument is an error that says what there is"
-    cls = _models[check_name(name, _models, 'model')]
-    known = [k for k in inspect.signature(cls).parameters]
-    for k in kwargs: check_name(k, known, f'argument of {name}')
-    model = cls(n_out=n_out, norm=norm, **kwargs)
-    model.config = dict(name=name, n_out=n_out, norm=norm, **kwargs)
-    if pretrained: _load_pretrained(model, name, norm)
-    return model
+    if 'groups' in kwargs and norm != 'gn':
+        raise FastcifarError(f'groups are for group norm, and the norm is {norm}: leave them out, or use gn')
+    return _build(name, pretrained, n_out=n_out, norm=norm, **kwargs)
 
 def model_table() -> pd.DataFrame:
     "Every model with its trainable parameters, the norms for which trained weights are in the package, and what it is"
@@ -92,6 +110,12 @@ def save_model(
     if not hasattr(model, 'config'): raise FastcifarError('only nets made by create_model know their configuration: save others with safetensors.torch.save_model')
     return save_tensors(path, model.state_dict(), dict(note, model=model.config))
 
+def _described(config, path):
+    "The net that a file says it holds; older files may have groups of another norm, which mean nothing"
+    try: return _build(**{k: v for k, v in {'n_out': 10, 'norm': 'bn', **config}.items() if k != 'pretrained'})
+    except (FastcifarError, TypeError) as e:
+        raise FastcifarError(f'{path} describes a net that cannot be built ({in_a_line(e)})') from e
+
 def load_model(
     path, # A file of `save_model`, a run folder, or the name of a net with weights in the package
 ) -> nn.Module: # The net in evaluation mode; `model.note` holds classes, mean, std
@@ -102,10 +126,9 @@ def load_model(
     tensors, note = load_tensors(path)
     if not isinstance(note, dict) or not isinstance(note.get('model'), dict) or 'name' not in note['model']:
         raise FastcifarError(f'{path} does not say which net it holds: it was not written by fastcifar')
-    try:
-        with torch.device('meta'): load_weights(create_model(**note['model']), tensors, path, copy=False) # compares before anything is allocated
-        model = create_model(**note['model'])
-    except (TypeError, ValueError, RuntimeError, ArithmeticError) as e: raise FastcifarError(f'{path} describes a net that cannot be built ({e})') from e
+    with torch.device('meta'): # compares before anything is allocated
+        load_weights(_described(note['model'], path), tensors, path, copy=False)
+    model = _described(note['model'], path)
     load_weights(model, tensors, path)
     model.note = note
     return model.eval()

@@ -1,0 +1,167 @@
+"Files of others stay as they are, whatever is given as a place to write to."
+import json, os, stat, subprocess, sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastcifar.basics import FastcifarError, remove_unfinished, write_atomic, write_text
+
+QUICK = ('--model', 'normnet31k', '--epochs', 1, '--bs', 20, '--lr-max', '1e-3', '--no-pictures')
+
+def project(folder):
+    "A folder of somebody, with names that we give too; returns a function that says whether it is as it was"
+    folder.mkdir()
+    for name in ('report.html', 'model.safetensors', 'history.csv', 'curves.png', 'results.csv', '.draft.backup01.tmp'):
+        (folder/name).write_text(f'{name} of somebody')
+    was = {p.name: p.read_text() for p in folder.iterdir()}
+    return lambda: {p.name: p.read_text() for p in folder.iterdir()} == was
+
+@pytest.fixture(scope='module')
+def run(tree, tmp_path_factory):
+    "A finished run folder"
+    from fastcifar.runs import configure, train_run
+    out = tmp_path_factory.mktemp('files')/'run'
+    train_run(configure('fast', 'normnet31k', data=str(tree), epochs=1, bs=20), out, pictures=False, say=lambda *_: None)
+    return out
+
+@pytest.mark.parametrize('command', [
+    ('train', *QUICK, '--out'), ('compare', '--models', 'normnet31k', '--norms', 'bn', '--epochs', 1, '--seeds', 1, '--out'),
+    ('sweep', '--model', 'normnet31k', '--epochs', 1, '--trials', 1, '--valid', 6, '--bs', 20, '--out'), ('export', 'RUN', '--no-onnx', '--out'), ('evaluate', 'RUN', '--plots')])
+def test_a_folder_of_somebody_is_left_alone(main, tree, run, tmp_path, command):
+    untouched = project(tmp_path/'project')
+    data = () if command[0] in ('export', 'evaluate') else ('--data', tree)
+    code, _, err = main(command[0], *data, *(run if a == 'RUN' else a for a in command[1:]), 'project')
+    assert code == 2 and 'project' in err and 'left as it is' in err and err.count('\n') == 1, err
+    assert untouched()
+
+def test_our_own_folders_are_gone_on_with(main, tree, run, tmp_path):
+    for _ in range(2): assert main('train', '--data', tree, *QUICK, '--out', 'r')[0] == 0
+    for _ in range(2): assert main('evaluate', run, '--plots', 'plots')[0] == 0
+    (tmp_path/'empty').mkdir()
+    assert main('train', '--data', tree, *QUICK, '--out', 'empty')[0] == 0
+    (tmp_path/'mine').mkdir(), (tmp_path/'mine/config.json').write_text('{"title": "my page"}')
+    code, _, err = main('train', '--data', tree, *QUICK, '--out', 'mine')
+    assert code == 2 and [p.name for p in (tmp_path/'mine').iterdir()] == ['config.json']
+
+def test_pictures_and_other_files(main, tree, tmp_path):
+    find = ('find-lr', '--data', tree, '--model', 'normnet31k', '--bs', 20, '--plot')
+    for name in ('a.png', 'a.svg', 'a.pdf', 'a.jpg'):
+        (tmp_path/name).write_text('of somebody')
+        code, _, err = main(*find, name)
+        assert code == 2 and '--overwrite' in err and (tmp_path/name).read_text() == 'of somebody'
+        code, _, err = main('summary', 'normnet31k', '--graph', name)
+        assert code == 2 and '--overwrite' in err and (tmp_path/name).read_text() == 'of somebody'
+    for name in ('b.png', 'b.svg', 'b.pdf'):
+        for _ in range(2): assert main('summary', 'normnet31k', '--graph', name)[0] == 0 # the second time it is ours
+    (tmp_path/'a.jpg').write_text('of somebody')
+    assert main('summary', 'normnet31k', '--graph', 'a.jpg', '--overwrite')[0] == 0
+    assert (tmp_path/'a.jpg').read_bytes()[:3] == b'\xff\xd8\xff'
+    (tmp_path/'r.json').write_text('{}')
+    for args in (('recipes', '--save', 'r.json'), ('bench', 'data', '--out', 'r.json')):
+        code, _, err = main(*args)
+        assert code == 2 and '--overwrite' in err and (tmp_path/'r.json').read_text() == '{}'
+
+def test_a_place_that_cannot_be_drawn_into_is_noticed_before_the_work(main, tree, monkeypatch):
+    import fastcifar.data as data
+    monkeypatch.setattr(data, 'load_data', lambda *_: pytest.fail('the work has begun'))
+    for place in ('/dev/null/x.png', '/proc/x.png', '.', 'x.txt'):
+        code, _, err = main('find-lr', '--data', tree, '--model', 'normnet31k', '--plot', place)
+        assert code == 2 and err.count('\n') == 1, err
+
+def test_permissions(tmp_path):
+    "What a file had stays, and a new one has what the umask leaves"
+    f = tmp_path/'secret'
+    f.write_text('old'), f.chmod(0o600)
+    write_text(f, 'new')
+    assert stat.S_IMODE(f.stat().st_mode) == 0o600 and f.read_text() == 'new'
+    f.chmod(0o440)
+    write_text(f, 'newer')
+    assert stat.S_IMODE(f.stat().st_mode) == 0o440
+    was = os.umask(0o027)
+    try: assert stat.S_IMODE(write_text(tmp_path/'group', '').stat().st_mode) == 0o640
+    finally: os.umask(was)
+
+def test_links_are_not_followed(tmp_path):
+    from fastcifar.study import _log
+    target = tmp_path/'target'
+    target.write_text('of somebody')
+    for name in ('results.csv', 'log.txt'): (tmp_path/name).symlink_to(target)
+    write_text(tmp_path/'results.csv', 'ours')
+    with pytest.raises(FastcifarError, match='log.txt'):
+        with _log(tmp_path) as say: say('a line')
+    assert target.read_text() == 'of somebody' and (tmp_path/'results.csv').read_text() == 'ours'
+
+def test_only_our_unfinished_files_go(tmp_path):
+    theirs = ['.draft.backup01.tmp', '.a.12345678.tmp', '.b.fastcifar-xyz.tmp', 'c.fastcifar-01234567.tmp']
+    for name in theirs: (tmp_path/name).touch()
+    (tmp_path/'.link.fastcifar-01234567.tmp').symlink_to(tmp_path/theirs[0])
+    (tmp_path/'.dir.fastcifar-01234567.tmp').mkdir()
+    (tmp_path/'.x.fastcifar-01234567.tmp.npz').touch()
+    remove_unfinished(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*theirs, '.link.fastcifar-01234567.tmp', '.dir.fastcifar-01234567.tmp'])
+
+def held(folder):
+    "Another process that holds the lock of a folder until it is told to end"
+    code = f'''import sys, fastcifar.runs as r
+from pathlib import Path
+with r.own_folder(Path({str(folder)!r}), lambda f: True, 'it'): print('held', flush=True); sys.stdin.read()'''
+    p = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert p.stdout.readline() == 'held\n'
+    return p
+
+def test_studies_and_sweeps_hold_a_lock(tree, tmp_path):
+    from fastcifar.study import Study
+    from fastcifar.sweep import Sweep
+    study = Study(tmp_path/'s', ['normnet31k'], str(tree), norms=('bn',), seeds=1, epochs=1, batch_sizes=20)
+    sweep = Sweep(tmp_path/'s', 'normnet31k', str(tree), epochs=1, bs=20, valid=6)
+    p = held(tmp_path/'s')
+    try:
+        for work in (lambda: study.run(1, say=lambda *_: None), lambda: sweep.run(1, say=lambda *_: None)):
+            with pytest.raises(FastcifarError, match='another process is working in'): work()
+    finally: p.kill(), p.wait()
+    assert (study.run(1, pictures=False, say=lambda *_: None).status == 'finished').all() # the lock of a killed process is none
+
+def test_two_exports_at_once(run, tmp_path, monkeypatch):
+    import fastcifar.export as export
+    real = export._fill
+    def slow(folder, *args): # another one ends first
+        monkeypatch.setattr(export, '_fill', real)
+        export.export_run(run, tmp_path/'out', onnx=False)
+        return real(folder, *args)
+    monkeypatch.setattr(export, '_fill', slow)
+    with pytest.raises(FastcifarError, match='has come up meanwhile'): export.export_run(run, tmp_path/'out', onnx=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['out'] and (tmp_path/'out/README.md').is_file()
+
+def test_one_download_leaves_another_alone(monkeypatch, tmp_path):
+    "While one process decodes cifar10, another one is in the middle of cifar100"
+    import fastcifar.data as data
+    from fastcifar.archive import Arrays
+    half = data.cache_root()/'downloads'/'cifar100'/'cifar-100-binary.tar.gz.part'
+    own = data.cache_root()/'downloads'/'cifar10'/'cifar-10-binary.tar.gz'
+    for f in (half, own): f.parent.mkdir(parents=True), f.write_bytes(b'half')
+    a = Arrays({s: np.zeros((2, 32, 32, 3), np.uint8) for s in ('train', 'test')}, {s: np.arange(2) for s in ('train', 'test')}, ['a', 'b'])
+    monkeypatch.setattr(data, 'fetch_archive', lambda *_: (a, None))
+    with pytest.warns(UserWarning): data.load_data('cifar10')
+    assert half.is_file() and not own.exists()
+
+def test_cache_command(main, tree):
+    from fastcifar.data import cache_root, load_data
+    code = f'from fastcifar.data import load_data; import sys; d = load_data({str(tree)!r}); print(d.name, flush=True); sys.stdin.read()'
+    p = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    name = p.stdout.readline().strip()
+    try:
+        (cache_root()/'downloads/cifar10').mkdir(parents=True)
+        (cache_root()/'mine.txt').touch()
+        listed = json.loads(main('cache', '--json')[1])
+        assert [(r['what'], r['name']) for r in listed] == [('current', name), ('not ours', 'mine.txt'), ('download', 'cifar10')]
+        assert listed[0]['train'] == 60 and listed[0]['test'] == 24 and listed[0]['classes'] == 3 and not listed[0]['free']
+        code, said, _ = main('cache', '--clear', 'old')
+        assert code == 0 and not (cache_root()/'downloads/cifar10').exists()
+        code, said, _ = main('cache', '--clear', 'all')
+        assert code == 0 and f'in use: {name}' in said and len(json.loads(main('cache', '--json')[1])) == 2
+    finally: p.kill(), p.wait()
+    code, _, err = main('cache', '--clear', 'nothing')
+    assert code == 2 and 'there is no data set in the cache' in err
+    assert main('cache', '--clear', name)[0] == 0
+    assert [p.name for p in cache_root().iterdir() if p.suffix != '.lock' and p.name != 'downloads'] == ['mine.txt']
