@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from fastai.torch_core import default_device
 from joblib import Parallel, cpu_count, delayed
-from joblib.externals.loky import ProcessPoolExecutor
+from loky import ProcessPoolExecutor
 from tqdm.auto import tqdm
 
 from .cluster import RayTasks, everywhere
