@@ -5,7 +5,7 @@ LATEST = .venv-latest/bin
 export NO_ALBUMENTATIONS_UPDATE = 1
 say = @printf '\n== %s\n'
 
-.PHONY: help demo test test-gpu test-standin test-latest test-wheel soak bench bench-gpu readme docs clean
+.PHONY: help demo test test-gpu test-standin test-latest test-wheel soak mutate bench bench-gpu readme docs clean
 help:
 	@echo 'make demo         set up .venv, train on the embedded digits (offline), print accuracy and run folder'
 	@echo 'make test         set up .venv, check the export, run every notebook and the tests, on the CPU'
@@ -14,6 +14,7 @@ help:
 	@echo 'make test-latest  the tests with the newest fastai 2.8, fastcore and torch'
 	@echo 'make test-wheel   build the wheel, install it into an empty environment, run the demo there'
 	@echo 'make soak         kill 50 runs and continue them, try 12,000 hostile files, kill a node of a Ray cluster (about half an hour)'
+	@echo 'make mutate       do the tests notice a mistake? 300 changes of a line, into results/mutation.csv (about an hour; goes on where it was stopped)'
 	@echo 'make bench        the CPU benchmarks into benchmarks/ (about a quarter of an hour on an idle machine)'
 	@echo 'make bench-gpu DATA=FOLDER AIRBENCH=airbench94_muon.py   all that a CUDA GPU can show, into benchmarks/gpu, line by line'
 	@echo 'make readme       write README.md from nbs/index.ipynb'
@@ -73,6 +74,10 @@ soak: .venv/installed
 	@$(BIN)/python tools/soak.py hostile 12000
 	$(say) 'killing a node of a Ray cluster in the middle of a study'
 	@OMP_NUM_THREADS=1 FASTCIFAR_SOAK=1 $(BIN)/python -m pytest tests/test_cluster.py tests/test_workers.py
+
+mutate: .venv/installed
+	$(say) 'changing a line at a time and running the tests that belong to it'
+	@CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python tools/mutate.py
 
 bench: .venv/installed
 	@$(BIN)/fastcifar bench data --out benchmarks/data.json
