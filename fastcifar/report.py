@@ -133,6 +133,12 @@ def _confusion(interp):
 
 def _settings(d): return table_cells(pd.DataFrame([(k, '-' if v is None else str(v)) for k, v in d.items()], columns=['setting', 'value']))
 
+def _rates(metrics, tested):
+    "Where the two rates are from"
+    note = metrics.get('lr_note') # runs of older versions have none
+    origin = 'as given' if not tested else f'by a range test that is {note}' if note else 'found by a range test before the training'
+    return f'LRMIN {metrics["lr_min"]:.2e}, LRMAX {metrics["lr_max"]:.2e}, {origin}.'
+
 def write_run_report(
     out, # Run folder
     interp:CifarInterpretation, # Predictions of the test split
@@ -158,7 +164,8 @@ def write_run_report(
         data=metrics['data'], seed=metrics['seed'], views=metrics.get('views', 'none'),
             interval=f'{low:.2f} to {high:.2f} %', cards=cards,
         figures=figures | drawn_svgs(dict(graph=lambda: plot_graph(model), field=lambda: plot_field(model)), say=say),
-        history=table_cells(history, share), rates=f'LRMIN {metrics["lr_min"]:.2e}, LRMAX {metrics["lr_max"]:.2e}' + (', found by a range test before the training.' if 'lr_range' in figures else ', as given.'),
+        history=table_cells(history, share), rates=_rates(metrics, 'lr_range' in figures),
+        warning=metrics.get('one_class', ''),
         wrong=f'{metrics["wrong"]:,}', losses=_losses(interp, 12), surest=_shown(interp, interp.wrong().head(30)), labels=_shown(interp, labels.head(20)), label_errors=f'{len(labels):,}',
         classes=table_cells(interp.class_accuracy().reset_index(), share), confusion=_confusion(interp),
         confused=table_cells(pd.DataFrame([(str(a), str(b), int(n)) for a, b, n in interp.most_confused(1)[:12]], columns=['actual', 'predicted', 'times'])), ece=f'{100 * interp.ece():.1f} points',
