@@ -154,8 +154,11 @@ def test_moved_data_is_found_with_data(run, main, tree, tmp_path):
     assert code == 2 and 'its hash differs' in err
 
 def test_find_lr(main, tree, tmp_path):
-    r = json.loads(main('find-lr', '--data', tree, '--bs', 4, '--json')[1])
-    assert 0 < r['lr_min'] < r['lr_max'] < 1 and (tmp_path/'lr_range.png').exists()
+    r = json.loads(main('find-lr', '--data', 'digits', '--model', 'normnet31k', '--bs', 8, '--json')[1])
+    assert not r['note'] and 3e-5 < r['lr_min'] < r['lr_max'] / 2 and 1e-3 < r['lr_max'] < 3e-2 and (tmp_path/'lr_range.png').exists()
+    code, out, err = main('find-lr', '--data', tree, '--model', 'normnet31k', '--norm', 'none', '--bs', 4)
+    assert code == 0 and 'LRMAX 3.00e-03 (uncertain)' in out and (tmp_path/'lr_range.png').exists()
+    assert [l for l in err.splitlines() if 'the range test is uncertain: the loss falls by ' in l and 'LRMAX 0.003 is a usual rate instead' in l], err
 
 def test_found_range_is_used(main, tree, tmp_path):
     m = json.loads(main('train', '--data', tree, '--epochs', 1, '--bs', 4, '--valid', 12, '--out', 'r', '--json')[1])
