@@ -160,8 +160,7 @@ def _save_recipe(args):
     from fastcifar.recipes import create_recipe, write_recipe
     name, file = args.recipe or 'fast', Path(args.save)
     if file.suffix != '.json': raise FastcifarError(f'cannot save as {file}: give a name that ends in .json')
-    check_file(file, overwrite=args.overwrite)
-    res = write_recipe(file, create_recipe(name, args.model), name, args.model)
+    res = write_recipe(file, create_recipe(name, args.model), name, args.model, args.overwrite)
     _say(args)(f'{file}: change what you like, then: {command_line("train", recipe=file)}')
     return res
 

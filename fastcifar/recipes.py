@@ -18,7 +18,7 @@ from torch import nn
 
 from .augment import list_policies
 from .averages import EMA, VIEWS
-from .basics import FastcifarError, as_json, check_name, is_number, read_json, write_json
+from .basics import FastcifarError, as_json, check_file, check_name, is_number, read_json, write_json
 from .models.zoo import list_models
 from .loop import CrossEntropy, piecewise
 from .optim import OPTIMIZERS, optimizer
@@ -190,11 +190,12 @@ def write_recipe(
     r:Recipe, # What to save; a `Config` is one too
     name:str, # The recipe that it started from
     model:str, # The net that it is for
+    overwrite:bool=False, # Replace a file that is there?
     **more, # What else to put down: norm, groups, how it was found
 ) -> dict: # What is in the file
     "Save a recipe, to be read, changed and trained with"
     res = as_json(dict(recipe=name, model=model, **more, settings={f.name: getattr(r, f.name) for f in dataclasses.fields(Recipe)}))
-    write_json(Path(path), res)
+    write_json(check_file(path, overwrite=overwrite), res)
     return res
 
 def read_recipe(

@@ -137,7 +137,7 @@ def test_a_recipe_file_holds_idle_settings(tmp_path, main, tree):
     file = tmp_path/'r.json'
     for name, settings in (('fast', dict(schedule='constant', lr_max=.003)), ('reference', dict(optimizer='adam'))):
         r = create_recipe(name, 'normnet31k', **settings)
-        written = write_recipe(file, r, name, 'normnet31k')
+        written = write_recipe(file, r, name, 'normnet31k', True)
         kept = read_recipe(file)
         assert as_json(asdict(create_recipe(kept.pop('recipe'), kept.pop('model'), **kept))) == as_json(asdict(r))
     written['settings']['gamma'] = .5
