@@ -143,7 +143,7 @@ def test_a_recipe_file_holds_idle_settings(tmp_path, main, tree):
     written['settings']['gamma'] = .5
     file.write_text(json.dumps(written))
     with pytest.raises(FastcifarError, match='r.json: gamma is for the schedule steps'): read_recipe(file)
-    write_recipe(file, create_recipe('fast', 'normnet31k'), 'fast', 'normnet31k', norm='gn', groups=4)
+    write_recipe(file, create_recipe('fast', 'normnet31k'), 'fast', 'normnet31k', True, norm='gn', groups=4)
     quick = ('--data', tree, '--epochs', 1, '--bs', 20, '--no-pictures')
     assert main('train', '--recipe', file, '--norm', 'ln', *quick, '--out', 'r')[0] == 0 # groups went with gn
     assert run_config('r').groups is None
