@@ -342,13 +342,13 @@ def _use(folder):
     with contextlib.suppress(OSError): os.utime(folder)
     if _USED is None or folder in _USED: return
     with contextlib.suppress(OSError): # where locks do not work, as on some network drives
-        f = open(folder/'meta.json')
+        f = open(folder/'meta.json', 'rb')
         fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
         _USED[folder] = f
 
 def _in_use(folder):
     try:
-        with open(folder/'meta.json') as f: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with open(folder/'meta.json', 'rb') as f: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except FileNotFoundError: return False
     except OSError: return True
     return False
