@@ -25,9 +25,9 @@ TESTS = { # module -> what is run besides its notebook; of these, the tests that
     'statistics': ['test_numbers', 'test_values'], 'interpret': ['test_numbers', 'test_values', 'test_names'],
     'robust': ['test_numbers', 'test_values'], 'averages': ['test_values', 'test_fastai'],
     'schedule': ['test_values', 'test_fastai'],
-    'export': ['test_shared', 'test_trust'], 'runs': ['test_numbers', 'test_provenance', 'test_identity', 'test_options'],
+    'export': ['test_shared'], 'runs': ['test_numbers', 'test_provenance', 'test_identity', 'test_options'],
     'study': ['test_growth', 'test_options', 'test_study'], 'sweep': ['test_numbers', 'test_options'],
-    'state': ['test_fastai', 'test_trust'], 'loaders': ['test_batches', 'test_library'],
+    'state': ['test_checkpoints', 'test_fastai'], 'loaders': ['test_batches'],
     'recipes': ['test_numbers', 'test_recipes']}
 OWN = ('hostile', 'soak', 'docs', 'readme', 'forms') # modules beside the tests, which import fastcifar
 HEAVY = ('ray', 'gradio', 'wandb', 'playwright') # not to be forked
