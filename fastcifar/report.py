@@ -136,7 +136,8 @@ def _settings(d): return table_cells(pd.DataFrame([(k, '-' if v is None else str
 def _rates(metrics, tested):
     "Where the two rates are from"
     note = metrics.get('lr_note') # runs of older versions have none
-    origin = 'as given' if not tested else f'by a range test that is {note}' if note else 'found by a range test before the training'
+    origin = f'by a range test that is {note}' if note else 'found by a range test before the training'
+    if not tested: origin = 'as given'
     return f'LRMIN {metrics["lr_min"]:.2e}, LRMAX {metrics["lr_max"]:.2e}, {origin}.'
 
 def write_run_report(

@@ -251,7 +251,8 @@ def _find_lrs(learn, c, out, say):
         write_json(f, r._asdict())
     try: r = LRRange(**read_json(f))
     except TypeError: raise FastcifarError(f'{f} is damaged: remove it, and the same command finds the rates again') from None
-    say(f'LRMIN {r.lr_min:.2e}, LRMAX {r.lr_max:.2e}{"" if r.certain else ", the usual ones: the range test is uncertain"}')
+    unsure = '' if r.certain else ', the usual ones: the range test is uncertain'
+    say(f'LRMIN {r.lr_min:.2e}, LRMAX {r.lr_max:.2e}{unsure}')
     return r
 
 def _fit(learn, c, out, every, say):
