@@ -162,12 +162,12 @@ def test_cache_command(main, tree):
         assert code == 0 and f'in use: {name}' in said and len(json.loads(main('cache', '--json')[1])) == 2
     finally: p.kill(), p.wait()
     (cache_root()/'downloads/cifar10').mkdir(parents=True)
-    for name in ('notes.txt', 'cifar-10-binary.tar.gz.part'): (cache_root()/'downloads/cifar10'/name).touch()
+    for f in ('notes.txt', 'cifar-10-binary.tar.gz.part'): (cache_root()/'downloads/cifar10'/f).touch()
     (cache_root()/'downloads/mine').mkdir(), (cache_root()/'downloads/mine/x').touch()
     assert main('cache', '--clear', 'old')[0] == 0
     assert [p.name for p in (cache_root()/'downloads').rglob('*') if p.is_file()] == ['notes.txt', 'x'] # not ours
     code, _, err = main('cache', '--clear', 'nothing')
-    assert code == 2 and 'there is no data set in the cache' in err
+    assert code == 2 and 'there is no data set in the cache' in err and name in err, err
     assert main('cache', '--clear', name)[0] == 0
     assert [p.name for p in cache_root().iterdir() if p.suffix != '.lock' and p.name != 'downloads'] == ['mine.txt']
 
