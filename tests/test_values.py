@@ -116,6 +116,7 @@ class Holds(nn.Module):
         super().__init__()
         self.norm = nn.BatchNorm1d(1)
         self.norm.weight.data[:] = v
+        self.register_buffer('steps', torch.tensor(4))
 
 def averaged(values, ema=None, decay=.9):
     "An average that has seen these weights"
@@ -144,14 +145,16 @@ def test_an_average_goes_on_from_a_checkpoint():
     assert EMA().checkpoint() == ({}, {'n': 0}), 'before the first batch there is nothing to keep'
 
 def test_an_average_ends_in_the_net():
-    "Counters of batches, which cannot be averaged, are no part of it"
+    "Counters, which cannot be averaged, are no part of it"
     ema = averaged([1., 2., 3.])
     tensors, _ = ema.checkpoint()
     net = Holds(7.)
     net.norm.num_batches_tracked += 5
+    net.steps += 3
     ema.learn.model = net
     ema.conclude(tensors)
-    assert net.norm.weight.item() == pytest.approx(tensors['norm.weight'].item()) and net.norm.num_batches_tracked == 5
+    assert net.norm.weight.item() == pytest.approx(tensors['norm.weight'].item())
+    assert net.norm.num_batches_tracked == 5 and net.steps == 7
 
 def test_no_views():
     def net(x): return x.sum((2, 3))
@@ -188,6 +191,14 @@ def test_pairs_with_one_seed_in_common_are_named():
     said = study_answer(r)[0]
     assert said.endswith('; fewer than two seeds in common: bn and ln, gn and ln') and 'bn > gn by' in said
     assert 'fewer than' not in study_answer(r[r.norm != 'ln'])[0]
+
+def test_runs_that_are_not_as_they_should_be_are_named():
+    "Those that failed, and those of which something is missing; nothing is said of the others"
+    r = pd.DataFrame([dict(model='m', norm='bn', recipe='r', bs=8, seed=s, status=status, reason=why, test_accuracy=.9)
+        for s, (status, why) in enumerate([('finished', ''), ('finished', 'no curve'), ('failed', 'NaN'), ('missing', '')])])
+    assert study_answer(r)[1:] == ['failed: m bn r 8 seed 2: NaN', 'incomplete: m bn r 8 seed 1: no curve']
+    r.loc[0, 'reason'] = None # as a table of a file has it
+    assert len(study_answer(r)) == 3 and len(study_answer(r.drop(columns='reason')[r.status == 'finished'])) == 1
 
 # -- corrupted images
 
