@@ -122,15 +122,23 @@ def test_studies_and_sweeps_hold_a_lock(tree, tmp_path):
     assert (study.run(1, pictures=False, say=lambda *_: None).status == 'finished').all() # the lock of a killed process is none
 
 def test_two_exports_at_once(run, tmp_path, monkeypatch):
+    "The second is refused before its work; what a killed one has left goes; a folder that has come up meanwhile stays"
     import fastcifar.export as export
-    real = export._fill
-    def slow(folder, *args): # another one ends first
-        monkeypatch.setattr(export, '_fill', real)
-        export.export_run(run, tmp_path/'out', onnx=False)
+    real, left = export._fill, tmp_path/'.out.fastcifar-01234567.tmp'
+    left.mkdir(), (left/'model.safetensors').touch(), (tmp_path/'.out.fastcifar-notes').touch()
+    def during(folder, *args):
+        with pytest.raises(FastcifarError, match='another process is exporting to'): export.export_run(run, tmp_path/'out', onnx=False)
+        assert not left.exists()
         return real(folder, *args)
-    monkeypatch.setattr(export, '_fill', slow)
-    with pytest.raises(FastcifarError, match='has come up meanwhile'): export.export_run(run, tmp_path/'out', onnx=False)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['out'] and (tmp_path/'out/README.md').is_file()
+    monkeypatch.setattr(export, '_fill', during)
+    export.export_run(run, tmp_path/'out', onnx=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['.out.fastcifar-notes', 'out'] and (tmp_path/'out/README.md').is_file()
+    def late(folder, *args):
+        (tmp_path/'more').mkdir(), (tmp_path/'more/mine').touch()
+        return real(folder, *args)
+    monkeypatch.setattr(export, '_fill', late)
+    with pytest.raises(FastcifarError, match='has come up meanwhile'): export.export_run(run, tmp_path/'more', onnx=False)
+    assert [p.name for p in (tmp_path/'more').iterdir()] == ['mine']
 
 def test_one_download_leaves_another_alone(monkeypatch, tmp_path):
     "While one process decodes cifar10, another one is in the middle of cifar100"
