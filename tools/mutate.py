@@ -25,8 +25,8 @@ TESTS = { # module -> what is run besides its notebook; of these, the tests that
     'statistics': ['test_numbers', 'test_values'], 'interpret': ['test_numbers', 'test_values', 'test_names'],
     'robust': ['test_numbers', 'test_values'], 'averages': ['test_values', 'test_fastai'],
     'schedule': ['test_values', 'test_fastai'],
-    'export': ['test_shared'], 'runs': ['test_numbers', 'test_provenance', 'test_identity', 'test_options'],
-    'study': ['test_growth', 'test_options', 'test_study'], 'sweep': ['test_searches', 'test_numbers'],
+    'export': ['test_shared'], 'runs': ['test_records', 'test_numbers', 'test_provenance', 'test_options'],
+    'study': ['test_records', 'test_growth', 'test_options'], 'sweep': ['test_searches', 'test_numbers'],
     'state': ['test_checkpoints', 'test_fastai'], 'loaders': ['test_batches'],
     'recipes': ['test_numbers', 'test_recipes']}
 OWN = ('hostile', 'soak', 'docs', 'readme', 'forms') # modules beside the tests, which import fastcifar
@@ -343,7 +343,8 @@ def equivalents() -> dict:
 
 def name_of(row): return ' | '.join(row[k] for k in ('module', 'function', 'line', 'change')) # as `Mutant.name`
 
-def versions_of(module) -> str: return ' '.join((digest(ROOT/f'fastcifar/{module}.py'), *map(version_of, units_of(module))))
+def versions_of(module) -> str:
+    return ' '.join((digest(ROOT/f'fastcifar/{module}.py'), *map(version_of, units_of(module))))
 
 def judged(module, text, version, args, tests, pool, said) -> list:
     "A result for each mutant of a module"
