@@ -104,6 +104,7 @@ def test_only_our_unfinished_files_go(tmp_path):
 def held(folder):
     "Another process that holds the lock of a folder until it is told to end"
     code = f'''import sys, fastcifar.runs as r
+from pathlib import Path
 with r.own_folder(Path({str(folder)!r}), lambda f: True, 'it'): print('held', flush=True); sys.stdin.read()'''
     p = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert p.stdout.readline() == 'held\n'
