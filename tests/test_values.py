@@ -12,7 +12,7 @@ from torch import nn
 from fastcifar.averages import EMA, Views, average_views
 from fastcifar.basics import FastcifarError
 from fastcifar.data import Arrays, ImageData
-from fastcifar.interpret import CifarInterpretation
+from fastcifar.interpret import CifarInterpretation, save_plot
 from fastcifar.loaders import CifarDataLoaders # with this import an ImageData has its dataloaders
 from fastcifar.robust import plot_corruptions, plot_robustness, read_corruptions
 from fastcifar.schedule import lr_range, one_cycle, plot_range, read_range
@@ -407,6 +407,20 @@ def test_picture_of_confusions(interp):
     assert sorted({t.get_text() for t in plt.gcf().axes[0].texts}) == ['0.00', '0.33', '0.67', '1.00']
     interp.plot_confusion_matrix(plot_txt=False)
     assert not plt.gcf().axes[0].texts
+
+def test_a_picture_is_the_one_that_was_returned(tmp_path):
+    "Or else the current one; afterwards all are closed that were opened"
+    def size(path): return plt.imread(path).shape[:2][::-1]
+    def two():
+        fig = plt.figure(figsize=(2, 1), layout='constrained')
+        plt.figure(figsize=(4, 3), layout='constrained')
+        return fig
+    before = plt.figure()
+    assert save_plot(two, tmp_path/'a.png') and size(tmp_path/'a.png') == (220, 110)
+    assert save_plot(lambda: two() and None, tmp_path/'b.png') and size(tmp_path/'b.png') == (440, 330)
+    assert plt.get_fignums() == [before.number]
+    said = []
+    assert not save_plot(lambda: 1 / 0, tmp_path/'c.png', said.append) and len(said) == 1 and 'c.png' in said[0]
 
 def test_one_image_of_none_and_of_all(interp):
     assert interp.images([]).shape == (0, 32, 32, 3)
