@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['UNFINISHED', 'harmless', 'FastcifarError', 'check_name', 'is_number', 'is_count', 'optional', 'env_number', 'say',
            'lenient_output', 'in_a_line', 'attempt', 'command_line', 'user_path', 'write_atomic', 'write_text',
-           'read_text', 'as_json', 'write_json', 'read_json', 'remove_unfinished', 'check_folder', 'check_file',
-           'check_writable', 'rng_state', 'set_rng_state', 'preserve_rng', 'seed_everything', 'spread_evenly']
+           'read_text', 'as_json', 'write_json', 'read_json', 'remove_unfinished', 'check_writable', 'check_folder',
+           'check_file', 'rng_state', 'set_rng_state', 'preserve_rng', 'seed_everything', 'spread_evenly']
 
 # %% ../nbs/00_basics.ipynb #dee8c037
 import contextlib, difflib, getpass, importlib, io, json, numbers, os, random, re, secrets, shlex, stat, sys, tempfile
@@ -238,6 +238,20 @@ def remove_unfinished(
         if ours and f.is_file() and not f.is_symlink():
             with contextlib.suppress(OSError): f.unlink()
 
+# %% ../nbs/00_basics.ipynb #715cbcb6
+def check_writable(
+    path, # A file that is to be written later, in a folder that may not be there yet
+) -> Path: # `path`
+    "Raise an error now if a file could not be written"
+    path = user_path(path)
+    if path.is_dir(): raise FastcifarError(f'cannot write {path}: it is a folder; choose another name')
+    there = next(p for p in path.absolute().parents if p.exists())
+    try: tempfile.TemporaryFile(dir=there).close() # modes alone do not tell
+    except OSError as e:
+        raise FastcifarError(f'cannot write {path}: {e.strerror or e}; choose a folder you can write to, '
+                             'with free space') from e
+    return path
+
 # %% ../nbs/00_basics.ipynb #2a0fe75c
 def check_folder(
     out, # Folder to write into
@@ -267,20 +281,6 @@ def check_file(
     except OSError as e: raise FastcifarError(f'cannot read {path}: {e.strerror}; choose another name') from e
     if mine: return path
     raise FastcifarError(f'{path} is there already and is left as it is: choose another name, or add --overwrite')
-
-# %% ../nbs/00_basics.ipynb #715cbcb6
-def check_writable(
-    path, # A file that is to be written later, in a folder that may not be there yet
-) -> Path: # `path`
-    "Raise an error now if a file could not be written"
-    path = user_path(path)
-    if path.is_dir(): raise FastcifarError(f'cannot write {path}: it is a folder; choose another name')
-    there = next(p for p in path.absolute().parents if p.exists())
-    try: tempfile.TemporaryFile(dir=there).close() # modes alone do not tell
-    except OSError as e:
-        raise FastcifarError(f'cannot write {path}: {e.strerror or e}; choose a folder you can write to, '
-                             'with free space') from e
-    return path
 
 # %% ../nbs/00_basics.ipynb #ed2061c5
 def _torch_states(torch):

@@ -160,8 +160,7 @@ def _save_recipe(args):
     from fastcifar.recipes import create_recipe, write_recipe
     name, file = args.recipe or 'fast', Path(args.save)
     if file.suffix != '.json': raise FastcifarError(f'cannot save as {file}: give a name that ends in .json')
-    check_file(file, overwrite=args.overwrite)
-    res = write_recipe(file, create_recipe(name, args.model), name, args.model)
+    res = write_recipe(file, create_recipe(name, args.model), name, args.model, args.overwrite)
     _say(args)(f'{file}: change what you like, then: {command_line("train", recipe=file)}')
     return res
 
@@ -187,10 +186,10 @@ def find_lr_command(args) -> dict:
     learn = recipe_learner(dls, build_model(c, len(data.classes)), c, precision=c.precision)
     with nullcontext() if _bars(args) else learn.no_bar(): r = learn.lr_range(show_plot=False)
     say = _say(args)
-    say(f'LRMIN {r.lr_min:.2e}\nLRMAX {r.lr_max:.2e}')
+    say(f'LRMIN {r.lr_min:.2e}\nLRMAX {r.lr_max:.2e}{"" if r.certain else " (uncertain)"}')
     drawn = save_plot(lambda: plot_range(r), args.plot, say)
     if drawn: say(f'plot:  {args.plot}')
-    return dict(lr_min=r.lr_min, lr_max=r.lr_max, plot=args.plot if drawn else None)
+    return dict(lr_min=r.lr_min, lr_max=r.lr_max, note=r.note, plot=args.plot if drawn else None)
 
 def evaluate_command(args) -> dict:
     "Predict the test split with a finished run and print accuracy, classes and confusions; draw and measure more if asked to"
@@ -209,9 +208,11 @@ def evaluate_command(args) -> dict:
     say(f'test accuracy {i.accuracy:.2%} ({int(classes.right.sum()):,} of {len(i.targs):,} images), loss {i.loss:.4f}, calibration error {100 * i.ece():.1f} points; test-time views: {i.views}\n')
     say(classes.to_string(formatters={k: '{:.2%}'.format for k in ('accuracy', 'low', 'high')}))
     confused = [(a, b, int(n)) for a, b, n in i.most_confused(1)[:5]]
+    if i.one_class(): say(f'warning: {i.one_class()}')
     say('\nmost confused (actual, predicted, times): ' + ', '.join(f'{a} -> {b} {n}' for a, b, n in confused))
     res = dict(views=i.views, test_accuracy=i.accuracy, test_loss=i.loss, test_images=len(i.targs),
-        calibration_error=i.ece(), class_accuracy=classes.accuracy.to_dict(), most_confused=confused)
+        one_class=i.one_class(), calibration_error=i.ece(), class_accuracy=classes.accuracy.to_dict(),
+        most_confused=confused)
     if args.plots:
         draw_interpretation(i, args.plots, args.layer, say)
         say(f'\nplots and tables: {args.plots}')
@@ -262,8 +263,7 @@ def predict_command(args) -> list:
     for r in res:
         if 'error' in r: print(harmless(f'fastcifar: {r["error"]}'), file=sys.stderr, flush=True)
         else: _say(args)(f'{r["file"]}: ' + ', '.join(f'{c} {p:.1%}' for c, p in r['top']))
-    bad = sum('error' in r for r in res)
-    args.exit_code = 0 if not bad else 2 if bad == len(res) else 1
+    args.exit_code = int(any('error' in r for r in res))
     return res
 
 def export_command(args) -> dict:

@@ -121,6 +121,13 @@ class CifarInterpretation(ClassificationInterpretation):
         "Mean cross-entropy, without the label smoothing that the net may have been trained with"
         return float(self.losses.double().mean())
 
+    def one_class(self) -> str: # Empty: they differ, or there is nothing else to say
+        "What to say if every image is predicted as one class, though they are of several"
+        found = self.decoded.unique()
+        if len(found) != 1 or len(self.targs.unique()) < 2: return ''
+        return (f'all {len(self.targs):,} images are predicted as one class, {self.vocab[int(found)]}: the net has '
+                'learned nothing, try another learning rate (--lr-max)')
+
     def predictions(self) -> pd.DataFrame:
         "Truth, prediction, its probability and log-probability, and loss of every image"
         p = self.preds.gather(1, self.decoded[:, None]).squeeze(1).double()

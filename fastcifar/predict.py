@@ -216,9 +216,11 @@ def predict_files(
     top:int=3, # How many classes to give for each
     trust:bool=False, # Open a .pt2, which can run code?
 ) -> list: # For each image: dict(file=, prediction=, probability=, top=[(class, probability), ...]), or dict(file=, error=)
-    "Classify images with a trained net; one that cannot be read is named, and the others are classified all the same"
+    "Classify images with a trained net; where some cannot be read, they are named, and the others are classified all the same"
     net, images = open_predictor(source, trust), find_images(files)
-    return [row for i in range(0, len(images), 1024) for row in _classified(net, images[i:i + 1024], top)]
+    rows = [row for i in range(0, len(images), 1024) for row in _classified(net, images[i:i + 1024], top)]
+    if all('error' in row for row in rows): raise FastcifarError(rows[0]['error'])
+    return rows
 
 def _classified(net, images, top):
     "The rows of `predict_files` for some images"

@@ -150,7 +150,9 @@ def _rates(config, metrics):
     "The learning rates of a run in words, and where they come from"
     lr_min, lr_max, schedule = metrics['lr_min'], metrics['lr_max'], config.get('schedule', 'one_cycle')
     usual = create_recipe(config['recipe'], config['model'])
-    if config.get('lr_max') is None: source = 'found by a range test before the training'
+    note = metrics.get('lr_note') # runs of older versions have none
+    tested = f'by a range test that is {note}' if note else 'found by a range test before the training'
+    if config.get('lr_max') is None: source = tested
     elif config['lr_max'] == usual.lr_max: source = 'as the recipe has it'
     else: source = 'as given' if config['bs'] == usual.bs else 'as given, or scaled with the batch size'
     if schedule == 'constant': return f'Learning rate {lr_max:.2e}, {source}.'
@@ -183,7 +185,7 @@ def write_run_report(
         data=metrics['data'], seed=metrics['seed'], views=metrics.get('views', 'none'),
             interval=f'{low:.2f} to {high:.2f} %', cards=cards,
         figures=figures | drawn_svgs(dict(graph=lambda: plot_graph(model), field=lambda: plot_field(model)), say=say),
-        history=table_cells(history, share), rates=_rates(config, metrics),
+        history=table_cells(history, share), rates=_rates(config, metrics), warning=metrics.get('one_class', ''),
         wrong=f'{metrics["wrong"]:,}', losses=_losses(interp, 12), surest=_shown(interp, interp.wrong().head(30)), labels=_shown(interp, labels.head(20)), label_errors=f'{len(labels):,}',
         classes=table_cells(interp.class_accuracy().reset_index(), share), confusion=_confusion(interp),
         confused=table_cells(pd.DataFrame([(str(a), str(b), int(n)) for a, b, n in interp.most_confused(1)[:12]], columns=['actual', 'predicted', 'times'])), ece=f'{100 * interp.ece():.1f} points',

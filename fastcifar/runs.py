@@ -290,11 +290,11 @@ def _find_lrs(learn, c, out, say):
     if c.lr_max: return LRRange(c.lr_min or c.lr_max / 50, c.lr_max)
     f = out/'lr_range.json'
     if not f.exists():
-        say('finding LRMIN and LRMAX (100 steps)')
+        say('finding LRMIN and LRMAX (100 steps; 300 more if these are too few)')
         r = learn.lr_range(show_plot=False)
         write_json(f, r._asdict())
     r = _read_range(f)
-    say(f'LRMIN {r.lr_min:.2e}, LRMAX {r.lr_max:.2e}')
+    say(f'LRMIN {r.lr_min:.2e}, LRMAX {r.lr_max:.2e}{"" if r.certain else ", the usual ones: the range test is uncertain"}')
     return r
 
 def note_epoch(
@@ -389,7 +389,7 @@ def finish_run(learn, c:Config, out:Path, lrs, history:list, say=say, pictures:b
     save_model(learn.model, out/'model.safetensors', classes=list(data.classes), mean=learn.dls.stats[0], std=learn.dls.stats[1], data=data.name, data_sha256=data.source, views=c.views)
     m = dict(test_accuracy=test.accuracy, test_loss=test.loss, test_images=len(test.targs), wrong=len(test.wrong()), train_accuracy=train.accuracy, train_loss=train.loss,
              valid_accuracy=predicted(1).accuracy if c.valid else None, valid_images=c.valid, epochs=c.epochs,
-                 seed=c.seed, lr_min=lrs.lr_min, lr_max=lrs.lr_max,
+                 seed=c.seed, lr_min=lrs.lr_min, lr_max=lrs.lr_max, lr_note=lrs.note, one_class=test.one_class(),
              model=c.model, norm=c.norm, recipe=c.recipe, bs=c.bs, views=test.views, train_views=train.views,
                  parameters=count_parameters(learn.model), data=data.name, data_sha256=data.source,
                  precision=c.precision,
@@ -399,6 +399,7 @@ def finish_run(learn, c:Config, out:Path, lrs, history:list, say=say, pictures:b
     if pictures:
         draw_run(test, out, lrs, c, history, say)
         with attempt('report.html', say): page = _report(test, out, lrs, c, history, m, say)
+    if m['one_class']: say(f'warning: {m["one_class"]}')
     say(f'test accuracy {m["test_accuracy"]:.2%} ({m["test_images"] - m["wrong"]:,} of {m["test_images"]:,} images of {data.name}, last epoch, seed {c.seed}, test-time views: {test.views})\nrun folder: {out}' + (f'\nto read: {page}' if page else ''))
     return m
 
@@ -438,7 +439,7 @@ def run_folder(
     "`own_folder` for a run"
     return own_folder(out, wait=wait)
 
-BESIDE = ('.lock', '.writable', 'log.txt', 'failure.txt', 'checkpoints') # What may lie in a run folder before its configuration does
+BESIDE = ('.lock', '.writable', 'log.txt', 'failure.txt', 'checkpoints', 'together') # What may lie in a run folder before its configuration does
 
 @contextlib.contextmanager
 def explained(
@@ -545,7 +546,7 @@ def _seal(place):
     with contextlib.suppress(OSError, FastcifarError):
         file = user_path(os.environ.get('XDG_CONFIG_HOME') or '~/.config')/'fastcifar'/'key'
         file.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError), open(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), 'w') as f: f.write(secrets.token_hex(32))
+        with contextlib.suppress(FileExistsError), open(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), 'w', encoding='ascii') as f: f.write(secrets.token_hex(32))
         return hmac.new(file.read_bytes(), place.encode('utf-8', 'surrogateescape'), 'sha256').hexdigest()
     return 'none' # nowhere to keep a key, so it will have to be said again
 

@@ -171,7 +171,7 @@ class Sweep:
             views=self.base.views, data=data.name, data_sha256=data.source, epochs=self.base.epochs,
             seed=self.base.seed)
         best = override_recipe(self.base, **suggest_settings(_again(best), self.base, self.tune))
-        res = write_recipe(self.out/'recipe.json', best, best.recipe, best.model, norm=best.norm, groups=best.groups, found=found)
+        res = write_recipe(self.out/'recipe.json', best, best.recipe, best.model, True, norm=best.norm, groups=best.groups, found=found)
         save_plot(lambda: plot_sweep(t), self.out/'sweep.png', say)
         return res
 

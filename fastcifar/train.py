@@ -319,9 +319,9 @@ class CifarLearner(LeanLearner):
         "Context in which `fit` trains together with the other processes that `torchrun` started, see `shared_training`"
         return shared_training(self, sync_bn, in_notebook, cpu, **kwargs)
 
-    def lr_range(self, start_lr:float=1e-6, end_lr:float=1., num_it:int=100, show_plot:bool=True):
+    def lr_range(self, start_lr:float=1e-6, end_lr:float=1., num_it:int=100, show_plot:bool=True, default:float=None):
         "LRMIN and LRMAX from a range test that leaves weights, optimizer and random generators as they were"
-        return lr_range(self, start_lr, end_lr, num_it, show_plot)
+        return lr_range(self, start_lr, end_lr, num_it, show_plot, default)
 
     def lr_find(self, *args, **kwargs):
         "fastai's `lr_find`; it leaves the random generators as they were, too"

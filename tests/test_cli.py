@@ -153,14 +153,21 @@ def test_moved_data_is_found_with_data(run, main, tree, tmp_path):
     code, _, err = main('evaluate', tmp_path/'run', '--data', tmp_path/'moved')
     assert code == 2 and 'its hash differs' in err
 
-def test_find_lr(main, tree, tmp_path):
-    r = json.loads(main('find-lr', '--data', tree, '--bs', 4, '--json')[1])
-    assert 0 < r['lr_min'] < r['lr_max'] < 1 and (tmp_path/'lr_range.png').exists()
+def test_find_lr(main, tree, tmp_path, monkeypatch):
+    r = json.loads(main('find-lr', '--data', 'digits', '--model', 'normnet31k', '--bs', 8, '--json')[1])
+    assert not r['note'] and 3e-5 < r['lr_min'] < r['lr_max'] / 2 and 1e-3 < r['lr_max'] < 3e-2
+    assert (tmp_path/'lr_range.png').exists()
+    monkeypatch.setattr('fastcifar.schedule.LEAST_FALL', 1e9) # as if no curve could be read
+    said = 'the range test is uncertain: the loss falls by .*; LRMAX 0.003 is a usual rate instead'
+    with pytest.warns(UserWarning, match=said):
+        code, out, _ = main('find-lr', '--data', tree, '--model', 'normnet31k', '--bs', 20, '--plot', 'other.png')
+    assert code == 0 and 'LRMAX 3.00e-03 (uncertain)' in out and (tmp_path/'other.png').exists()
 
 def test_found_range_is_used(main, tree, tmp_path):
     m = json.loads(main('train', '--data', tree, '--epochs', 1, '--bs', 4, '--valid', 12, '--out', 'r', '--json')[1])
     r = json.loads((tmp_path/'r/lr_range.json').read_text())
-    assert (m['lr_min'], m['lr_max']) == (r['lr_min'], r['lr_max']) and m['valid_images'] == 12 and (tmp_path/'r/lr_range.png').exists()
+    assert [m[k] for k in ('lr_min', 'lr_max', 'lr_note')] == [r[k] for k in ('lr_min', 'lr_max', 'note')]
+    assert m['valid_images'] == 12 and (tmp_path/'r/lr_range.png').exists()
 
 def test_refused_command_leaves_the_folder_free(main, tree, tmp_path):
     code, _, err = main('train', '--data', tree, *QUICK, '--model-args', 'nonsense=1', '--out', 'q')

@@ -137,13 +137,13 @@ def test_a_recipe_file_holds_idle_settings(tmp_path, main, tree):
     file = tmp_path/'r.json'
     for name, settings in (('fast', dict(schedule='constant', lr_max=.003)), ('reference', dict(optimizer='adam'))):
         r = create_recipe(name, 'normnet31k', **settings)
-        written = write_recipe(file, r, name, 'normnet31k')
+        written = write_recipe(file, r, name, 'normnet31k', True)
         kept = read_recipe(file)
         assert as_json(asdict(create_recipe(kept.pop('recipe'), kept.pop('model'), **kept))) == as_json(asdict(r))
     written['settings']['gamma'] = .5
     file.write_text(json.dumps(written))
     with pytest.raises(FastcifarError, match='r.json: gamma is for the schedule steps'): read_recipe(file)
-    write_recipe(file, create_recipe('fast', 'normnet31k'), 'fast', 'normnet31k', norm='gn', groups=4)
+    write_recipe(file, create_recipe('fast', 'normnet31k'), 'fast', 'normnet31k', True, norm='gn', groups=4)
     quick = ('--data', tree, '--epochs', 1, '--bs', 20, '--no-pictures')
     assert main('train', '--recipe', file, '--norm', 'ln', *quick, '--out', 'r')[0] == 0 # groups went with gn
     assert run_config('r').groups is None
@@ -328,7 +328,7 @@ def accuracies(r):
     done = r[r.status == 'finished']
     return {(norm, seed): a for norm, seed, a in zip(done.norm, done.seed, done.test_accuracy)}
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(damage=DAMAGE)
 def test_a_damaged_study(study, damage, tmp_path_factory):
     "A line, or a result in which every run that counts is as it was, and the others are named"

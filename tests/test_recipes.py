@@ -10,7 +10,7 @@ from torch import nn
 
 from fastcifar.basics import FastcifarError
 from fastcifar.models.zoo import list_models
-from fastcifar.recipes import L1, RECIPES, Recipe, create_recipe, fit_recipe, list_recipes, override_recipe, read_recipe
+from fastcifar.recipes import USUAL_RATES, L1, RECIPES, Recipe, create_recipe, fit_recipe, list_recipes, override_recipe, read_recipe
 from fastcifar.recipes import recipe_learner, recipe_rates, recipe_table, write_recipe
 
 PLAIN = dict(epochs=24, bs=512, policy=None, optimizer='adam', schedule='one_cycle', lr_max=None, lr_min=None,
@@ -213,7 +213,7 @@ def test_what_a_learner_has_of_a_recipe(dls):
     assert (learn.lr, learn.wd, learn.wd_bn_bias, learn.loss_func.label_smoothing) == (.3, .02, True, .1)
     assert learn.l1.weight == .5 and learn.ema.decay == .9 and learn.freeze_parts.parts == (('conv.*', 1),)
     plain = recipe_learner(dls, Two(), Recipe(), precision='fp32')
-    assert (plain.lr, plain.wd, plain.wd_bn_bias, plain.loss_func.label_smoothing) == (1e-3, 0, False, 0)
+    assert (plain.lr, plain.wd, plain.wd_bn_bias, plain.loss_func.label_smoothing) == (USUAL_RATES['adam'], 0, False, 0)
     assert not {'l1', 'ema', 'freeze_parts'} & {cb.name for cb in plain.cbs}
 
 class Rates(Callback):
