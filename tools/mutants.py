@@ -2,10 +2,11 @@
 
 A mutant is one node of the syntax tree, replaced in the text, so that all other lines and comments stay where they are.
 Texts for people (docstrings, errors, what is printed), type hints and the looks of plots are left alone."""
-import ast, copy, dataclasses, hashlib
+import ast, builtins, copy, dataclasses, hashlib
 
 COMPARED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
     ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is}
+EXACT = ast.Eq, ast.NotEq, ast.In, ast.NotIn, ast.Is, ast.IsNot # whose counterpart is their opposite
 COMPUTED = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
     ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr}
 TWINS = [('min', 'max'), ('any', 'all'), ('minimum', 'maximum'), ('argmin', 'argmax'), ('idxmin', 'idxmax'),
@@ -63,7 +64,9 @@ def _compute(node):
 
 def _call(node):
     name = _called(node)
-    if isinstance(node.func, (ast.Name, ast.Attribute)) and name in TWIN:
+    if name in TOLD | LOOKS: return
+    known = isinstance(node.func, ast.Attribute) or hasattr(builtins, TWIN.get(name, ''))
+    if known and name in TWIN:
         field = 'id' if isinstance(node.func, ast.Name) else 'attr'
         yield 'function', dict(func=_with(node.func, **{field: TWIN[name]}))
     if name in UNWRAPPED and len(node.args) == 1 and isinstance(node.func, ast.Name): yield 'unwrapped', node.args[0]
@@ -75,10 +78,11 @@ def _call(node):
         if k.arg and k.arg not in LOOK_KEYS: yield 'keyword', dict(keywords=node.keywords[:i] + node.keywords[i + 1:])
 
 def _condition(node):
-    "Of an `if`, a `while` or a conditional expression"
-    yield 'condition', dict(test=ast.UnaryOp(ast.Not(), node.test))
+    "Of an `if`, a `while` or a conditional expression; only the condition is written anew"
+    turned = isinstance(node.test, ast.UnaryOp) or isinstance(node.test, ast.Compare) and isinstance(node.test.ops[0], EXACT)
+    if not turned: yield 'condition', ast.UnaryOp(ast.Not(), node.test), node.test # the same as another change of it
     if isinstance(node, ast.If) and not node.orelse and isinstance(node.body[0], (ast.Raise, ast.Return, ast.Continue)):
-        yield 'guard', dict(test=ast.Constant(False))
+        yield 'guard', ast.Constant(False), node.test
 
 def _comprehension(node):
     for g, part in enumerate(node.generators):
@@ -192,13 +196,14 @@ def make_mutants(
     tree, starts, raw, rows, res, seen = ast.parse(text), _offsets(text), text.encode(), text.splitlines(), [], {}
     def at(line, col): return len(raw[:starts[line - 1] + col].decode())
     for node, scope, lines in _walk(tree):
-        for kind, what in KINDS.get(type(node), lambda _: ())(node):
-            other = _with(node, **what) if isinstance(what, dict) else what
-            start, end = at(node.lineno, node.col_offset), at(node.end_lineno, node.end_col_offset)
+        for kind, what, *part in KINDS.get(type(node), lambda _: ())(node):
+            old, = part or [node]
+            other = _with(old, **what) if isinstance(what, dict) else what
+            start, end = at(old.lineno, old.col_offset), at(old.end_lineno, old.end_col_offset)
             new = ast.unparse(ast.fix_missing_locations(other))
-            here = tuple(range(node.lineno, node.end_lineno + 1)) if lines is None else lines
-            m = Mutant(module, '.'.join(scope), kind, rows[node.lineno - 1].strip(), _change(text[start:end], new),
-                start, end, new, here, tree, node, other)
+            here = tuple(range(old.lineno, old.end_lineno + 1)) if lines is None else lines
+            m = Mutant(module, '.'.join(scope), kind, rows[old.lineno - 1].strip(), _change(text[start:end], new),
+                start, end, new, here, tree, old, other)
             seen[m.name] = seen.get(m.name, 0) + 1
             if seen[m.name] > 1: m.change += f' ({seen[m.name]})'
             res.append(m)

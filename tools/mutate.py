@@ -24,7 +24,7 @@ LONGEST = 60 # seconds of tests for a mutant, the quickest first
 TESTS = { # module -> what is run besides its notebook; of these, the tests that run the changed line
     'statistics': ['test_numbers', 'test_values'], 'interpret': ['test_numbers', 'test_values', 'test_names'],
     'robust': ['test_numbers', 'test_values'], 'averages': ['test_values', 'test_fastai'],
-    'schedule': ['test_values', 'test_fastai'],
+    'schedule': ['test_values', 'test_rates', 'test_fastai'],
     'export': ['test_shared'], 'runs': ['test_records', 'test_numbers', 'test_provenance', 'test_options'],
     'study': ['test_records', 'test_growth', 'test_options'], 'sweep': ['test_searches', 'test_numbers'],
     'state': ['test_checkpoints', 'test_fastai'], 'loaders': ['test_batches'],
@@ -369,12 +369,14 @@ def judged(module, text, version, args, tests, pool, said) -> list:
     return [row_of(m, res[m.name]) for m in mutants]
 
 def row_of(m, r) -> dict:
-    return dict(module=m.module, function=m.scope, kind=m.kind, line=m.line, change=m.change, outcome=r['outcome'], noticed_by=r['by'])
+    return dict(module=m.module, function=m.scope, kind=m.kind, line=m.line, change=m.change, outcome=r['outcome'],
+        noticed_by=r['by'])
 
 def kept(module, text, args) -> list:
     "A result for each mutant that has been judged already, with the tests of that time"
     known = load(f'{module}.json', {})
-    return [row_of(m, known[m.name]) for m in choose(make_mutants(module, text), text, args.limit or EACH, args.seed) if m.name in known]
+    mutants = choose(make_mutants(module, text), text, args.limit or EACH, args.seed)
+    return [row_of(m, known[m.name]) for m in mutants if m.name in known]
 
 def with_equivalents(rows, reasons):
     for r in rows:
