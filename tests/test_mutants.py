@@ -42,7 +42,7 @@ def test_changes_of_a_module():
     assert {'n < 1 -> n <= 1', 'n < 1 -> False', '1 -> 2', 'not plain -> plain', 'total / n -> total * n',
         '0.95 -> 1.9',
         'min(total, n) -> max(total, n)', '10 -> 11', 'False -> True', 'x[1:] -> x', 'return ax -> return'} <= changes
-    assert any('for h in hits)' in c for c in changes) and 'n < 1 -> not n < 1' in changes and 'not plain -> not not plain' not in changes
+    assert 'n < 1 -> not n < 1' in changes and 'not plain -> not not plain' not in changes
 
 def test_lines_in_which_a_change_matters():
     "A default value matters to the body of its function; a constant to whoever imports the module"
@@ -54,7 +54,7 @@ def test_choice_of_changes():
     "By the seed, of every kind in turn; a line more elsewhere leaves it as it is"
     def names(source, n, seed=0): return [m.name for m in choose(make_mutants('m', source), source, n, seed)]
     few = names(SOURCE, 12)
-    assert len(few) == 12 and few == names(SOURCE, 12) != names(SOURCE, 12, 1) and set(few) < set(names(SOURCE, 20))
+    assert len(few) == 12 and few == names(SOURCE, 12) and set(few) < set(names(SOURCE, 18)) != set(names(SOURCE, 18, 1))
     assert len({m.kind for m in choose(make_mutants('m', SOURCE), SOURCE, 8)}) == 8
     assert names('import os\n' + SOURCE, 12) == few
 

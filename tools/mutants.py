@@ -79,10 +79,11 @@ def _call(node):
 
 def _condition(node):
     "Of an `if`, a `while` or a conditional expression; only the condition is written anew"
-    turned = isinstance(node.test, ast.UnaryOp) or isinstance(node.test, ast.Compare) and isinstance(node.test.ops[0], EXACT)
-    if not turned: yield 'condition', ast.UnaryOp(ast.Not(), node.test), node.test # the same as another change of it
+    t = node.test # of some, the opposite is another change already
+    turned = isinstance(t, ast.UnaryOp) or isinstance(t, ast.Compare) and isinstance(t.ops[0], EXACT)
+    if not turned: yield 'condition', ast.UnaryOp(ast.Not(), t), t
     if isinstance(node, ast.If) and not node.orelse and isinstance(node.body[0], (ast.Raise, ast.Return, ast.Continue)):
-        yield 'guard', ast.Constant(False), node.test
+        yield 'guard', ast.Constant(False), t
 
 def _comprehension(node):
     for g, part in enumerate(node.generators):
