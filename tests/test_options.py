@@ -328,7 +328,7 @@ def accuracies(r):
     done = r[r.status == 'finished']
     return {(norm, seed): a for norm, seed, a in zip(done.norm, done.seed, done.test_accuracy)}
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(damage=DAMAGE)
 def test_a_damaged_study(study, damage, tmp_path_factory):
     "A line, or a result in which every run that counts is as it was, and the others are named"

@@ -97,11 +97,11 @@ EDGES = { # setting -> values that are just allowed, and just not
 @pytest.mark.parametrize('name', EDGES)
 def test_edges_of_settings(name):
     good, bad = EDGES[name]
-    for v in good: assert getattr(create_recipe(**{'lr_max': .1, name: v}), name) == v
+    for v in good: assert getattr(Recipe(**{'lr_max': .1, name: v}).checked(), name) == v
     for v in bad + ([True, '1'] if isinstance(PLAIN[name], (int, float)) and PLAIN[name] is not False else []):
-        with pytest.raises(FastcifarError, match=name): create_recipe(**{name: v})
+        with pytest.raises(FastcifarError, match=name): Recipe(**{name: v}).checked()
     for v in (None,) if isinstance(PLAIN[name], (int, float)) else ():
-        with pytest.raises(FastcifarError, match=name): create_recipe(**{name: v})
+        with pytest.raises(FastcifarError, match=name): Recipe(**{name: v}).checked()
 
 def test_rates_that_do_not_fit():
     for k in ('lr_min', 'lr_end'):

@@ -25,9 +25,10 @@ TESTS = { # module -> what is run besides its notebook; of these, the tests that
     'statistics': ['test_numbers', 'test_values'], 'interpret': ['test_numbers', 'test_values', 'test_names'],
     'robust': ['test_numbers', 'test_values'], 'averages': ['test_values', 'test_fastai'],
     'schedule': ['test_values', 'test_fastai'],
-    'export': ['test_numbers', 'test_trust'], 'runs': ['test_numbers', 'test_cli', 'test_identity'],
-    'study': ['test_numbers', 'test_study'], 'sweep': ['test_numbers'], 'state': ['test_fastai', 'test_trust'],
-    'loaders': ['test_numbers', 'test_library'], 'recipes': ['test_numbers', 'test_recipes']}
+    'export': ['test_shared', 'test_trust'], 'runs': ['test_numbers', 'test_provenance', 'test_identity', 'test_options'],
+    'study': ['test_growth', 'test_options', 'test_study'], 'sweep': ['test_numbers', 'test_options'],
+    'state': ['test_fastai', 'test_trust'], 'loaders': ['test_batches', 'test_library'],
+    'recipes': ['test_numbers', 'test_recipes']}
 OWN = ('hostile', 'soak', 'docs', 'readme', 'forms') # modules beside the tests, which import fastcifar
 HEAVY = ('ray', 'gradio', 'wandb', 'playwright') # not to be forked
 SLOW = ('killed', 'hostile', 'wheel', 'browser') # names of tests that start processes of their own
@@ -35,7 +36,7 @@ SLOW = ('killed', 'hostile', 'wheel', 'browser') # names of tests that start pro
 # -- the copy that a child works in
 
 def copy_repository(to:Path):
-    "What git knows, and what Python has compiled"
+    "What git knows, and what Python has compiled: as it is now, whatever is edited while the mutants run"
     listed = subprocess.check_output(['git', 'ls-files', '-co', '--exclude-standard', '-z'], cwd=ROOT)
     for name in filter(None, listed.decode().split('\0')):
         if not (ROOT/name).is_file(): continue # a link to a folder, or a file that was deleted
@@ -221,7 +222,9 @@ class Child:
 
 class Pool:
     "Some forked processes at a time"
-    def __init__(self, jobs): self.jobs, self.running = jobs, []
+    def __init__(self, jobs):
+        self.jobs, self.running, self.base = jobs, [], Path(tempfile.mkdtemp(prefix='mutants'))
+        copy_repository(self.base)
     def submit(self, what, seconds, then):
         "Call `what(copy)` in a process of its own, and `then` with its result here: None where it was late or crashed"
         while len(self.running) >= self.jobs: self.wait()
@@ -233,9 +236,10 @@ class Pool:
         code = 1
         try:
             os.setsid()
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             with open(folder/'log', 'w') as f: os.dup2(f.fileno(), 1), os.dup2(f.fileno(), 2)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            copy_repository(folder/'copy')
+            shutil.copytree(self.base, folder/'copy')
             enter(folder/'copy')
             (folder/'result').write_text(json.dumps(what(folder/'copy')))
             code = 0
@@ -266,6 +270,7 @@ class Pool:
         while self.running: self.wait()
     def stop(self):
         for c in self.running: self.kill(c), shutil.rmtree(c.folder, ignore_errors=True)
+        shutil.rmtree(self.base, ignore_errors=True)
 
 # -- the whole
 
@@ -300,8 +305,8 @@ def units_of(module): return [notebook_of(module), *TESTS[module]]
 def measured(modules, pool) -> dict:
     "Test -> seconds and lines, for all tests of some modules on the code as it is"
     old, new, code = load('tests.json', {}), {}, library()
-    for unit in dict.fromkeys(u for m in modules for u in units_of(m)):
-        version = f'{code} {version_of(unit)}'
+    versions = {u: f'{code} {version_of(u)}' for m in modules for u in units_of(m)}
+    for unit, version in versions.items():
         if old.get(unit, {}).get('version') == version: new[unit] = old[unit]
         else:
             def then(result, log, unit=unit, version=version):
@@ -338,20 +343,21 @@ def equivalents() -> dict:
 
 def name_of(row): return ' | '.join(row[k] for k in ('module', 'function', 'line', 'change')) # as `Mutant.name`
 
-def judged(module, text, args, tests, pool, said) -> list:
+def versions_of(module) -> str: return ' '.join((digest(ROOT/f'fastcifar/{module}.py'), *map(version_of, units_of(module))))
+
+def judged(module, text, version, args, tests, pool, said) -> list:
     "A result for each mutant of a module"
-    versions = ' '.join((digest(ROOT/f'fastcifar/{module}.py'), *map(version_of, units_of(module))))
     known, res = load(f'{module}.json', {}), {}
     mutants = choose(make_mutants(module, text), text, args.limit or EACH, args.seed)
     for m in mutants:
         old = known.get(m.name)
-        if old and not args.fresh and (old['version'] == versions or args.survivors and old['outcome'] == 'killed'):
+        if old and not args.fresh and (old['version'] == version or args.survivors and old['outcome'] == 'killed'):
             res[m.name] = old
             continue
         names, seconds = tests_for(m, tests)
         def then(result, log, m=m, began=time.time()):
             r = result or dict(outcome='killed', by='takes too long' if log == 'timeout' else 'the process ends')
-            res[m.name] = known[m.name] = dict(r, version=versions)
+            res[m.name] = known[m.name] = dict(r, version=version)
             save(f'{module}.json', known)
             said(m, r)
         if not names: then(dict(outcome='survived', by='no test runs this line'), '')
@@ -407,17 +413,19 @@ def main():
     p.add_argument('--list', action='store_true', help='only list the mutants')
     args = p.parse_args()
     texts = {m: (ROOT/f'fastcifar/{m}.py').read_text(encoding='utf-8') for m in args.module}
-    pool, began = Pool(args.jobs), time.time()
     if args.list:
         for m, text in texts.items():
             for o in choose(make_mutants(m, text), text, args.limit or EACH, args.seed): print(f'{o.kind:12}{o.name}')
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit('stopped; the same command goes on')) # and ends the children
+    pool, began, versions = Pool(args.jobs), time.time(), {m: versions_of(m) for m in args.module}
     import_the_rest()
     def said(m, r):
         print(f'{time.time() - began:6.0f} s  {r["outcome"]:9} {m.module}.{m.scope}: {m.change}  {r["by"]}', flush=True)
     try:
         tests, reasons = measured(args.module, pool), equivalents()
-        rows = [r for m in args.module for r in with_equivalents(judged(m, texts[m], args, tests, pool, said), reasons)]
+        found = [judged(m, texts[m], versions[m], args, tests, pool, said) for m in args.module]
+        rows = with_equivalents([r for rows in found for r in rows], reasons)
     finally: pool.stop()
     show(rows)
     for name in sorted(reasons.keys() - {name_of(r) for r in rows}):

@@ -35,6 +35,7 @@ def parser():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('data')
     p.add_argument('--table', action='store_true', help='print the table of what was measured')
+    p.add_argument('--name', help='what to call the data in the names of the tables')
     p.add_argument('--out', type=Path, default=Path('results/rates'))
     p.add_argument('--models', default='normnet31k,groupnet,sepnet178k,fastnet200k')
     p.add_argument('--norms', default='bn,gn,ln')
@@ -58,6 +59,10 @@ def loaded(args):
     data = load_data(args.data)
     if not (args.images or args.tests): return data
     return load_data(tuple(part(data.x[s], data.y[s], n) for s, n in (('train', args.images), ('test', args.tests))))
+
+def files(args):
+    "The two tables"
+    return [args.out/f'{args.name or Path(args.data).name}_{t}.csv' for t in ('found', 'trained')]
 
 def learner(data, c):
     "A fresh learner of a configuration"
@@ -113,8 +118,8 @@ class Table:
 
 def measure(args):
     "Whatever is missing in the two tables"
-    data, name = loaded(args), Path(args.data).name
-    found, trained = (Table(args.out/f'{name}_{t}.csv') for t in ('found', 'trained'))
+    data = loaded(args)
+    found, trained = (Table(f) for f in files(args))
     known = {tuple(r[k] for k in (*CELL, 'seed')): r for r in found.rows}
     seen = {tuple(r[k] for k in (*CELL, 'seed', 'number')) for r in trained.rows}
     for seed, model, norm, opt in itertools.product(range(args.seeds), *(s.split(',') for s in (args.models, args.norms, args.optimizers))):
@@ -152,11 +157,10 @@ def shortfalls(found, trained):
 
 def table(args):
     "How often each rule lands within a point of the best of the grid"
-    name = Path(args.data).name
-    found, trained = (pd.read_csv(args.out/f'{name}_{t}.csv') for t in ('found', 'trained'))
+    found, trained = (pd.read_csv(f) for f in files(args))
     cells, one = shortfalls(found, trained)
-    lines = {f'cells within a point, of {len(cells)}': (cells <= 1).sum(), 'share of them': (cells <= 1).mean(),
-             f'single seeds within a point, of {len(one)}': (one <= 1).sum(), 'share of these': (one <= 1).mean(),
+    lines = {f'cells within a point, of {len(cells)}': (cells.round(3) <= 1).sum(), 'share of them': (cells.round(3) <= 1).mean(),
+             f'single seeds within a point, of {len(one)}': (one.round(3) <= 1).sum(), 'share of these': (one.round(3) <= 1).mean(),
              'mean points below the best, of cells': cells.mean(), 'most': cells.max()}
     print(pd.DataFrame(lines).T.round(2).to_string())
     print(f'uncertain: {(~found.certain).sum()} of {len(found)} range tests')
