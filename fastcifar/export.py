@@ -78,6 +78,8 @@ def model_card(
 ) -> str: # Markdown, with the front matter that model hubs read
     "The README.md of an exported folder"
     m, onnx, env = c['metrics'], c.get('onnx'), c['environment']
+    began = _where(env['device_name'], *(env['versions'][k] for k in ('torch', 'fastcifar')))
+    went_on = ''.join(f'It was continued {_where(*w)}. ' for w in c.get('continued', ()))
     low, high = binomtest(m['test_images'] - m['wrong'], m['test_images']).proportion_ci(method='wilson')
     few, number = len(c['classes']) <= 20, f'{len(c["classes"])} classes, listed in config.json'
     classes = ', '.join(map(_as_text, c['classes'])) if few else number
@@ -103,8 +105,8 @@ Measured after the last epoch, test-time views: {c['views']}. One run: another s
 
 ## How it was trained
 
-Recipe `{m['recipe']}`, {m['epochs']} epochs, batches of {m['bs']}, computed in {m['precision']} {_where(env['device_name'], *(env['versions'][k] for k in ('torch', 'fastcifar')))}.
-{''.join(f"It was continued {_where(*w)}. " for w in c.get('continued', ()))}Every setting stands in config.json under `training`. The data was {_as_text(m['data'])} ({hashed}).
+Recipe `{m['recipe']}`, {m['epochs']} epochs, batches of {m['bs']}, computed in {m['precision']} {began}.
+{went_on}Every setting stands in config.json under `training`. The data was {_as_text(m['data'])} ({hashed}).
 
 ## How to use it
 
@@ -149,7 +151,7 @@ def _test_images(out, data, n=1000):
     return np.concatenate([spread(d.x['test'], n), spread(d.x['train'], max(n - len(d.x['test']), 0))])
 
 def _continued(env):
-    "(device, versions of torch and fastcifar) of every start that went on elsewhere, or with others, than the training began"
+    "(device, versions of torch and fastcifar) of every start that went on with others than the training began with"
     def where(s): return [s.get('device_name'), *((s.get('versions') or {}).get(k) for k in ('torch', 'fastcifar'))]
     went_on = [s for s in env.get('starts', []) if s.get('epoch') or s.get('batch')]
     return [w for w in map(where, went_on) if w != where(env)]

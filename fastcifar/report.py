@@ -138,10 +138,11 @@ def _starts(environment):
     if len(starts) < 2: return '', None
     made = pd.DataFrame([_made(s) for s in starts], dtype=object)
     apart = [k for k in made if made[k].nunique() > 1] # what is not known of a start does not differ
-    if apart: differ = f'They differ in {", ".join(apart)}, so another training may end in other last digits.'
-    else: differ = 'Nothing that is known of them differs.' if made.isna().any(axis=None) else 'All were made in the same way.'
+    same = 'Nothing that is known of them differs.' if made.isna().any(axis=None) else 'All were made in the same way.'
+    differ = f'They differ in {", ".join(apart)}, so another training may end in other last digits.'
     went_on = sum(bool(s.get('epoch') or s.get('batch')) for s in starts)
-    said = f'The training was started {len(starts)} times, {went_on} of them from a checkpoint of an earlier start. {differ}'
+    said = f'The training was started {len(starts)} times, {went_on} of them from a checkpoint of an earlier start.'
+    said += f' {differ if apart else same}'
     usual = ('device', 'threads', 'processes', 'deterministic', 'commit', 'fastcifar', 'torch')
     t = pd.DataFrame([dict(time=s.get('time'), began_after=_position(s)) for s in starts], dtype=object)
     t = t.join(made[[k for k in made if k in usual or k in apart]]).assign(command=[s.get('command') for s in starts])
@@ -149,8 +150,9 @@ def _starts(environment):
 
 def _made(start):
     "Where and how a start was made, in words of the page"
-    names, known = dict(device_name='device', device='kind of device', world_size='processes', compile='compiled'), dict(start)
-    known |= dict(device=str(start.get('device') or '').partition(':')[0] or None, commit=str(start.get('commit') or '')[:12] or None)
+    names = dict(device_name='device', device='kind of device', world_size='processes', compile='compiled')
+    kind, commit = str(start.get('device') or '').partition(':')[0], str(start.get('commit') or '')[:12]
+    known = start | dict(device=kind or None, commit=commit or None)
     kept = ('device_name', 'device', 'threads', 'world_size', 'deterministic', 'compile', 'commit', 'python', 'system')
     return {names.get(k, k): known.get(k) for k in kept} | (start.get('versions') or {})
 
@@ -200,7 +202,8 @@ def write_run_report(
     cards = [('parameters', f'{metrics["parameters"]:,}'), ('epochs', metrics['epochs']),
         ('training time', f'{metrics["seconds"]:,.0f} s'), ('training accuracy',
         f'{metrics["train_accuracy"]:.2%} (test-time views: {metrics.get("train_views", "none")})'),
-             ('test loss', f'{metrics["test_loss"]:.4f}'), ('calibration error', f'{100 * interp.ece():.1f} points'), ('precision', metrics['precision']), ('device', _devices(environment))]
+             ('test loss', f'{metrics["test_loss"]:.4f}'), ('calibration error', f'{100 * interp.ece():.1f} points'),
+             ('precision', metrics['precision']), ('device', _devices(environment))]
     share = {k: '{:.2%}' for k in ('accuracy', 'train_accuracy', 'low', 'high')}
     page = render('run.html', title=f'{config["model"]} ({config["norm"]}), recipe {config["recipe"]}, on {metrics["data"]}', accuracy=f'{metrics["test_accuracy"]:.2%}', right=f'{right:,}', images=f'{metrics["test_images"]:,}',
         data=metrics['data'], seed=metrics['seed'], views=metrics.get('views', 'none'),
@@ -212,7 +215,8 @@ def write_run_report(
         confused=table_cells(pd.DataFrame([(str(a), str(b), int(n)) for a, b, n in interp.most_confused(1)[:12]], columns=['actual', 'predicted', 'times'])), ece=f'{100 * interp.ece():.1f} points',
         parameters=f'{t.parameters.sum():,}', macs=f'{t.MACs.sum():,}', megabytes=f'{4 * t.parameters.sum() / 1e6:.2f}', summary=table_cells(t), statistics=table_cells(interp.learn.dls.data.stats().T.reset_index(names='statistic')), augmented=_augmented(interp.learn.dls, 24), policy=str(config['policy'] or interp.learn.dls.data.policy),
         drawn=_shown(interp, interp.predictions().iloc[drawn]), command=environment.get('command', '-'), starts=_starts(environment), configuration=_settings(config),
-        environment=_settings({**{k: v for k, v in environment.items() if k not in ('versions', 'command', 'options', 'starts')}, **(environment.get('versions') or {})}))
+        environment=_settings({k: v for k, v in environment.items() if k not in ('versions', 'command', 'options', 'starts')}
+                              | (environment.get('versions') or {})))
     write_text(Path(out)/'report.html', page)
     return Path(out)/'report.html'
 

@@ -23,8 +23,8 @@ from .basics import FastcifarError, attempt, say, seed_everything, write_atomic
 from .data import load_data
 from .loaders import CifarDataLoaders, checked_device # with this import an ImageData has its dataloaders
 from .recipes import fit_recipe, recipe_learner
-from .runs import RunHistory, build_model, explained, finish_run, given, left_to_machine, note_start
-from .runs import python_call, run_folder, settle_config, write_surroundings
+from .runs import RunHistory, build_model, explained, finish_run, given_options, machine_options
+from .runs import note_start, python_call, run_folder, settle_config, write_surroundings
 from .schedule import LRRange
 from .state import Checkpoints, Stopped, StopRequest
 from .train import cpu_threads, prepare_net
@@ -271,15 +271,17 @@ def train_together(
         for out in (work, *outs): folders.enter_context(run_folder(out, wait))
         begun = any((work/'checkpoints').glob('*'))
         configs = [settle_config(c, data, out, device, begun) for c, out in zip(configs, outs)]
-        how = given(threads=threads, device=device and str(device), compile=compile, checkpoint_every=checkpoint_every)
+        how = given_options(threads=threads, device=str(device), compile=compile, checkpoint_every=checkpoint_every)
         where = (list(map(str, outs)), str(work))
-        call = python_call('train_together', configs, *where, **left_to_machine(device) | how)
+        shown = {} if pictures else dict(pictures=False)
+        call = python_call('train_together', configs, *where, **machine_options(device) | how | shown)
         def write(c, out):
             return write_surroundings(c, out, device, call, call, how, begun, together=len(configs), compile=compile)
         starts = {out: write(c, out) for c, out in zip(configs, outs) if not (out/'metrics.json').exists()}
         learn = together_learner(data, configs, device, compile)
         say(f'{data}\n{len(configs)} nets {c.model} ({c.norm}) in one pass, recipe {c.recipe}, {c.precision} on {device}, seeds {", ".join(str(c.seed) for c in configs)}')
-        with learn.no_bar(), learn.no_logging(): history = _fit(learn, configs, outs, work, checkpoint_every, say, starts)
+        with learn.no_bar(), learn.no_logging():
+            history = _fit(learn, configs, outs, work, checkpoint_every, say, starts)
         for i, (c, out, net, dls) in enumerate(zip(configs, outs, learn.model.separate(), learn.dls.parts)):
             if (out/'metrics.json').exists(): continue
             alone = recipe_learner(dls, net, c, precision=c.precision)
