@@ -218,7 +218,8 @@ def evaluate_command(args) -> dict:
     if i.one_class(): say(f'warning: {i.one_class()}')
     say('\nmost confused (actual, predicted, times): ' + ', '.join(f'{a} -> {b} {n}' for a, b, n in confused))
     res = dict(views=i.views, test_accuracy=i.accuracy, test_loss=i.loss, test_images=len(i.targs),
-        one_class=i.one_class(), calibration_error=i.ece(), class_accuracy=classes.accuracy.to_dict(), most_confused=confused)
+        one_class=i.one_class(), calibration_error=i.ece(), class_accuracy=classes.accuracy.to_dict(),
+        most_confused=confused)
     if args.plots:
         draw_interpretation(i, args.plots, args.layer, say)
         say(f'\nplots and tables: {args.plots}')

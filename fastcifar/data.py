@@ -18,7 +18,7 @@ from PIL import Image
 
 from .archive import Arrays, SIDE, check_arrays, clean_names, file_sha256, read_images
 from .basics import FastcifarError, check_name, read_json, user_path, write_json
-from .fetch import ARCHIVES, fetch_archive
+from .fetch import ARCHIVES, _downloads, clear_download, fetch_archive
 
 # %% ../nbs/03_data.ipynb #213a2b8c
 def pixel_stats(
@@ -311,7 +311,7 @@ def _told(data, copies):
     for note in _notes(data, copies): warnings.warn(note)
     return data
 
-def _save(folder, name, a, sha):
+def _save(folder, name, place, a, sha):
     a, about = _identified(a, sha)
     tmp = folder.parent/f'.{folder.name}.{uuid.uuid4().hex}'
     tmp.mkdir(parents=True)
@@ -322,7 +322,7 @@ def _save(folder, name, a, sha):
             if a.coarse: np.save(tmp/f'{s}_coarse.npy', a.coarse[s])
         for f in tmp.iterdir():
             with open(f, 'rb+') as o: os.fsync(o.fileno())
-        about |= dict(name=name, classes=a.classes, coarse_classes=a.coarse_classes, stats=pixel_stats(a.x['train']), copies=count_copies(a))
+        about |= dict(name=name, place=place, classes=a.classes, coarse_classes=a.coarse_classes, stats=pixel_stats(a.x['train']), copies=count_copies(a))
         write_json(tmp/'meta.json', about)
         os.rename(tmp, folder)
     except BaseException:
@@ -342,13 +342,13 @@ def _use(folder):
     with contextlib.suppress(OSError): os.utime(folder)
     if _USED is None or folder in _USED: return
     with contextlib.suppress(OSError): # where locks do not work, as on some network drives
-        f = open(folder/'meta.json')
-        fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        f = open(folder/'meta.json', 'rb')
+        fcntl.flock(f, fcntl.LOCK_SH) # who clears holds it for a moment only
         _USED[folder] = f
 
 def _in_use(folder):
     try:
-        with open(folder/'meta.json') as f: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with open(folder/'meta.json', 'rb') as f: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except FileNotFoundError: return False
     except OSError: return True
     return False
@@ -365,7 +365,8 @@ def cached(
     decode, # Gives (`Arrays`, sha256 of their file, or None); not called when the cache has them
     name:str, # Name of the data set, if its content is not that of a known one
     policy:str='crop_flip_cutout', # Its default policy
-    download=None, # A folder that is no longer needed then
+    place:str=None, # Where the source lies, if it is no download
+    download:str=None, # Name of the set whose download is no longer needed then
 ) -> ImageData: # Backed by memory-mapped files
     "The data set of `key` from the cache, decoded first if need be"
     folder = cache_root()/f'{key[:32]}-{_FORMAT}'
@@ -373,8 +374,8 @@ def cached(
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f'{folder}.lock'):
-                if not folder.exists(): _save(folder, name, *decode())
-                if download: shutil.rmtree(download, ignore_errors=True) # while nobody else can be filling it
+                if not folder.exists(): _save(folder, name, place, *decode())
+                if download: clear_download(download, cache_root()) # while nobody else can be filling it
         except OSError as e: raise FastcifarError(f'cannot write the cache folder {folder}: {e.strerror or e}; set FASTCIFAR_CACHE to a folder with free space') from e
     return _open(folder, name, policy)
 
@@ -383,28 +384,39 @@ _SETS = re.compile(r'[0-9a-f]{32}-(\d+)') # Folders of decoded sets, with the nu
 _PARTS = re.compile(r'\.[0-9a-f]{32}-\d+\.[0-9a-f]{32}') # The same while they are being written
 
 def _entry(path):
-    "(what it is, name, numbers of images and classes) of something in the cache folder"
-    named = _SETS.fullmatch(path.name)
-    if named and path.is_dir():
-        try: meta = read_json(path/'meta.json')
-        except FastcifarError: return ('damaged', '-')
-        images = [len(np.load(path/f'{s}_y.npy', mmap_mode='r')) if (path/f'{s}_y.npy').exists() else 0 for s in ('train', 'test')]
+    "(what it is, name, numbers of images and classes, place of the source) of something in the cache folder"
+    named, nothing = _SETS.fullmatch(path.name), (None,) * 4
+    if path.is_symlink() or not path.is_dir(): return ('not ours', path.name, *nothing)
+    if path.parent.name == 'downloads':
+        ours = path.name in ARCHIVES and _downloads(path.name, cache_root())
+        return ('download' if ours else 'not ours', path.name, *nothing)
+    if _PARTS.fullmatch(path.name): return ('unfinished', '-', *nothing)
+    if not named: return ('not ours', path.name, *nothing)
+    try:
+        meta = read_json(path/'meta.json')
+        images = [len(np.load(path/f'{s}_y.npy', mmap_mode='r', allow_pickle=False)) for s in ('train', 'test')]
         kind = 'current' if int(named[1]) == _FORMAT else 'old'
-        return (kind, str(meta.get('known') or meta.get('name') or '-'), *images, len(meta.get('classes', ())))
-    if _PARTS.fullmatch(path.name): return ('unfinished', '-')
-    if path.parent.name == 'downloads': return ('download', path.name)
-    return ('not ours', path.name)
+        return (kind, str(meta.get('known') or meta.get('name') or '-'), *images, len(meta['classes']), meta.get('place'))
+    except (FastcifarError, OSError, ValueError, EOFError, LookupError, TypeError, AttributeError): return ('damaged', '-', *nothing)
 
-def _is_free(path):
-    "Does no living process make or use it?"
+@contextlib.contextmanager
+def _alone(path):
+    "Context that says whether no living process makes or uses it, and in which none can begin to"
     name = path.name.split('.')[1] if path.name.startswith('.') else path.name
-    if not _SETS.fullmatch(name): name = ARCHIVES[name].sha256[:32] + f'-{_FORMAT}' if name in ARCHIVES else None
-    if name is None: return True
+    if name in ARCHIVES: name = f'{ARCHIVES[name].sha256[:32]}-{_FORMAT}'
+    if not _SETS.fullmatch(name):
+        yield True
+        return
     lock = FileLock(f'{cache_root()/name}.lock', timeout=0)
     try: lock.acquire()
-    except (Timeout, OSError): return False
-    lock.release()
-    return _USED is None or not _in_use(path)
+    except (Timeout, OSError):
+        yield False
+        return
+    try: yield _USED is None or not _in_use(path)
+    finally: lock.release()
+
+def _is_free(path):
+    with _alone(path) as alone: return alone
 
 def list_cache() -> pd.DataFrame: # what, name, train, test, classes, MB, used (seconds since 1970), free, path
     "What the cache folder holds: decoded sets, those of older versions, and what broken-off processes have left"
@@ -412,11 +424,13 @@ def list_cache() -> pd.DataFrame: # what, name, train, test, classes, MB, used (
     found = sorted(p for p in root.iterdir() if p.name != 'downloads' and p.suffix != '.lock') if root.is_dir() else []
     found += sorted((root/'downloads').iterdir()) if (root/'downloads').is_dir() else []
     for p in found:
-        what, name, *numbers = _entry(p)
+        what, name, *numbers, place = _entry(p)
         size = sum(f.stat().st_size for f in ([p] if p.is_file() else p.rglob('*')) if f.is_file())
-        numbers = numbers or [None] * 3
-        rows.append((what, name, *numbers, size / 1e6, p.stat().st_mtime, _is_free(p), str(p)))
-    return pd.DataFrame(rows, columns=['what', 'name', 'train', 'test', 'classes', 'MB', 'used', 'free', 'path'])
+        rows.append((what, name, *numbers, size / 1e6, p.lstat().st_mtime, _is_free(p), str(p), place))
+    t = pd.DataFrame(rows, columns=['what', 'name', 'train', 'test', 'classes', 'MB', 'used', 'free', 'path', 'place'])
+    now = t[(t.what == 'current') & t.place.notna()].sort_values('used')
+    t.loc[now.index[now.duplicated('place', keep='last')], 'what'] = 'old' # the folder has changed since
+    return t.drop(columns='place')
 
 def clear_cache(
     what:str='old', # `'old'`: what no version or process needs any more; `'all'`; or the name of a data set
@@ -426,11 +440,20 @@ def clear_cache(
     old = t.what.isin(('old', 'damaged', 'unfinished', 'download'))
     if what not in ('old', 'all'): check_name(what, sorted({*t.name[t.what != 'not ours']} - {'-'}), 'data set in the cache')
     chosen = t[t.free & (t.what != 'not ours') & (old if what == 'old' else (t.name == what) | (what == 'all'))]
-    for path in map(Path, chosen.path):
-        gone = path.with_name(f'.{path.name.strip(".")[:35]}.{uuid.uuid4().hex}') if path.parent == cache_root() else path
+    removed = [_remove(Path(path)) for path in chosen.path]
+    return chosen[removed] if removed else chosen
+
+def _remove(path):
+    "Remove a set or its leavings, if nobody has begun to use it meanwhile; was it removed?"
+    with _alone(path) as alone:
+        if not alone: return False
+        if path.parent.name == 'downloads':
+            clear_download(path.name, cache_root())
+            return True
+        gone = path.with_name(f'.{path.name.strip(".")[:35].split(".")[0]}.{uuid.uuid4().hex}')
         os.rename(path, gone) # at once, so that nobody opens half of it
-        shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
-    return chosen
+    shutil.rmtree(gone)
+    return True
 
 # %% ../nbs/03_data.ipynb #9b024404
 NAMED = (*ARCHIVES, 'digits') # Data sets that have a name
@@ -466,7 +489,7 @@ def _from_path(path, convert):
     except OSError as e: raise FastcifarError(f'cannot read {path}: {e.strerror}') from e
     if convert: key, sha = hashlib.sha256(f'{key} converted'.encode()).hexdigest(), None
     name = path.resolve().name
-    return cached(key, lambda: (read_images(path, convert), sha), f'./{name}' if name in NAMED else name)
+    return cached(key, lambda: (read_images(path, convert), sha), f'./{name}' if name in NAMED else name, place=str(path.resolve()))
 
 def _as_arrays(pair, where):
     try: x, y = (np.asarray(o) for o in pair)
@@ -518,7 +541,7 @@ def _named(name):
         warnings.warn(f'{name!r} names a data set; for the file or folder that lies here, give ./{name}', stacklevel=3)
     if name == 'digits': return ImageData(_digits(), name, policy='crop', former=('scikit-learn load_digits',))
     root = cache_root()
-    return cached(ARCHIVES[name].sha256, lambda: fetch_archive(name, root), f'{name}-copy', download=root/'downloads'/name)
+    return cached(ARCHIVES[name].sha256, lambda: fetch_archive(name, root), f'{name}-copy', download=name)
 
 def load_data(
     source='cifar10', # `'cifar10'`, `'cifar100'`, `'digits'`, a folder (of such a name: `'./digits'`), an archive, `(x, y)` or `((train_x, train_y), (test_x, test_y))` arrays

@@ -6,12 +6,13 @@
 __all__ = ['OPSET', 'write_onnx', 'write_program', 'compare_predictions', 'model_card', 'export_run']
 
 # %% ../nbs/32_export.ipynb #018261f3
-import json, os, re, secrets, shutil, tempfile, warnings
+import contextlib, glob, json, os, re, secrets, shutil, tempfile, warnings
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from scipy.stats import binomtest
 
 from .archive import SIDE, file_sha256
@@ -191,14 +192,32 @@ def export_run(
     if data and not (onnx or pt2):
         raise FastcifarError('data are for comparing formats on its images, and none is written: leave them out')
     if out.exists(): raise FastcifarError(f'{out} exists already and is left as it is: remove it, or choose another --out')
+    with _exporting(out) as tmp: return _exported(tmp, out, run, onnx, pt2, data)
+
+@contextlib.contextmanager
+def _exporting(out):
+    "An empty folder beside `out`, which one process at a time has; what a killed one has left there goes"
+    short = f'.{out.name[:60]}.{UNFINISHED}' # it has to stay a name
+    lock, tmp = FileLock(out.with_name(f'{short}lock'), timeout=0), out.with_name(f'{short}{secrets.token_hex(4)}.tmp')
     try:
-        tmp = out.with_name(f'.{out.name[:60]}.{UNFINISHED}{secrets.token_hex(4)}.tmp') # it has to stay a name
-        tmp.mkdir(parents=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        for f in out.parent.glob(f'{glob.escape(short)}{"[0-9a-f]" * 8}.tmp'):
+            if f.is_dir() and not f.is_symlink(): shutil.rmtree(f)
+        tmp.mkdir()
+    except Timeout: raise FastcifarError(f'another process is exporting to {out}: wait for it, or choose another --out') from None
     except OSError as e: raise FastcifarError(f'cannot write {out}: {e.strerror or e}; choose a folder you can write to, with free space') from e
+    try: yield tmp
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+def _exported(tmp, out, run, onnx, pt2, data):
+    "Fill a folder, and give it its name when it is complete"
     try:
         config = _fill(tmp, run, onnx, pt2, data)
         try: os.rename(tmp, out)
         except OSError as e: raise FastcifarError(f'{out} has come up meanwhile and is left as it is ({e.strerror}): choose another --out') from e
         return config
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as e: raise FastcifarError(f'{run} lacks something that a finished run has ({type(e).__name__}: {e}): train it again') from e
-    finally: shutil.rmtree(tmp, ignore_errors=True)

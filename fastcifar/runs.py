@@ -509,7 +509,7 @@ def run_folder(
     "`own_folder` for a run"
     return own_folder(out, wait=wait)
 
-BESIDE = ('.lock', '.writable', 'log.txt', 'failure.txt', 'checkpoints') # What may lie in a run folder before its configuration does
+BESIDE = ('.lock', '.writable', 'log.txt', 'failure.txt', 'checkpoints', 'together') # What may lie in a run folder before its configuration does
 
 @contextlib.contextmanager
 def explained(
@@ -629,7 +629,7 @@ def _seal(place):
     with contextlib.suppress(OSError, FastcifarError):
         file = user_path(os.environ.get('XDG_CONFIG_HOME') or '~/.config')/'fastcifar'/'key'
         file.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError), open(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), 'w') as f: f.write(secrets.token_hex(32))
+        with contextlib.suppress(FileExistsError), open(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), 'w', encoding='ascii') as f: f.write(secrets.token_hex(32))
         return hmac.new(file.read_bytes(), place.encode('utf-8', 'surrogateescape'), 'sha256').hexdigest()
     return 'none' # nowhere to keep a key, so it will have to be said again
 

@@ -191,6 +191,7 @@ class Study:
         folder = self.out.resolve()/'runs'
         finished, todo = {run_name(c) for c in self.grid if (folder/run_name(c)/'metrics.json').exists()}, _passes(self.grid, folder, together)
         for cs in todo: alike(cs)
+        load_data(self.data, self.grid[0].convert) # what cannot be read is to be said before there is a folder
         with own_folder(self.out, _is_study, 'a study'):
             self._settle()
             return self._run(todo, finished, jobs, threads, device, gpus, pictures, tasks, together, bars, say)

@@ -155,16 +155,19 @@ def test_moved_data_is_found_with_data(run, main, tree, tmp_path):
 
 def test_find_lr(main, tree, tmp_path, monkeypatch):
     r = json.loads(main('find-lr', '--data', 'digits', '--model', 'normnet31k', '--bs', 8, '--json')[1])
-    assert not r['note'] and 3e-5 < r['lr_min'] < r['lr_max'] / 2 and 1e-3 < r['lr_max'] < 3e-2 and (tmp_path/'lr_range.png').exists()
+    assert not r['note'] and 3e-5 < r['lr_min'] < r['lr_max'] / 2 and 1e-3 < r['lr_max'] < 3e-2
+    assert (tmp_path/'lr_range.png').exists()
     monkeypatch.setattr('fastcifar.schedule.LEAST_FALL', 1e9) # as if no curve could be read
-    with pytest.warns(UserWarning, match='the range test is uncertain: the loss falls by .*; LRMAX 0.003 is a usual rate instead'):
+    said = 'the range test is uncertain: the loss falls by .*; LRMAX 0.003 is a usual rate instead'
+    with pytest.warns(UserWarning, match=said):
         code, out, _ = main('find-lr', '--data', tree, '--model', 'normnet31k', '--bs', 20, '--plot', 'other.png')
     assert code == 0 and 'LRMAX 3.00e-03 (uncertain)' in out and (tmp_path/'other.png').exists()
 
 def test_found_range_is_used(main, tree, tmp_path):
     m = json.loads(main('train', '--data', tree, '--epochs', 1, '--bs', 4, '--valid', 12, '--out', 'r', '--json')[1])
     r = json.loads((tmp_path/'r/lr_range.json').read_text())
-    assert (m['lr_min'], m['lr_max'], m['lr_note']) == (r['lr_min'], r['lr_max'], r['note']) and m['valid_images'] == 12 and (tmp_path/'r/lr_range.png').exists()
+    assert [m[k] for k in ('lr_min', 'lr_max', 'lr_note')] == [r[k] for k in ('lr_min', 'lr_max', 'note')]
+    assert m['valid_images'] == 12 and (tmp_path/'r/lr_range.png').exists()
 
 def test_refused_command_leaves_the_folder_free(main, tree, tmp_path):
     code, _, err = main('train', '--data', tree, *QUICK, '--model-args', 'nonsense=1', '--out', 'q')

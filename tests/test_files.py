@@ -1,11 +1,11 @@
 "Files of others stay as they are, whatever is given as a place to write to."
-import json, os, stat, subprocess, sys
-from pathlib import Path
+import json, os, shutil, stat, subprocess, sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from fastcifar.basics import FastcifarError, remove_unfinished, write_atomic, write_text
+from fastcifar.basics import FastcifarError, remove_unfinished, write_text
 
 QUICK = ('--model', 'normnet31k', '--epochs', 1, '--bs', 20, '--lr-max', '1e-3', '--no-pictures')
 
@@ -104,7 +104,6 @@ def test_only_our_unfinished_files_go(tmp_path):
 def held(folder):
     "Another process that holds the lock of a folder until it is told to end"
     code = f'''import sys, fastcifar.runs as r
-from pathlib import Path
 with r.own_folder(Path({str(folder)!r}), lambda f: True, 'it'): print('held', flush=True); sys.stdin.read()'''
     p = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert p.stdout.readline() == 'held\n'
@@ -123,15 +122,23 @@ def test_studies_and_sweeps_hold_a_lock(tree, tmp_path):
     assert (study.run(1, pictures=False, say=lambda *_: None).status == 'finished').all() # the lock of a killed process is none
 
 def test_two_exports_at_once(run, tmp_path, monkeypatch):
+    "The second is refused before its work; what a killed one has left goes; a folder that has come up meanwhile stays"
     import fastcifar.export as export
-    real = export._fill
-    def slow(folder, *args): # another one ends first
-        monkeypatch.setattr(export, '_fill', real)
-        export.export_run(run, tmp_path/'out', onnx=False)
+    real, left = export._fill, tmp_path/'.out.fastcifar-01234567.tmp'
+    left.mkdir(), (left/'model.safetensors').touch(), (tmp_path/'.out.fastcifar-notes').touch()
+    def during(folder, *args):
+        with pytest.raises(FastcifarError, match='another process is exporting to'): export.export_run(run, tmp_path/'out', onnx=False)
+        assert not left.exists()
         return real(folder, *args)
-    monkeypatch.setattr(export, '_fill', slow)
-    with pytest.raises(FastcifarError, match='has come up meanwhile'): export.export_run(run, tmp_path/'out', onnx=False)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['out'] and (tmp_path/'out/README.md').is_file()
+    monkeypatch.setattr(export, '_fill', during)
+    export.export_run(run, tmp_path/'out', onnx=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['.out.fastcifar-notes', 'out'] and (tmp_path/'out/README.md').is_file()
+    def late(folder, *args):
+        (tmp_path/'more').mkdir(), (tmp_path/'more/mine').touch()
+        return real(folder, *args)
+    monkeypatch.setattr(export, '_fill', late)
+    with pytest.raises(FastcifarError, match='has come up meanwhile'): export.export_run(run, tmp_path/'more', onnx=False)
+    assert [p.name for p in (tmp_path/'more').iterdir()] == ['mine']
 
 def test_one_download_leaves_another_alone(monkeypatch, tmp_path):
     "While one process decodes cifar10, another one is in the middle of cifar100"
@@ -146,12 +153,13 @@ def test_one_download_leaves_another_alone(monkeypatch, tmp_path):
     assert half.is_file() and not own.exists()
 
 def test_cache_command(main, tree):
-    from fastcifar.data import cache_root, load_data
+    from fastcifar.data import cache_root
     code = f'from fastcifar.data import load_data; import sys; d = load_data({str(tree)!r}); print(d.name, flush=True); sys.stdin.read()'
     p = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     name = p.stdout.readline().strip()
     try:
         (cache_root()/'downloads/cifar10').mkdir(parents=True)
+        (cache_root()/'downloads/cifar10/cifar-10-binary.tar.gz.part').write_bytes(b'half')
         (cache_root()/'mine.txt').touch()
         listed = json.loads(main('cache', '--json')[1])
         assert [(r['what'], r['name']) for r in listed] == [('current', name), ('not ours', 'mine.txt'), ('download', 'cifar10')]
@@ -161,7 +169,34 @@ def test_cache_command(main, tree):
         code, said, _ = main('cache', '--clear', 'all')
         assert code == 0 and f'in use: {name}' in said and len(json.loads(main('cache', '--json')[1])) == 2
     finally: p.kill(), p.wait()
+    (cache_root()/'downloads/cifar10').mkdir(parents=True)
+    for f in ('notes.txt', 'cifar-10-binary.tar.gz.part'): (cache_root()/'downloads/cifar10'/f).touch()
+    (cache_root()/'downloads/mine').mkdir(), (cache_root()/'downloads/mine/x').touch()
+    assert main('cache', '--clear', 'old')[0] == 0
+    assert [p.name for p in (cache_root()/'downloads').rglob('*') if p.is_file()] == ['notes.txt', 'x'] # not ours
     code, _, err = main('cache', '--clear', 'nothing')
-    assert code == 2 and 'there is no data set in the cache' in err
+    assert code == 2 and 'there is no data set in the cache' in err and name in err, err
     assert main('cache', '--clear', name)[0] == 0
     assert [p.name for p in cache_root().iterdir() if p.suffix != '.lock' and p.name != 'downloads'] == ['mine.txt']
+
+def test_damaged_linked_and_former_sets(tree, tmp_path):
+    "What is damaged is named; a link is not ours; the copy of a folder that has changed since is old"
+    import fastcifar.data as data
+    copy = tmp_path/'pets'
+    shutil.copytree(tree, copy)
+    first = data.load_data(copy).folder
+    Image.new('RGB', (32, 32)).save(copy/'train/red/more.png')
+    data.load_data(copy)
+    t = data.list_cache()
+    assert sorted(t.what) == ['current', 'old'] and t.path[t.what == 'old'].tolist() == [str(first)]
+    assert len(data.clear_cache('old')) == 0 and first.is_dir() # this process has it open
+    data._USED.pop(first).close()
+    assert len(data.clear_cache('old')) == 1 and not first.exists()
+    bad, link = (data.cache_root()/f'{c * 32}-3' for c in 'bc')
+    for content in ('', '[1]', '{"classes": 3}'):
+        bad.mkdir(exist_ok=True), (bad/'meta.json').write_text(content)
+        assert data.list_cache().what.tolist().count('damaged') == 1
+    link.symlink_to(tmp_path)
+    assert data.list_cache().set_index('name').what[link.name] == 'not ours'
+    data.clear_cache('all')
+    assert link.is_symlink() and copy.is_dir() and not bad.exists()

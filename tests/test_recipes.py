@@ -10,7 +10,7 @@ from torch import nn
 
 from fastcifar.basics import FastcifarError
 from fastcifar.models.zoo import list_models
-from fastcifar.recipes import L1, RECIPES, Recipe, create_recipe, fit_recipe, list_recipes, override_recipe, read_recipe
+from fastcifar.recipes import USUAL_RATES, L1, RECIPES, Recipe, create_recipe, fit_recipe, list_recipes, override_recipe, read_recipe
 from fastcifar.recipes import recipe_learner, recipe_rates, recipe_table, write_recipe
 
 PLAIN = dict(epochs=24, bs=512, policy=None, optimizer='adam', schedule='one_cycle', lr_max=None, lr_min=None,
@@ -142,9 +142,21 @@ def test_a_recipe_in_a_file(tmp_path):
     f.write_text(json.dumps(old))
     assert read_recipe(f) == {k: old[k] for k in ('recipe', 'model', 'norm', 'groups', 'model_args')} | dict(bs=8)
     for bad, said in (([], 'holds no recipe'), (dict(saved, settings=None), 'holds no recipe'), ({}, 'holds no recipe'),
-        (dict(saved, settings=dict(bs=0)), f'{f}: bs is 0'), (dict(saved, recipe='fst'), f'{f}: .*fst')):
+        (dict(saved, settings=dict(bs=0)), f'{f}: bs is 0'), (dict(saved, settings=dict(b=8)), f"{f}: .*'b'"), (dict(saved, recipe='fst'), f'{f}: .*fst')):
         f.write_text(json.dumps(bad))
         with pytest.raises(FastcifarError, match=said): read_recipe(f)
+
+def test_idle_settings_of_a_file(tmp_path):
+    "A file holds all settings; one that lies idle and was changed is refused"
+    f = tmp_path/'mine.json'
+    write_recipe(f, create_recipe('reference', 'sepnet178k'), 'reference', 'sepnet178k')
+    saved = json.loads(f.read_text())
+    assert not {'gamma', 'lr_end', 'peak', 'spectral', 'sqr_mom'} & set(read_recipe(f)) and read_recipe(f)['lr_max'] == .1
+    for k, v in dict(gamma=.2, peak=.5, lr_end=1e-3, anneal='linear', spectral=2., step_epochs=3).items():
+        f.write_text(json.dumps(dict(saved, settings={**saved['settings'], k: v})))
+        with pytest.raises(FastcifarError, match=f'{k} is '): read_recipe(f)
+    f.write_text(json.dumps(dict(saved, settings={**saved['settings'], 'peak': 5 / 24 + 1e-12}))) # written by hand
+    assert 'peak' not in read_recipe(f)
 
 def at(f, *shares): return [f(s) for s in shares]
 
@@ -198,7 +210,7 @@ def test_what_a_learner_has_of_a_recipe(dls):
     assert (learn.lr, learn.wd, learn.wd_bn_bias, learn.loss_func.label_smoothing) == (.3, .02, True, .1)
     assert learn.l1.weight == .5 and learn.ema.decay == .9 and learn.freeze_parts.parts == (('conv.*', 1),)
     plain = recipe_learner(dls, Two(), Recipe(), precision='fp32')
-    assert (plain.lr, plain.wd, plain.wd_bn_bias, plain.loss_func.label_smoothing) == (1e-3, 0, False, 0)
+    assert (plain.lr, plain.wd, plain.wd_bn_bias, plain.loss_func.label_smoothing) == (USUAL_RATES['adam'], 0, False, 0)
     assert not {'l1', 'ema', 'freeze_parts'} & {cb.name for cb in plain.cbs}
 
 class Rates(Callback):

@@ -76,9 +76,9 @@ def test_one_rate_for_all(main):
 def test_a_pass_of_another_process_is_left_alone(main):
     "Its checkpoints stay when this process cannot have the folder; the runs are then trained one by one"
     work = Path('s/together/groupnet-gn-fast-bs128-seeds0_1')
-    work.mkdir(parents=True)
-    (work/'kept').write_text('theirs')
+    (work/'checkpoints').mkdir(parents=True)
+    (work/'checkpoints/kept').write_text('theirs')
     with FileLock(work/'.lock'): code, _, err = main('compare', *SETTINGS, '--epochs', 1, '--together', 2, '--out', 's')
     assert code == 0, err
-    assert (work/'kept').read_text() == 'theirs' and pd.read_csv('s/results.csv').status.tolist() == ['finished', 'finished']
-    assert 'another process is training' in next(Path('s/runs').glob('*seed0/log.txt')).read_text()
+    assert (work/'checkpoints/kept').read_text() == 'theirs' and pd.read_csv('s/results.csv').status.tolist() == ['finished', 'finished']
+    assert 'another process is working in' in next(Path('s/runs').glob('*seed0/log.txt')).read_text()

@@ -267,7 +267,7 @@ with run_folder(Path({str(out)!r})):
     try:
         assert p.stdout.readline() == 'locked\n'
         code, _, err = main(*TRAIN, '--data', tree, '--out', out)
-        assert code == 2 and 'another process is training' in err
+        assert code == 2 and 'another process is working in' in err
         p.kill(); p.wait()
         assert main(*TRAIN, '--data', tree, '--out', out)[0] == 0
     finally: os.killpg(p.pid, signal.SIGKILL)

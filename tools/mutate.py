@@ -19,15 +19,15 @@ from mutants import choose, make_mutants
 
 ROOT = Path(__file__).resolve().parents[1]
 STATE = ROOT/'.cache/mutation'
-EACH = 25 # mutants of a module
+EACH = 20 # mutants of a module
 LONGEST = 60 # seconds of tests for a mutant, the quickest first
 TESTS = { # module -> what is run besides its notebook; of these, the tests that run the changed line
     'statistics': ['test_numbers', 'test_values'], 'interpret': ['test_numbers', 'test_values', 'test_names'],
     'robust': ['test_numbers', 'test_values'], 'averages': ['test_values', 'test_fastai'],
     'schedule': ['test_values', 'test_fastai'],
-    'export': ['test_shared', 'test_trust'], 'runs': ['test_numbers', 'test_provenance', 'test_identity', 'test_options'],
-    'study': ['test_growth', 'test_options', 'test_study'], 'sweep': ['test_numbers', 'test_options'],
-    'state': ['test_fastai', 'test_trust'], 'loaders': ['test_batches', 'test_library'],
+    'export': ['test_shared'], 'runs': ['test_numbers', 'test_provenance', 'test_identity', 'test_options'],
+    'study': ['test_growth', 'test_options', 'test_study'], 'sweep': ['test_searches', 'test_numbers'],
+    'state': ['test_checkpoints', 'test_fastai'], 'loaders': ['test_batches'],
     'recipes': ['test_numbers', 'test_recipes']}
 OWN = ('hostile', 'soak', 'docs', 'readme', 'forms') # modules beside the tests, which import fastcifar
 HEAVY = ('ray', 'gradio', 'wandb', 'playwright') # not to be forked

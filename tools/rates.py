@@ -3,10 +3,12 @@
     python tools/rates.py digits                 measure; what was measured before is not measured again
     python tools/rates.py digits --table         the table of what was measured
 
-DATA is what `load_data` takes; of large sets `--images` and `--tests` take a part. Two tables are kept in results/rates, a row at a time, so that a run that
-was broken off goes on: `DATA_found.csv`, what the range test and fastai's four rules say of the same curve, and `DATA_trained.csv`, test accuracies.
-Only peaks are compared: every training is one cycle that begins and ends at a 25th of its peak. Peaks are rounded to a sixth of a decade, so that rates that
-nearly agree are trained once. Seeds are the outer loop: a run that is broken off has every cell before any has a second seed.
+DATA is what `load_data` takes; of large sets `--images` and `--tests` take a part. Two tables are kept in
+results/rates, a row at a time, so that a run that was broken off goes on: `DATA_found.csv`, what the range test
+and fastai's four rules say of the same curve, and `DATA_trained.csv`, test accuracies. Only peaks are compared:
+every training is one cycle that begins and ends at a 25th of its peak. Peaks are rounded to a sixth of a decade,
+so that rates that nearly agree are trained once. Seeds are the outer loop: a run that is broken off has every cell
+before any has a second seed.
 """
 import argparse, csv, dataclasses, itertools, warnings
 from pathlib import Path
@@ -45,7 +47,7 @@ def parser():
     p.add_argument('--epochs', type=int, default=4)
     p.add_argument('--images', type=int, help='train on so many of the training images')
     p.add_argument('--tests', type=int, help='test on so many of the test images')
-    p.add_argument('--peaks', type=lambda s: [float(r) for r in s.split(',')], help='train at these peaks alone, without a range test')
+    p.add_argument('--peaks', type=lambda s: [float(r) for r in s.split(',')], help='train at these alone')
     return p
 
 def part(x, y, n):
@@ -86,11 +88,13 @@ def fastai_rates(rates, losses):
 def find(data, c):
     "The rates of a range test, and what fastai's rules say of the curve that they were read from"
     learn = learner(data, c)
-    with learn.no_bar(), learn.no_logging(), warnings.catch_warnings(action='ignore'): r = learn.lr_range(show_plot=False)
-    return dict(lr_min=r.lr_min, lr_max=r.lr_max, certain=r.certain, steps=len(r.rates), **fastai_rates(r.rates, r.losses))
+    with learn.no_bar(), learn.no_logging(), warnings.catch_warnings(action='ignore'): # a column says so instead
+        r = learn.lr_range(show_plot=False)
+    own = dict(lr_min=r.lr_min, lr_max=r.lr_max, certain=r.certain, steps=len(r.rates))
+    return own | fastai_rates(r.rates, r.losses)
 
 def train(data, c, peak):
-    "Test accuracy in % after a cycle with this peak, and the share of the class that is predicted most; a training that diverges has none"
+    "Test accuracy in % after a cycle with this peak, 0 if it diverges, and the share of the commonest prediction"
     c = dataclasses.replace(c, lr_max=peak, lr_min=peak / 25)
     learn = learner(data, c)
     try:
@@ -99,7 +103,8 @@ def train(data, c, peak):
             predicted, targets = learn.get_preds()
     except FastcifarError: return dict(accuracy=0., largest=1.) # the loss became NaN
     predicted = predicted.argmax(1)
-    return dict(accuracy=100 * float((predicted == targets).float().mean()), largest=float(predicted.bincount().max() / len(predicted)))
+    right, most = (predicted == targets).float().mean(), predicted.bincount().max() / len(predicted)
+    return dict(accuracy=100 * float(right), largest=float(most))
 
 class Table:
     "A csv file that grows by rows"
@@ -122,7 +127,8 @@ def measure(args):
     found, trained = (Table(f) for f in files(args))
     known = {tuple(r[k] for k in (*CELL, 'seed')): r for r in found.rows}
     seen = {tuple(r[k] for k in (*CELL, 'seed', 'number')) for r in trained.rows}
-    for seed, model, norm, opt in itertools.product(range(args.seeds), *(s.split(',') for s in (args.models, args.norms, args.optimizers))):
+    names = [s.split(',') for s in (args.models, args.norms, args.optimizers)]
+    for seed, model, norm, opt in itertools.product(range(args.seeds), *names):
         c = configure('one_cycle', model, norm=norm, optimizer=opt, seed=seed, bs=args.bs, epochs=args.epochs)
         cell = dict(model=model, norm=norm, optimizer=opt, seed=seed)
         key = tuple(cell.values())
@@ -139,7 +145,7 @@ def measure(args):
             trained.add(cell | dict(number=n, peak=rate(n)) | train(data, c, rate(n)))
 
 def shortfalls(found, trained):
-    """Percentage points below the best of the grid, for each rule: of means over the seeds, a row a cell, and of single seeds.
+    """Points below the best of the grid, for each rule: of means over the seeds, a row a cell, and of single seeds.
 
     A rule that names no rate gets nothing right."""
     accuracy = trained.set_index([*CELL, 'seed', 'number']).accuracy
@@ -159,8 +165,9 @@ def table(args):
     "How often each rule lands within a point of the best of the grid"
     found, trained = (pd.read_csv(f) for f in files(args))
     cells, one = shortfalls(found, trained)
-    lines = {f'cells within a point, of {len(cells)}': (cells.round(3) <= 1).sum(), 'share of them': (cells.round(3) <= 1).mean(),
-             f'single seeds within a point, of {len(one)}': (one.round(3) <= 1).sum(), 'share of these': (one.round(3) <= 1).mean(),
+    near, near_one = (t.round(3) <= 1 for t in (cells, one))
+    lines = {f'cells within a point, of {len(cells)}': near.sum(), 'share of them': near.mean(),
+             f'single seeds within a point, of {len(one)}': near_one.sum(), 'share of these': near_one.mean(),
              'mean points below the best, of cells': cells.mean(), 'most': cells.max()}
     print(pd.DataFrame(lines).T.round(2).to_string())
     print(f'uncertain: {(~found.certain).sum()} of {len(found)} range tests')
