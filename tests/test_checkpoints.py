@@ -242,7 +242,8 @@ def test_another_machine_is_told(data, tmp_path):
 GONE = object()
 DAMAGES = [ # place in a note -> what stands there
     ('done', -1), ('done', True), ('done', 2**53), ('done', 2), ('batch', GONE), ('batch', 5), ('batch', 1.),
-    ('threads', '1'), ('pct_train', 1), ('history', []), ('history', {}), ('history 0 lr', GONE), ('history 0 epoch', GONE),
+    ('threads', '1'), ('pct_train', 1), ('history', []), ('history', {}), ('history 0 lr', GONE),
+    ('history 0 epoch', GONE),
     ('history 0 seconds', GONE), ('history 0 lr', [1]), ('history 0 accuracy', '1'), ('hypers 0 lr', '1'),
     ('hypers 0 lr', None), ('hypers 1 wd', None), ('hypers 0 wd', GONE), ('opt 0', 3), ('opt', None), ('epochs 0', '1'),
     ('loaders', {}), ('ranks', []), ('ranks', {}), ('ranks 0 sums n', GONE), ('ranks 0 sums m', 1),

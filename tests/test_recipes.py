@@ -15,7 +15,8 @@ from fastcifar.recipes import recipe_learner, recipe_rates, recipe_table, write_
 
 PLAIN = dict(epochs=24, bs=512, policy=None, optimizer='adam', schedule='one_cycle', lr_max=None, lr_min=None,
     lr_end=None, peak=5 / 24, anneal='cos', step_epochs=1, gamma=.1, mom=.9, mom_cycle=(.95, .85, .95), sqr_mom=.99,
-    eps=1e-5, spectral=0, bias_rate=1, ns_steps=5, unit_filters=False, wd=None, decay='decoupled', decay_all=False, l1=0, label_smoothing=0,
+    eps=1e-5, spectral=0, bias_rate=1, ns_steps=5, unit_filters=False, wd=None, decay='decoupled', decay_all=False,
+        l1=0, label_smoothing=0,
     dropout=None, freeze=(), ema=0, views='none', stats=None, model_args=None)
 IMAGES, PIXELS = ((.4914, .4822, .4465), (.2023, .1994, .2010)), ((.4914, .4822, .4465), (.2471, .2435, .2616))
 TORCH = dict(decay='l2', decay_all=True)
@@ -142,7 +143,8 @@ def test_a_recipe_in_a_file(tmp_path):
     f.write_text(json.dumps(old))
     assert read_recipe(f) == {k: old[k] for k in ('recipe', 'model', 'norm', 'groups', 'model_args')} | dict(bs=8)
     for bad, said in (([], 'holds no recipe'), (dict(saved, settings=None), 'holds no recipe'), ({}, 'holds no recipe'),
-        (dict(saved, settings=dict(bs=0)), f'{f}: bs is 0'), (dict(saved, settings=dict(b=8)), f"{f}: .*'b'"), (dict(saved, recipe='fst'), f'{f}: .*fst')):
+        (dict(saved, settings=dict(bs=0)), f'{f}: bs is 0'), (dict(saved, settings=dict(b=8)), f"{f}: .*'b'"),
+        (dict(saved, recipe='fst'), f'{f}: .*fst')):
         f.write_text(json.dumps(bad))
         with pytest.raises(FastcifarError, match=said): read_recipe(f)
 
@@ -151,7 +153,8 @@ def test_idle_settings_of_a_file(tmp_path):
     f = tmp_path/'mine.json'
     write_recipe(f, create_recipe('reference', 'sepnet178k'), 'reference', 'sepnet178k')
     saved = json.loads(f.read_text())
-    assert not {'gamma', 'lr_end', 'peak', 'spectral', 'sqr_mom'} & set(read_recipe(f)) and read_recipe(f)['lr_max'] == .1
+    read = read_recipe(f)
+    assert not {'gamma', 'lr_end', 'peak', 'spectral', 'sqr_mom'} & set(read) and read['lr_max'] == .1
     for k, v in dict(gamma=.2, peak=.5, lr_end=1e-3, anneal='linear', spectral=2., step_epochs=3).items():
         f.write_text(json.dumps(dict(saved, settings={**saved['settings'], k: v})))
         with pytest.raises(FastcifarError, match=f'{k} is '): read_recipe(f)

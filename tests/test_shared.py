@@ -18,7 +18,8 @@ class Says:
 
 @pytest.mark.parametrize('other, most, says', [
     ([[.6, .4], [.3, .7]], 1e-4, 0), ([[.60005, .39995], [.3, .7]], 1e-4, 5e-5),
-    ([[.7, .3], [.3, .7]], 1e-4, 'up to 0.1 in'), ([[.7, .3], [.3, .7]], .2, .1), ([[.45, .55], [.3, .7]], .5, 'in 1 of 2 predictions'),
+    ([[.7, .3], [.3, .7]], 1e-4, 'up to 0.1 in'), ([[.7, .3], [.3, .7]], .2, .1),
+    ([[.45, .55], [.3, .7]], .5, 'in 1 of 2 predictions'),
     ([[.4, .6], [.7, .3]], 1., 'in 2 of 2 predictions')])
 def test_formats_have_to_agree(other, most, says):
     "In their probabilities, and in what they take an image for"
@@ -87,11 +88,13 @@ def test_a_folder_to_share_with_a_long_name(run, tmp_path):
     export_run(run, out, onnx=False)
     assert (out/'model.safetensors').is_file() and [p.name for p in tmp_path.iterdir()] == [out.name]
 
-def test_a_program_alone(run, tmp_path):
-    "Compared with the net as well, on images of the run"
-    c = export_run(run, tmp_path/'e', onnx=False, pt2=True)
+def test_a_program_alone(run, tree, tmp_path):
+    "Compared with the net as well, on images of the run, wherever they lie now"
+    c = export_run(run, tmp_path/'new/e', onnx=False, pt2=True, data=str(tree))
     assert list(c['files']) == ['model.pt2', 'model.safetensors'] and 'onnx' not in c
-    assert all(v == file_sha256(tmp_path/'e'/k) for k, v in c['files'].items())
+    assert all(v == file_sha256(tmp_path/'new/e'/k) for k, v in c['files'].items())
+    with pytest.raises(FastcifarError, match='for comparing formats'): export_run(run, tmp_path/'f', False,
+        data=str(tree))
 
 @pytest.mark.parametrize('missing', ['onnx', 'onnxscript'])
 def test_what_onnx_needs_is_said(run, tmp_path, missing, monkeypatch):

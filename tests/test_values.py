@@ -100,7 +100,8 @@ def test_one_cycle():
 
 def test_range_test_leaves_a_learner_alone():
     from fastcifar.train import cifar_learner
-    learn = cifar_learner(coloured(64).dataloaders(bs=16, device='cpu'), nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(3072, 4)), precision='fp32')
+    learn = cifar_learner(coloured(64).dataloaders(bs=16, device='cpu'),
+        nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(3072, 4)), precision='fp32')
     for training in (False, True):
         learn.model.train(training)
         with learn.no_bar(): r = learn.lr_range(end_lr=.1, num_it=50, show_plot=False)
@@ -195,7 +196,8 @@ def test_pairs_with_one_seed_in_common_are_named():
 def test_runs_that_are_not_as_they_should_be_are_named():
     "Those that failed, and those of which something is missing; nothing is said of the others"
     r = pd.DataFrame([dict(model='m', norm='bn', recipe='r', bs=8, seed=s, status=status, reason=why, test_accuracy=.9)
-        for s, (status, why) in enumerate([('finished', ''), ('finished', 'no curve'), ('failed', 'NaN'), ('missing', '')])])
+        for s, (status, why) in enumerate([('finished', ''), ('finished', 'no curve'), ('failed', 'NaN'),
+            ('missing', '')])])
     assert study_answer(r)[1:] == ['failed: m bn r 8 seed 2: NaN', 'incomplete: m bn r 8 seed 1: no curve']
     r.loc[0, 'reason'] = None # as a table of a file has it
     assert len(study_answer(r)) == 3 and len(study_answer(r.drop(columns='reason')[r.status == 'finished'])) == 1
@@ -341,7 +343,8 @@ def test_pictures_of_predictions(interp):
         assert all(map(np.array_equal, pictures(fig), x[list(idxs)])) and len(pictures(fig)) == len(idxs)
     fig = interp.plot_wrong()
     assert [t.get_text() for t in fig.axes[0].texts if t.get_text()] == ['b / a\n0.94', 'c / d\n0.60', 'd / a\n0.50']
-    assert {t.get_color() for t in fig.axes[0].texts if t.get_text()} == {'tab:red'} and '(3 of 12)' in fig.get_suptitle()
+    assert {t.get_color() for t in fig.axes[0].texts if t.get_text()} == {'tab:red'}
+    assert '(3 of 12)' in fig.get_suptitle()
     ax = interp.plot_wrong(cols=2).axes[0]
     (a, b, low, high), second, below = [i.get_extent() for i in ax.images] # two in a line
     assert b - a == pytest.approx(1) == high - low and second[0] > b and (*second[2:], *below[:2]) == (low, high, a, b)
@@ -379,7 +382,8 @@ def test_picture_of_calibration(interp, monkeypatch):
     t = interp.calibration(10)
     assert t.low_end.tolist() == pytest.approx([.5, .6, .9]) and t.images.tolist() == [1, 10, 1]
     top, ax = interp.plot_calibration(10).axes
-    assert [(b.get_x(), b.get_height(), b.get_width()) for b in top.patches] == [(pytest.approx(a), n, pytest.approx(.1))
+    assert [(b.get_x(), b.get_height(), b.get_width()) for b in top.patches] == [(pytest.approx(a), n,
+        pytest.approx(.1))
         for a, n in zip(t.low_end, t.images)]
     assert [l.get_xydata().tolist() for l in ax.get_lines()][0] == [[0, 0], [1, 1]]
     line, _, (segments,) = ax.containers[0]

@@ -25,8 +25,8 @@ TESTS = { # module -> what is run besides its notebook; of these, the tests that
     'statistics': ['test_numbers', 'test_values'], 'interpret': ['test_numbers', 'test_values', 'test_names'],
     'robust': ['test_numbers', 'test_values'], 'averages': ['test_values', 'test_fastai'],
     'schedule': ['test_values', 'test_fastai'],
-    'export': ['test_shared'], 'runs': ['test_numbers', 'test_provenance', 'test_identity', 'test_options'],
-    'study': ['test_growth', 'test_options', 'test_study'], 'sweep': ['test_searches', 'test_numbers'],
+    'export': ['test_shared'], 'runs': ['test_records', 'test_numbers', 'test_provenance', 'test_options'],
+    'study': ['test_records', 'test_growth', 'test_options'], 'sweep': ['test_searches', 'test_numbers'],
     'state': ['test_checkpoints', 'test_fastai'], 'loaders': ['test_batches'],
     'recipes': ['test_numbers', 'test_recipes']}
 OWN = ('hostile', 'soak', 'docs', 'readme', 'forms') # modules beside the tests, which import fastcifar
@@ -343,7 +343,8 @@ def equivalents() -> dict:
 
 def name_of(row): return ' | '.join(row[k] for k in ('module', 'function', 'line', 'change')) # as `Mutant.name`
 
-def versions_of(module) -> str: return ' '.join((digest(ROOT/f'fastcifar/{module}.py'), *map(version_of, units_of(module))))
+def versions_of(module) -> str:
+    return ' '.join((digest(ROOT/f'fastcifar/{module}.py'), *map(version_of, units_of(module))))
 
 def judged(module, text, version, args, tests, pool, said) -> list:
     "A result for each mutant of a module"
@@ -365,8 +366,15 @@ def judged(module, text, version, args, tests, pool, said) -> list:
             work = lambda copy, m=m, names=names: judge(copy, m, m.source(text), names)
             pool.submit(work, 60 + 5 * seconds, then)
     pool.finish()
-    return [dict(module=m.module, function=m.scope, kind=m.kind, line=m.line, change=m.change,
-        outcome=res[m.name]['outcome'], noticed_by=res[m.name]['by']) for m in mutants]
+    return [row_of(m, res[m.name]) for m in mutants]
+
+def row_of(m, r) -> dict:
+    return dict(module=m.module, function=m.scope, kind=m.kind, line=m.line, change=m.change, outcome=r['outcome'], noticed_by=r['by'])
+
+def kept(module, text, args) -> list:
+    "A result for each mutant that has been judged already, with the tests of that time"
+    known = load(f'{module}.json', {})
+    return [row_of(m, known[m.name]) for m in choose(make_mutants(module, text), text, args.limit or EACH, args.seed) if m.name in known]
 
 def with_equivalents(rows, reasons):
     for r in rows:
@@ -411,12 +419,17 @@ def main():
     p.add_argument('--survivors', action='store_true', help='keep what was noticed, though tests have changed since')
     p.add_argument('--fresh', action='store_true', help='keep nothing')
     p.add_argument('--list', action='store_true', help='only list the mutants')
+    p.add_argument('--collect', action='store_true', help='run nothing: write the results of what has been judged')
     args = p.parse_args()
     texts = {m: (ROOT/f'fastcifar/{m}.py').read_text(encoding='utf-8') for m in args.module}
     if args.list:
         for m, text in texts.items():
             for o in choose(make_mutants(m, text), text, args.limit or EACH, args.seed): print(f'{o.kind:12}{o.name}')
         return
+    if args.collect:
+        rows = with_equivalents([r for m, text in texts.items() for r in kept(m, text, args)], equivalents())
+        show(rows)
+        return write_results(rows, args)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit('stopped; the same command goes on')) # and ends the children
     pool, began, versions = Pool(args.jobs), time.time(), {m: versions_of(m) for m in args.module}
     import_the_rest()
