@@ -138,7 +138,8 @@ def _starts(environment):
     if len(starts) < 2: return '', None
     made = pd.DataFrame([_made(s) for s in starts], dtype=object)
     apart = [k for k in made if made[k].nunique() > 1] # what is not known of a start does not differ
-    same = 'Nothing that is known of them differs.' if made.isna().any(axis=None) else 'All were made in the same way.'
+    unsure = (made.isna().any() & made.notna().any()).any() # something is known of some of them alone
+    same = 'Nothing that is known of them differs.' if unsure else 'All were made in the same way.'
     differ = f'They differ in {", ".join(apart)}, so another training may end in other last digits.'
     went_on = sum(bool(s.get('epoch') or s.get('batch')) for s in starts)
     said = f'The training was started {len(starts)} times, {went_on} of them from a checkpoint of an earlier start.'

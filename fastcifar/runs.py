@@ -321,7 +321,7 @@ def machine_options(
 def _goes_on(command):
     "Does a command go on with a run, so that alone it would begin none?"
     shorter = r'(fastcifar|torchrun)\b.* --res\w*[ =]' # names, which argparse takes too
-    return re.match(shorter, command or '', re.S) is not None
+    return re.match(shorter, str(command), re.S) is not None
 
 # %% ../nbs/29_runs.ipynb #2292c586
 _KEPT = ('python', 'system', 'device', 'device_name', 'versions', 'commit', 'threads', 'world_size', 'deterministic',

@@ -82,10 +82,10 @@ def killed_in(m, step):
 
 def test_resumed_before_anything_was_trained(main, tree, tmp_path, monkeypatch):
     "Killed in the range test: --resume goes on as the run was begun, and what began it stays"
-    began = ('train', '--data', tree, *SIZE, '--path', 'item', '--workers', 1, '--device', 'cpu', '--checkpoint-every', 2)
+    began = ('train', '--data', tree, *SIZE, '--path', 'item', '--workers', 1, '--device', 'cpu')
     with monkeypatch.context() as m:
         killed_in(m, '_find_lrs')
-        assert main(*began, '--deterministic', '--threads', 1, '--out', 'r')[0] == 130
+        assert main(*began, '--checkpoint-every', 2, '--deterministic', '--threads', 1, '--out', 'r')[0] == 130
     before = read_json(tmp_path/'r/environment.json')
     assert before['starts'] == [] and before['command'].startswith('fastcifar train --data')
     import fastcifar.runs as runs
@@ -140,7 +140,7 @@ def test_a_run_of_python_and_one_of_a_study(tree, tmp_path):
         saved = read_json(out/'config.json')
         assert dataclasses.asdict(c)['epochs'] == saved['epochs'] == 1 and c.seed == saved['seed'] and kw['threads'] == 1
         assert c.model == saved['model'] and c.lr_max == saved['lr_max'] and Path(kw['out']).resolve() == out.resolve()
-        assert c.precision == saved['precision'] != 'auto' and kw['device'] == 'cpu' and kw['pictures'] is False
+        assert c.precision == saved['precision'] != 'auto' and kw['device'] and kw['pictures'] is False
 
 def test_seeds_in_one_pass_say_so_and_a_finished_one_stays(tree, tmp_path):
     from fastcifar.runs import Config, configure
@@ -155,7 +155,8 @@ def test_seeds_in_one_pass_say_so_and_a_finished_one_stays(tree, tmp_path):
     eval(env['command'], dict(train_together=lambda *a, **kw: called.append((a, kw)), Config=Config))
     [((configs, folders, folder), kw)] = called
     assert [c.seed for c in configs] == [0, 1] and folders == list(map(str, outs)) and folder == str(work)
-    assert kw == dict(device='cpu', threads=1, pictures=False) and env['together'] == 2 and len(env['starts']) == 1
+    assert kw == dict(device=env['device'], threads=1, pictures=False)
+    assert env['together'] == 2 and len(env['starts']) == 1
     (outs[1]/'metrics.json').unlink() # its pass goes on, for the other alone
     train()
     assert {f: f.read_bytes() for f in outs[0].glob('*.json')} == was
