@@ -78,7 +78,9 @@ def model_card(
     c:dict, # What `export_run` writes to config.json
 ) -> str: # Markdown, with the front matter that model hubs read
     "The README.md of an exported folder"
-    m, onnx = c['metrics'], c.get('onnx')
+    m, onnx, env = c['metrics'], c.get('onnx'), c['environment']
+    began = _where(env['device_name'], *(env['versions'][k] for k in ('torch', 'fastcifar')))
+    went_on = ''.join(f'It was continued {_where(*w)}. ' for w in c.get('continued', ()))
     low, high = binomtest(m['test_images'] - m['wrong'], m['test_images']).proportion_ci(method='wilson')
     few, number = len(c['classes']) <= 20, f'{len(c["classes"])} classes, listed in config.json'
     classes = ', '.join(map(_as_text, c['classes'])) if few else number
@@ -104,12 +106,12 @@ Measured after the last epoch, test-time views: {c['views']}. One run: another s
 
 ## How it was trained
 
-Recipe `{m['recipe']}`, {m['epochs']} epochs, batches of {m['bs']}, computed in {m['precision']} on {c['environment']['device_name']}, with torch {c['environment']['versions']['torch']} and fastcifar {c['environment']['versions']['fastcifar']}.
-{''.join(f"It was continued on {d} with torch {t}. " for d, t in c.get('continued', ()))}Every setting stands in config.json under `training`. The data was {_as_text(m['data'])} ({hashed}).
+Recipe `{m['recipe']}`, {m['epochs']} epochs, batches of {m['bs']}, computed in {m['precision']} {began}.
+{went_on}Every setting stands in config.json under `training`. The data was {_as_text(m['data'])} ({hashed}).
 
 ## How to use it
 
-With fastcifar {c['environment']['versions']['fastcifar']} or later installed:
+With fastcifar {_as_text(env['versions']['fastcifar'])} or later installed:
 
     fastcifar predict --from . PICTURE.png
 
@@ -119,6 +121,9 @@ In Python, `fastcifar.models.zoo.load_model('.')` gives the PyTorch module, whic
 
 It knows the classes above and nothing else, answers with one of them whatever it is shown, and has seen pictures of 32x32 pixels only. Do not let anything of consequence depend on it.
 """
+
+def _where(device, torch, fastcifar):
+    return f'on {_as_text(device)}, with torch {_as_text(torch)} and fastcifar {_as_text(fastcifar)}'
 
 def _as_text(name):
     "A name as Markdown shows it as it is, in a line"
@@ -147,9 +152,10 @@ def _test_images(out, data, n=1000):
     return np.concatenate([spread(d.x['test'], n), spread(d.x['train'], max(n - len(d.x['test']), 0))])
 
 def _continued(env):
-    "(device, version of torch) of every start that was made elsewhere than the first"
-    def where(s): return [s.get('device_name'), (s.get('versions') or {}).get('torch')]
-    return [w for w in map(where, env.get('starts', [])[1:]) if w != where(env)]
+    "(device, versions of torch and fastcifar) of every start that went on with others than the training began with"
+    def where(s): return [s.get('device_name'), *((s.get('versions') or {}).get(k) for k in ('torch', 'fastcifar'))]
+    went_on = [s for s in env.get('starts', []) if s.get('epoch') or s.get('batch')]
+    return [w for w in map(where, went_on) if w != where(env)]
 
 def _fill(folder, run, onnx, pt2, data):
     "Write all files of an exported run into an empty folder"

@@ -135,14 +135,38 @@ def _confusion(interp):
 def _starts(environment):
     "(a sentence on a run that was not trained in one go, a table of its starts)"
     starts = environment.get('starts') or []
-    rows = [dict(time=s.get('time', '-'), after_epoch=s.get('epoch'), device=s.get('device_name'), commit=(s.get('commit') or '-')[:12],
-                 **{k: s.get(k) for k in ('threads', 'world_size', 'deterministic', 'compile')},
-                 **{k: (s.get('versions') or {}).get(k) for k in ('fastcifar', 'torch')}, command=s.get('command')) for s in starts]
-    t = pd.DataFrame(rows, dtype=object)
-    if len(t) < 2: return '', None
-    apart = [k.replace('_', ' ') for k in t if k not in ('time', 'after_epoch', 'command') and t[k].nunique(dropna=False) > 1]
-    differ = f'They differ in {", ".join(apart)}, so another training may end in other last digits.' if apart else 'All were made in the same way.'
-    return f'The training was begun once and continued {len(t) - 1} time{"s" if len(t) > 2 else ""}. {differ}', table_cells(t)
+    if len(starts) < 2: return '', None
+    made = pd.DataFrame([_made(s) for s in starts], dtype=object)
+    apart = [k for k in made if made[k].nunique() > 1] # what is not known of a start does not differ
+    unsure = (made.isna().any() & made.notna().any()).any() # something is known of some of them alone
+    same = 'Nothing that is known of them differs.' if unsure else 'All were made in the same way.'
+    differ = f'They differ in {", ".join(apart)}, so another training may end in other last digits.'
+    went_on = sum(bool(s.get('epoch') or s.get('batch')) for s in starts)
+    said = f'The training was started {len(starts)} times, {went_on} of them from a checkpoint of an earlier start.'
+    said += f' {differ if apart else same}'
+    usual = ('device', 'threads', 'processes', 'deterministic', 'commit', 'fastcifar', 'torch')
+    t = pd.DataFrame([dict(time=s.get('time'), began_after=_position(s)) for s in starts], dtype=object)
+    t = t.join(made[[k for k in made if k in usual or k in apart]]).assign(command=[s.get('command') for s in starts])
+    return said, table_cells(t.astype(object).where(t.notna(), '-'))
+
+def _made(start):
+    "Where and how a start was made, in words of the page"
+    names = dict(device_name='device', device='kind of device', world_size='processes', compile='compiled')
+    kind, commit = str(start.get('device') or '').partition(':')[0], str(start.get('commit') or '')[:12]
+    known = start | dict(device=kind or None, commit=commit or None)
+    kept = ('device_name', 'device', 'threads', 'world_size', 'deterministic', 'compile', 'commit', 'python', 'system')
+    return {names.get(k, k): known.get(k) for k in kept} | (start.get('versions') or {})
+
+def _position(start):
+    "What was done when a start began to train"
+    if start.get('epoch') is None: return None
+    return f'epoch {start["epoch"]}' + (f', batch {start["batch"]} of the next' if start.get('batch') else '')
+
+def _devices(environment):
+    "Every device that a run was trained on"
+    used = [environment, *(s for s in environment.get('starts') or [] if s.get('epoch') or s.get('batch'))]
+    names = [s.get('device_name') or s.get('device') for s in used]
+    return ', then '.join(dict.fromkeys(str(n) for n in names if n)) or '-'
 
 def _settings(d): return table_cells(pd.DataFrame([(k, '-' if v is None else str(v)) for k, v in d.items()], columns=['setting', 'value']))
 
@@ -179,7 +203,8 @@ def write_run_report(
     cards = [('parameters', f'{metrics["parameters"]:,}'), ('epochs', metrics['epochs']),
         ('training time', f'{metrics["seconds"]:,.0f} s'), ('training accuracy',
         f'{metrics["train_accuracy"]:.2%} (test-time views: {metrics.get("train_views", "none")})'),
-             ('test loss', f'{metrics["test_loss"]:.4f}'), ('calibration error', f'{100 * interp.ece():.1f} points'), ('precision', metrics['precision']), ('device', environment.get('device_name') or environment.get('device', '-'))]
+             ('test loss', f'{metrics["test_loss"]:.4f}'), ('calibration error', f'{100 * interp.ece():.1f} points'),
+             ('precision', metrics['precision']), ('device', _devices(environment))]
     share = {k: '{:.2%}' for k in ('accuracy', 'train_accuracy', 'low', 'high')}
     page = render('run.html', title=f'{config["model"]} ({config["norm"]}), recipe {config["recipe"]}, on {metrics["data"]}', accuracy=f'{metrics["test_accuracy"]:.2%}', right=f'{right:,}', images=f'{metrics["test_images"]:,}',
         data=metrics['data'], seed=metrics['seed'], views=metrics.get('views', 'none'),
@@ -191,7 +216,8 @@ def write_run_report(
         confused=table_cells(pd.DataFrame([(str(a), str(b), int(n)) for a, b, n in interp.most_confused(1)[:12]], columns=['actual', 'predicted', 'times'])), ece=f'{100 * interp.ece():.1f} points',
         parameters=f'{t.parameters.sum():,}', macs=f'{t.MACs.sum():,}', megabytes=f'{4 * t.parameters.sum() / 1e6:.2f}', summary=table_cells(t), statistics=table_cells(interp.learn.dls.data.stats().T.reset_index(names='statistic')), augmented=_augmented(interp.learn.dls, 24), policy=str(config['policy'] or interp.learn.dls.data.policy),
         drawn=_shown(interp, interp.predictions().iloc[drawn]), command=environment.get('command', '-'), starts=_starts(environment), configuration=_settings(config),
-        environment=_settings({**{k: v for k, v in environment.items() if k not in ('versions', 'command', 'starts')}, **(environment.get('versions') or {})}))
+        environment=_settings({k: v for k, v in environment.items() if k not in ('versions', 'command', 'options', 'starts')}
+                              | (environment.get('versions') or {})))
     write_text(Path(out)/'report.html', page)
     return Path(out)/'report.html'
 

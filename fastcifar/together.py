@@ -23,8 +23,8 @@ from .basics import FastcifarError, attempt, say, seed_everything, write_atomic
 from .data import load_data
 from .loaders import CifarDataLoaders, checked_device # with this import an ImageData has its dataloaders
 from .recipes import fit_recipe, recipe_learner
-from .runs import RunHistory, build_model, explained, finish_run, note_epoch, run_folder
-from .runs import settle_config, write_surroundings
+from .runs import RunHistory, build_model, explained, finish_run, given_options, machine_options
+from .runs import note_start, python_call, run_folder, settle_config, write_surroundings
 from .schedule import LRRange
 from .state import Checkpoints, Stopped, StopRequest
 from .train import cpu_threads, prepare_net
@@ -271,26 +271,30 @@ def train_together(
         for out in (work, *outs): folders.enter_context(run_folder(out, wait))
         begun = any((work/'checkpoints').glob('*'))
         configs = [settle_config(c, data, out, device, begun) for c, out in zip(configs, outs)]
-        command = f'train_together({configs!r}, {list(map(str, outs))!r}, {str(work)!r})'
-        for c, out in zip(configs, outs):
-            write_surroundings(c, out, device, command, begun, together=len(configs), deterministic=False, compile=compile)
+        how = given_options(threads=threads, device=str(device), compile=compile, checkpoint_every=checkpoint_every)
+        where = (list(map(str, outs)), str(work))
+        shown = {} if pictures else dict(pictures=False)
+        call = python_call('train_together', configs, *where, **machine_options(device) | how | shown)
+        def write(c, out):
+            return write_surroundings(c, out, device, call, call, how, begun, together=len(configs), compile=compile)
+        starts = {out: write(c, out) for c, out in zip(configs, outs) if not (out/'metrics.json').exists()}
         learn = together_learner(data, configs, device, compile)
         say(f'{data}\n{len(configs)} nets {c.model} ({c.norm}) in one pass, recipe {c.recipe}, {c.precision} on {device}, seeds {", ".join(str(c.seed) for c in configs)}')
-        with learn.no_bar(), learn.no_logging(): history = _fit(learn, configs, outs, work, checkpoint_every, say)
+        with learn.no_bar(), learn.no_logging():
+            history = _fit(learn, configs, outs, work, checkpoint_every, say, starts)
         for i, (c, out, net, dls) in enumerate(zip(configs, outs, learn.model.separate(), learn.dls.parts)):
             if (out/'metrics.json').exists(): continue
             alone = recipe_learner(dls, net, c, precision=c.precision)
             with alone.no_bar(), alone.no_logging(): finish_run(alone, c, out, LRRange(c.lr_min or c.lr_max / 50, c.lr_max), history.rows(i), say, pictures)
     shutil.rmtree(work)
 
-def _fit(learn, configs, outs, work, every, say):
+def _fit(learn, configs, outs, work, every, say, starts):
     "Train to the end, from the newest checkpoint if there is one; returns the histories"
     request, c = StopRequest(say), configs[0]
     checkpoints = Checkpoints(work/'checkpoints', every, request=request, say=say)
     history = _Histories(learn.each_net, outs, checkpoints, 'valid' if c.valid else 'test', say)
     done, batch = checkpoints.latest(learn), checkpoints.batch
-    if done or batch:
-        for out in outs: note_epoch(out, done, batch)
+    for out, start in starts.items(): note_start(out, start, done, batch)
     if done or batch: say(f'continuing after {f"batch {batch} of epoch {done + 1}" if batch else f"epoch {done}"} of {c.epochs}')
     with request:
         if done < c.epochs: fit_recipe(learn, c, start_epoch=done, cbs=[checkpoints, history])

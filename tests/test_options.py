@@ -245,7 +245,14 @@ _interps = {} # of the fixture's run
 def interp(out): return _interps[out]
 
 @pytest.fixture(scope='module')
-def run(tree, tmp_path_factory):
+def own(tmp_path_factory):
+    "A cache for what is made once for all tests"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('FASTCIFAR_CACHE', str(tmp_path_factory.mktemp('cache')))
+        yield
+
+@pytest.fixture(scope='module')
+def run(tree, own, tmp_path_factory):
     "A finished run folder"
     out = tmp_path_factory.mktemp('run')/'run'
     c = configure('fast', 'normnet31k', data=str(tree), epochs=1, bs=20)
@@ -274,7 +281,7 @@ def test_data_without_a_format_to_compare(run, tmp_path):
 # --- a damaged study
 
 @pytest.fixture(scope='module')
-def study(tree, tmp_path_factory):
+def study(tree, own, tmp_path_factory):
     "A finished study without its weights: the folder, and what it was made from"
     out = tmp_path_factory.mktemp('study')/'study'
     what = dict(models='normnet31k', data=str(tree), norms=('bn', 'gn'), seeds=2, batch_sizes=20, epochs=2)

@@ -12,7 +12,7 @@ import fastcifar.runs as runs
 import fastcifar.study as study
 from fastcifar.basics import FastcifarError
 from fastcifar.data import Arrays, ImageData
-from fastcifar.runs import Config, RunHistory, build_model, check_settings, configure, draw_interpretation, note_epoch
+from fastcifar.runs import Config, RunHistory, build_model, check_settings, configure, draw_interpretation, note_start
 from fastcifar.runs import settle_config, write_surroundings
 from fastcifar.schedule import LRRange
 from fastcifar.study import Study, collect_curves, collect_runs, run_name, study_grid
@@ -169,32 +169,43 @@ def test_commit_of_a_checkout(tmp_path, monkeypatch):
     monkeypatch.setenv('PATH', '/nowhere')
     assert runs._commit() is None
 
+def surroundings(folder): return json.loads((folder/'environment.json').read_text())
+
 def test_every_start_is_listed(tmp_path):
-    "The first one stays as it was; where each went on is noted"
+    "The first one stays as it was; where each went on is noted, once it trains"
     c = config()
-    write_surroundings(c, tmp_path, 'cpu', 'first', deterministic=True)
+    def write(typed, **more):
+        return write_surroundings(c, tmp_path, 'cpu', typed, f'{typed}, whole', dict(threads=1), **more)
+    first = write('first')
+    env = surroundings(tmp_path)
+    assert env['starts'] == [] and env['command'] == 'first, whole' and env['options'] == dict(threads=1)
+    note_start(tmp_path, first, 0)
     (tmp_path/'history.csv').write_text('')
-    write_surroundings(c, tmp_path, 'cpu', 'second', deterministic=False)
-    note_epoch(tmp_path, 1)
-    env = json.loads((tmp_path/'environment.json').read_text())
-    assert (env['command'], env['deterministic']) == ('first', True)
-    assert [(s['command'], s['deterministic'], s['epoch']) for s in env['starts']] == [('first', True, 0),
-        ('second', False, 1)]
-    assert 'batch' not in env['starts'][1] and env['device'] == 'cpu' and set(runs.STARTED) <= set(env['starts'][0])
-    note_epoch(tmp_path, 0, 7)
-    env = json.loads((tmp_path/'environment.json').read_text())
-    assert (env['starts'][1]['epoch'], env['starts'][1]['batch'], env['starts'][0]['epoch']) == (0, 7, 0)
+    second = write('second', compile=True)
+    assert [s['command'] for s in surroundings(tmp_path)['starts']] == ['first']
+    note_start(tmp_path, second, 1)
+    env = surroundings(tmp_path)
+    assert env['command'] == 'first, whole' and 'compile' not in env and env['device'] == 'cpu'
+    said = [(s['command'], s['compile'], s['epoch']) for s in env['starts']]
+    assert said == [('first', None, 0), ('second', True, 1)]
+    assert 'batch' not in env['starts'][1] and set(runs._KEPT) <= set(env['starts'][0])
+    note_start(tmp_path, write('third'), 0, 7)
+    env = surroundings(tmp_path)
+    assert (env['starts'][2]['epoch'], env['starts'][2]['batch'], env['command']) == (0, 7, 'first, whole')
     (tmp_path/'history.csv').unlink() # it has not begun
-    write_surroundings(c, tmp_path, 'cpu', 'third')
-    env = json.loads((tmp_path/'environment.json').read_text())
-    assert env['command'] == 'third' and len(env['starts']) == 1
-    write_surroundings(c, tmp_path, 'cpu', 'fourth', begun=True)
-    assert len(json.loads((tmp_path/'environment.json').read_text())['starts']) == 2
+    write('fourth')
+    env = surroundings(tmp_path)
+    assert env['command'] == 'fourth, whole' and env['starts'] == []
+    note_start(tmp_path, write('fifth', begun=True), 2)
+    env = surroundings(tmp_path)
+    assert env['command'] == 'fourth, whole' and [s['command'] for s in env['starts']] == ['fifth']
 
 def test_command_of_a_run_from_python(monkeypatch, tmp_path):
-    "All that differs from what would be taken without it; one that was typed stays as it is"
+    "All that differs from what would be taken without it"
     seen = []
-    monkeypatch.setattr(runs, '_train', lambda *args: seen.append(args[-1]))
+    def train(c, net, data, out, device, bars, how, say, pictures, words):
+        seen.append(runs._commands(c, c, out, device, how, pictures, words)[0])
+    monkeypatch.setattr(runs, '_train', train)
     monkeypatch.setattr(runs, 'load_data', lambda *_: noise())
     c, out = config(), tmp_path/'r'
     runs.train_run(c, out, device=torch.device('cpu'), workers=2, threads=1, log=('tensorboard',))

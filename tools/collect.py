@@ -7,7 +7,7 @@ import pandas as pd
 from fastcifar.basics import read_json, write_atomic, write_json
 from fastcifar.layers import NORMS
 from fastcifar.models.zoo import list_models
-from fastcifar.runs import run_config
+from fastcifar.runs import read_surroundings, run_config
 from fastcifar.study import collect_curves, collect_runs, run_name
 
 KEY = ['model', 'recipe', 'norm', 'bs', 'seed']
@@ -27,8 +27,11 @@ def joined(file, new):
     return new.loc[sorted(new.index, key=lambda i: place(new.loc[i]))]
 
 def about(run):
-    "Settings and surroundings of a run, without its command, which names folders of the machine"
-    return dict(config=read_json(run/'config.json'), environment={k: v for k, v in read_json(run/'environment.json').items() if k != 'command'})
+    "Settings and surroundings of a run, without its commands, which name folders of the machine"
+    def shared(d): return {k: v for k, v in d.items() if k != 'command'}
+    env = shared(read_surroundings(run))
+    if 'starts' in env: env['starts'] = [shared(s) for s in env['starts']]
+    return dict(config=read_json(run/'config.json'), environment=env)
 
 if __name__ == '__main__':
     out, runs = Path(sys.argv[1]), [Path(r) for r in sys.argv[2:] if (Path(r)/'metrics.json').exists()]
