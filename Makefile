@@ -14,7 +14,7 @@ help:
 	@echo 'make test-latest  the tests with the newest fastai 2.8, fastcore and torch'
 	@echo 'make test-wheel   build the wheel, install it into an empty environment, run the demo there'
 	@echo 'make soak         kill 50 runs and continue them, try 12,000 hostile files, kill a node of a Ray cluster (about half an hour)'
-	@echo 'make mutate       do the tests notice a mistake? 240 changes of a line, into results/mutation.csv (about an hour; goes on where it was stopped)'
+	@echo 'make mutate       do the tests notice a mistake? 300 changes of a line, into results/mutation.csv (about half an hour; goes on where it was stopped)'
 	@echo 'make bench        the CPU benchmarks into benchmarks/ (about a quarter of an hour on an idle machine)'
 	@echo 'make bench-gpu DATA=FOLDER AIRBENCH=airbench94_muon.py   all that a CUDA GPU can show, into benchmarks/gpu, line by line'
 	@echo 'make readme       write README.md from nbs/index.ipynb'

@@ -1,4 +1,6 @@
 "The batches of every path, epoch and process, and what becomes of images on their way."
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from PIL import Image
 
 from fastcifar.basics import FastcifarError
 from fastcifar.data import Arrays, ImageData
-from fastcifar.loaders import ArrayDL, BatchDL, CifarDataLoaders, KeyedDL, make_resident
+from fastcifar.loaders import ArrayDL, BatchDL, CifarDataLoaders, KeyedDL, ReadLabel, make_resident
 
 @pytest.fixture(scope='module')
 def data():
@@ -143,6 +145,22 @@ def test_images_of_other_kinds(data, tmp_path):
         with pytest.raises(FastcifarError, match='give uint8 of shape'): dls.test_dl([bad]).one_batch()
     arrays = data.dataloaders(bs=8, policy='flip', device='cpu', path='item')
     with pytest.raises(FastcifarError, match='there is no image 32, noise'): arrays.test_dl([32]).one_batch()
+
+def test_labels_of_other_images(data, tmp_path):
+    "From the folder a file lies in; those of the data set by their row number"
+    dls, files = data.dataloaders(bs=8, policy='flip', device='cpu'), []
+    for name in 'cab':
+        (tmp_path/name).mkdir()
+        files.append(tmp_path/name/'x.png')
+        Image.fromarray(data.x['test'][0]).save(files[-1])
+    (tmp_path/'zebra').mkdir()
+    shutil.copy(files[0], tmp_path/'zebra/x.png')
+    def said(items): return dls.test_dl(items, with_labels=True).one_batch()[1].tolist()
+    assert said(files) == said(list(map(str, files))) == [2, 0, 1] and said([22 + 3, 1]) == [3, 1]
+    with pytest.raises(FastcifarError, match="its folder 'zebra' is no class"): said([str(tmp_path/'zebra/x.png')])
+    with pytest.raises(FastcifarError, match='a Image has no label'): said([Image.open(files[0]).convert('RGB')])
+    label = next(t for t in dls.train.dataset.tls[1].tfms.fs if isinstance(t, ReadLabel))
+    assert label.encodes('c') == 'c' and label.encodes(np.int64(2)) == 'c', 'a class stays what it is'
 
 def test_emptied_loaders_hold_nothing(data):
     "Not on a device either, and classes of classes only where there were some"

@@ -213,6 +213,17 @@ def test_command_of_a_run_from_python(monkeypatch, tmp_path):
     assert seen == [f"train_run({c!r}, out='{out}', workers=2, threads=1, device='cpu', log=('tensorboard',))",
         f"train_run({c!r}, out='{out}')"]
 
+@pytest.mark.parametrize('text, says', [('CUDA out of memory. Tried', 'out of memory .*: use a smaller --bs'),
+    ("can't allocate memory: you tried", 'out of memory .*: use a smaller --bs'),
+    ('DataLoader worker (pid 7) is killed', 'a worker process died .* continues the/run from'),
+    ('shapes do not fit', None)])
+def test_what_torch_says_in_many_lines(text, says):
+    "What a user can do something about is said in one; a fault of ours stays what it is"
+    error = FastcifarError if says else RuntimeError
+    with pytest.raises(error, match=says
+        or '^shapes do not fit') as e, runs.explained('the/run'): raise RuntimeError(f'{text}\nmore')
+    assert not says or 'more' not in str(e.value)
+
 def test_history_is_told_and_kept(tmp_path):
     "A line of names, then a line for each epoch"
     row = dict(epoch=1, train_loss=1.5, train_accuracy=.25, valid_loss=1.25, accuracy=.5, seconds=2.)

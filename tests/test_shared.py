@@ -1,11 +1,12 @@
 "What is written for others: an exported folder, its card, and the comparison of its formats."
-import json, stat, sys
+import json, shutil, stat, sys, time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.stats import binomtest
 
+from fastcifar import export
 from fastcifar.archive import file_sha256
 from fastcifar.basics import FastcifarError
 from fastcifar.export import compare_predictions, export_run, model_card
@@ -82,6 +83,36 @@ def test_a_folder_to_share(run):
     ours.mkdir()
     assert stat.S_IMODE(out.stat().st_mode) == stat.S_IMODE(ours.stat().st_mode), 'as any folder that is made'
     assert not [p for p in run.parent.iterdir() if p.name.startswith('.')]
+
+def test_where_a_run_went_on(run, tmp_path):
+    "Only what differs from where it was begun"
+    copy = shutil.copytree(run, tmp_path/'run')
+    env = json.loads((copy/'environment.json').read_text())
+    first = env['starts'][0]
+    ours, old = first['versions'], dict(first['versions'], torch='1.0')
+    env['starts'] += [dict(first, epoch=1), dict(first, epoch=1, device_name='another CPU'),
+        dict(first, batch=3, versions=old), dict(first, epoch=0, device_name='one that trained nothing of it')]
+    (copy/'environment.json').write_text(json.dumps(env))
+    c = export_run(copy, onnx=False)
+    assert [list(w) for w in c['continued']] == [['another CPU', ours['torch'], ours['fastcifar']],
+        [first['device_name'], '1.0', ours['fastcifar']]]
+    card = (tmp_path/'run-export/README.md').read_text()
+    assert card.count('It was continued on ') == 2 and 'continued on another CPU with' in card
+
+def test_what_a_killed_export_has_left_goes(run, tmp_path):
+    "And nothing else that lies there; while another process is at it, this one waits for nothing"
+    with export._exporting(tmp_path/'e') as tmp:
+        left = tmp.with_name(tmp.name[:-12] + '0123abcd.tmp')
+        began = time.perf_counter()
+        with pytest.raises(FastcifarError, match='another process is exporting'), export._exporting(tmp_path/'e'): pass
+        assert time.perf_counter() - began < .5
+    assert not list(tmp_path.iterdir())
+    others = [left.with_name(left.name.replace('0123abcd', n)) for n in ('0123abcx', '0123abcd1')]
+    for f in (left, *others): f.mkdir(), (f/'x').write_text('')
+    file, link = (left.with_name(left.name.replace('0123abcd', n)) for n in ('00000000', '11111111'))
+    file.write_text('a file'), link.symlink_to(others[0])
+    export_run(run, tmp_path/'e', onnx=False)
+    assert set(tmp_path.iterdir()) == {tmp_path/'e', *others, file, link} and (others[0]/'x').is_file()
 
 def test_a_folder_to_share_with_a_long_name(run, tmp_path):
     out = tmp_path/('x' * 250)

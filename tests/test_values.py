@@ -12,10 +12,10 @@ from torch import nn
 from fastcifar.averages import EMA, Views, average_views
 from fastcifar.basics import FastcifarError
 from fastcifar.data import Arrays, ImageData
-from fastcifar.interpret import CifarInterpretation, save_plot
+from fastcifar.interpret import CifarInterpretation, check_plot, save_plot
 from fastcifar.loaders import CifarDataLoaders # with this import an ImageData has its dataloaders
 from fastcifar.robust import plot_corruptions, plot_robustness, read_corruptions
-from fastcifar.schedule import lr_range, one_cycle, plot_range, read_range
+from fastcifar.schedule import RangeTest, lr_range, one_cycle, plot_range, read_range
 from fastcifar.statistics import plot_study_curves, study_answer
 
 @pytest.fixture(autouse=True)
@@ -79,6 +79,19 @@ def test_losses_below_zero():
     assert read_range(np.geomspace(1e-6, 1, 50), -np.arange(50.)).certain
     rates = np.geomspace(1e-6, 1, 10)
     assert len(read_range(rates, np.linspace(2, 1, 10)).losses) == 10, 'ten are enough'
+
+def test_a_range_test_ends_with_the_first_loss_that_is_none():
+    "Whatever comes after it is of no use"
+    from fastcifar.train import cifar_learner
+    class Breaks(nn.Linear):
+        steps = 0
+        def forward(self, x):
+            self.steps += self.training
+            return super().forward(x.flatten(1)) * (math.nan if self.steps > 12 else 1.)
+    learn = cifar_learner(coloured(64).dataloaders(bs=16, device='cpu'), Breaks(3072, 4), precision='fp32')
+    test = RangeTest(1e-6, 1., 100)
+    with learn.no_bar(), learn.no_logging(): learn.fit(30, cbs=test)
+    assert len(test.rates) == len(test.raw) == 13 and math.isnan(test.raw[-1]) and np.isfinite(test.raw[:-1]).all()
 
 def test_picture_of_a_range():
     rates = np.geomspace(1e-6, 1, 100)
@@ -192,6 +205,16 @@ def test_pairs_with_one_seed_in_common_are_named():
     said = study_answer(r)[0]
     assert said.endswith('; fewer than two seeds in common: bn and ln, gn and ln') and 'bn > gn by' in said
     assert 'fewer than' not in study_answer(r[r.norm != 'ln'])[0]
+
+def test_a_ranking_over_unequal_seeds():
+    "With the size of each step, if all are supported"
+    runs = [(n, s, a + .001 * s % .003) for n, a, k in (('bn', .9, 6), ('gn', .8, 6), ('ln', .7, 5)) for s in range(k)]
+    r = pd.DataFrame([dict(model='m', norm=n, recipe='r', bs=8, seed=s, status='finished',
+        test_accuracy=a + .0001 * s * (n == 'gn'))
+        for n, s, a in runs])
+    assert '; ranking: bn > gn by ' in study_answer(r)[0].replace(': ranking', '; ranking').replace('), ranking',
+        '; ranking')
+    assert 'points (n = 6), gn > ln by ' in study_answer(r)[0] and 'supported' not in study_answer(r)[0]
 
 def test_runs_that_are_not_as_they_should_be_are_named():
     "Those that failed, and those of which something is missing; nothing is said of the others"
@@ -421,6 +444,12 @@ def test_a_picture_is_the_one_that_was_returned(tmp_path):
     assert plt.get_fignums() == [before.number]
     said = []
     assert not save_plot(lambda: 1 / 0, tmp_path/'c.png', said.append) and len(said) == 1 and 'c.png' in said[0]
+
+def test_pictures_are_of_a_kind_that_can_be_drawn(tmp_path):
+    for name in ('a.png', 'a.SVG', 'a.pdf', 'a.jpg'): assert check_plot(tmp_path/name) == tmp_path/name
+    for name in ('a.txt', 'png', 'a.png.'):
+        with pytest.raises(FastcifarError,
+            match='give a name that ends in .png, .svg, .pdf, .jpg'): check_plot(tmp_path/name)
 
 def test_one_image_of_none_and_of_all(interp):
     assert interp.images([]).shape == (0, 32, 32, 3)

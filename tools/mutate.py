@@ -1,6 +1,6 @@
 """Do the tests notice a mistake? Changes one line of a module at a time and runs the module's notebook and tests on it.
 
-    python tools/mutate.py                            # all, in about an hour; writes results/mutation.csv and .json
+    python tools/mutate.py                            # all, in half an hour; writes results/mutation.csv and .json
     python tools/mutate.py --module robust --limit 10 # some changes of one module, only shown
     python tools/mutate.py --survivors                # what was not noticed last time, after tests were added
 
@@ -19,7 +19,7 @@ from mutants import choose, make_mutants
 
 ROOT = Path(__file__).resolve().parents[1]
 STATE = ROOT/'.cache/mutation'
-EACH = 20 # mutants of a module
+EACH = 25 # mutants of a module
 LONGEST = 60 # seconds of tests for a mutant, the quickest first
 TESTS = { # module -> what is run besides its notebook; of these, the tests that run the changed line
     'statistics': ['test_numbers', 'test_values'], 'interpret': ['test_numbers', 'test_values', 'test_names'],
