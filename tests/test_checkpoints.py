@@ -264,7 +264,8 @@ def written(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp('written')
     fit(learner(data), 1, cbs=Checkpoints(folder, say=None))
     tensors, note = load_tensors(folder/'epoch_0001.safetensors')
-    return tensors, dict(note, hypers=[*note['hypers'], dict(note['hypers'][0])]) # as of an optimizer with two groups of parameters
+    two = [*note['hypers'], dict(note['hypers'][0])] # as of an optimizer with two groups of parameters
+    return tensors, dict(note, hypers=two)
 
 @pytest.mark.parametrize('place, value', DAMAGES)
 def test_notes_of_another_shape_are_refused(data, written, tmp_path, place, value):

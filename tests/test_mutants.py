@@ -54,7 +54,8 @@ def test_choice_of_changes():
     "By the seed, of every kind in turn; a line more elsewhere leaves it as it is"
     def names(source, n, seed=0): return [m.name for m in choose(make_mutants('m', source), source, n, seed)]
     few = names(SOURCE, 12)
-    assert len(few) == 12 and few == names(SOURCE, 12) and set(few) < set(names(SOURCE, 18)) != set(names(SOURCE, 18, 1))
+    assert len(few) == 12 and few == names(SOURCE, 12)
+    assert set(few) < set(names(SOURCE, 18)) != set(names(SOURCE, 18, 1))
     assert len({m.kind for m in choose(make_mutants('m', SOURCE), SOURCE, 8)}) == 8
     assert names('import os\n' + SOURCE, 12) == few
 
