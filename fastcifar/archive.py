@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
-from .basics import FastcifarError
+from .basics import FastcifarError, harmless
 
 # %% ../nbs/01_archive.ipynb #f437c997
 class Member(NamedTuple):
@@ -400,7 +400,8 @@ def read_tree(
 ) -> Arrays:
     "Decode `train/<class>/*` and `test/<class>/*` images; files elsewhere are ignored"
     images, roots = {'train': [], 'test': []}, {'train': set(), 'test': set()}
-    for m in tqdm(files, desc=f'decoding {Path(where).name}', unit=' images', leave=False, disable=None): # silent where there is no terminal
+    for m in tqdm(files, desc=f'decoding {harmless(Path(where).name)}', unit=' images', leave=False,
+                  disable=None): # silent where there is no terminal
         place = _tree_place(m.name)
         if place is None: continue
         root, split, path = place

@@ -52,9 +52,11 @@ def _table(t):
     if not sys.stdout.isatty(): return print(harmless(t.to_string(index=False, na_rep='-')), flush=True)
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
     table = Table(box=None, header_style='bold', pad_edge=False)
     for i, k in enumerate(t.columns): table.add_column(str(k), justify='right' if t[k].dtype.kind in 'if' else 'left', overflow='fold', no_wrap=i > 0, min_width=14 if i == 0 else None)
-    for row in t.itertuples(index=False): table.add_row(*('-' if v != v else f'{v:,}' if isinstance(v, int) else harmless(str(v)) for v in row))
+    def cell(v): return Text('-' if v != v else f'{v:,}' if isinstance(v, int) else harmless(str(v))) # no markup
+    for row in t.itertuples(index=False): table.add_row(*map(cell, row))
     Console().print(table)
 
 def _data(args): return args.data or os.environ.get('FASTCIFAR_DATA') or 'cifar10'
@@ -202,14 +204,14 @@ def evaluate_command(args) -> dict:
     "Predict the test split with a finished run and print accuracy, classes and confusions; draw and measure more if asked to"
     import matplotlib; matplotlib.use('agg')
     from pathlib import Path
-    from fastcifar.basics import check_writable
+    from fastcifar.basics import check_folder, check_writable
     from fastcifar.robust import read_corruptions
-    from fastcifar.basics import check_folder
     from fastcifar.runs import _holds_plots, draw_interpretation, evaluate_run
-    if args.plots: check_folder(args.plots, _holds_plots, 'plots of a run') # before anything takes minutes
+    if args.plots: # before anything takes minutes
+        check_folder(args.plots, _holds_plots, 'plots of a run')
+        check_writable(Path(args.plots)/'class_accuracy.csv')
     if args.layer and not args.plots: raise FastcifarError('--layer is for Grad-CAM, which is drawn into a folder: add --plots FOLDER')
     if args.corruptions: read_corruptions(args.corruptions) # before anything takes minutes
-    if args.plots: check_writable(Path(args.plots)/'class_accuracy.csv')
     i = evaluate_run(args.run, args.data, args.device, _bars(args))
     say, classes = _say(args), i.class_accuracy()
     say(f'test accuracy {i.accuracy:.2%} ({int(classes.right.sum()):,} of {len(i.targs):,} images), loss {i.loss:.4f}, calibration error {100 * i.ece():.1f} points; test-time views: {i.views}\n')
@@ -269,7 +271,7 @@ def predict_command(args) -> list:
     res = predict_files(getattr(args, 'from'), args.files, args.top, args.trust)
     for r in res:
         if 'error' in r: print(harmless(f'fastcifar: {r["error"]}'), file=sys.stderr, flush=True)
-        else: _say(args)(f'{r["file"]}: ' + ', '.join(f'{c} {p:.1%}' for c, p in r['top']))
+        else: _say(args)(r['file'].replace('\n', '\\n') + ': ' + ', '.join(f'{c} {p:.1%}' for c, p in r['top']))
     args.exit_code = int(any('error' in r for r in res))
     return res
 
@@ -564,5 +566,5 @@ def main(
         return 0
     except OSError as e:
         if e.filename is None: raise # nothing that a person gave
-        print(f'fastcifar: {e.filename} cannot be used ({e.strerror}): check it, and your permissions', file=sys.stderr)
+        print(harmless(f'fastcifar: {e.filename} cannot be used ({e.strerror}): check it, and your permissions'), file=sys.stderr)
     return 2

@@ -6,14 +6,13 @@
 __all__ = ['MAX_UPLOAD', 'LOCAL', 'explain_image', 'mistakes_of', 'demo_app', 'serve_demo']
 
 # %% ../nbs/37_demo.ipynb #143fd2ea
-import os, tempfile
+import html, os, tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from .archive import IMAGE_SUFFIXES, decode_image
-from .basics import FastcifarError, optional, say
+from .basics import FastcifarError, as_markdown, optional, say
 from .explain import grad_cam, overlay
 from .interpret import CifarInterpretation
 from .models.zoo import load_model
@@ -64,11 +63,12 @@ def demo_app(
     def classify(path):
         if path is None: return None, None, None
         try: return explain_image(net, classes, path)
-        except FastcifarError as e: raise gr.Error(str(e), print_exception=False) from None
-        finally: Path(path).unlink(missing_ok=True) # an upload is nobody's but its owner's
+        except FastcifarError as e: raise gr.Error(html.escape(str(e)), print_exception=False) from None
+        finally: # an upload is nobody's but its owner's
+            if Path(path).is_relative_to(os.environ.get('GRADIO_TEMP_DIR', path + '-')): Path(path).unlink(missing_ok=True)
     title = f'{model.note.get("model", {}).get("name", "a net")}: {len(classes)} classes'
     with gr.Blocks(title=f'fastcifar demo: {title}', analytics_enabled=False) as app:
-        gr.Markdown(f'# {title}\n`{source}` sees images of 32x32 pixels; larger ones are made small before it looks.')
+        gr.Markdown(f'# {as_markdown(title)}\n{as_markdown(source)} sees images of 32x32 pixels; larger ones are made small before it looks.')
         with gr.Tab('Your image'), gr.Row():
             with gr.Column():
                 kinds = f'PNG, JPEG, BMP, PPM, WebP, TIFF, GIF; at most {MAX_UPLOAD // 2**20} MB'
@@ -80,7 +80,7 @@ def demo_app(
             label = gr.Label(label='Prediction', num_top_classes=5)
             file.change(classify, file, [label, seen, cam])
         with gr.Tab('Mistakes'):
-            if interp is None: gr.Markdown(f'The mistakes on the test images cannot be shown: {note}.')
+            if interp is None: gr.Markdown(f'The mistakes on the test images cannot be shown: {as_markdown(note)}.')
             else:
                 pairs, shown = mistakes_of(interp)
                 gr.Markdown(f'{len(interp.wrong()):,} of {len(interp.targs):,} test images are classified wrongly; the surest come first.')

@@ -6,7 +6,7 @@
 __all__ = ['OPSET', 'write_onnx', 'write_program', 'compare_predictions', 'model_card', 'export_run']
 
 # %% ../nbs/32_export.ipynb #018261f3
-import contextlib, glob, json, os, re, secrets, shutil, tempfile, warnings
+import contextlib, glob, json, os, re, shutil, tempfile, warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from filelock import FileLock, Timeout
 from scipy.stats import binomtest
 
 from .archive import SIDE, file_sha256
-from .basics import UNFINISHED, FastcifarError, command_line, optional, read_json, spread_evenly, user_path
-from .basics import harmless, write_atomic, write_json, write_text
+from .basics import FastcifarError, as_markdown, command_line, is_left, optional, read_json, spread_evenly
+from .basics import unfinished_name, user_path, write_atomic, write_json, write_text
 from .models.zoo import load_model, save_model
 from .predict import checked_onnx, open_predictor, pixel_net
 from .runs import run_config, run_data
@@ -83,8 +83,10 @@ def model_card(
     went_on = ''.join(f'It was continued {_where(*w)}. ' for w in c.get('continued', ()))
     low, high = binomtest(m['test_images'] - m['wrong'], m['test_images']).proportion_ci(method='wilson')
     few, number = len(c['classes']) <= 20, f'{len(c["classes"])} classes, listed in config.json'
-    classes = ', '.join(map(_as_text, c['classes'])) if few else number
-    hashed = f'SHA-256 `{m["data_sha256"]}`' if len(m['data_sha256']) == 64 else m['data_sha256']
+    classes = ', '.join(map(as_markdown, c['classes'])) if few else number
+    sha = str(m['data_sha256'])
+    hashed = f'SHA-256 `{sha}`' if re.fullmatch('[0-9a-f]{64}', sha) else as_markdown(sha)
+    recipe, epochs, bs, precision, seed = (as_markdown(m[k]) for k in ('recipe', 'epochs', 'bs', 'precision', 'seed'))
     return f"""---
 library_name: fastcifar
 pipeline_tag: image-classification
@@ -92,7 +94,7 @@ tags: [image-classification, fastai, pytorch{', onnx' if onnx else ''}]
 metrics: [accuracy]
 ---
 
-# {c['architecture']['name']} ({c['architecture']['norm']}), trained on {_as_text(m['data'])}
+# {as_markdown(c['architecture']['name'])} ({as_markdown(c['architecture']['norm'])}), trained on {as_markdown(m['data'])}
 
 An image classifier for 32x32 colour pictures with {m['parameters']:,} parameters. Classes: {classes}.
 
@@ -100,18 +102,18 @@ An image classifier for 32x32 colour pictures with {m['parameters']:,} parameter
 
 | test accuracy | 95 % interval over the {m['test_images']:,} test images | seed | runs |
 |--|--|--|--|
-| {m['test_accuracy']:.2%} | {low:.2%} to {high:.2%} | {m['seed']} | 1 |
+| {m['test_accuracy']:.2%} | {low:.2%} to {high:.2%} | {seed} | 1 |
 
-Measured after the last epoch, test-time views: {c['views']}. One run: another seed gives another accuracy, and the interval does not say how far away.
+Measured after the last epoch, test-time views: {as_markdown(c['views'])}. One run: another seed gives another accuracy, and the interval does not say how far away.
 
 ## How it was trained
 
-Recipe `{m['recipe']}`, {m['epochs']} epochs, batches of {m['bs']}, computed in {m['precision']} {began}.
-{went_on}Every setting stands in config.json under `training`. The data was {_as_text(m['data'])} ({hashed}).
+Recipe {recipe}, {epochs} epochs, batches of {bs}, computed in {precision} {began}.
+{went_on}Every setting stands in config.json under `training`. The data was {as_markdown(m['data'])} ({hashed}).
 
 ## How to use it
 
-With fastcifar {_as_text(env['versions']['fastcifar'])} or later installed:
+With fastcifar {as_markdown(env['versions']['fastcifar'])} or later installed:
 
     fastcifar predict --from . PICTURE.png
 
@@ -123,11 +125,7 @@ It knows the classes above and nothing else, answers with one of them whatever i
 """
 
 def _where(device, torch, fastcifar):
-    return f'on {_as_text(device)}, with torch {_as_text(torch)} and fastcifar {_as_text(fastcifar)}'
-
-def _as_text(name):
-    "A name as Markdown shows it as it is, in a line"
-    return re.sub(r'([\\`*_{}\[\]<>()#+!|$~&:])', r'\\\1', harmless(' '.join(str(name).split())))
+    return f'on {as_markdown(device)}, with torch {as_markdown(torch)} and fastcifar {as_markdown(fastcifar)}'
 
 def _onnx_part(onnx):
     return f"""
@@ -197,13 +195,13 @@ def export_run(
 @contextlib.contextmanager
 def _exporting(out):
     "An empty folder beside `out`, which one process at a time has; what a killed one has left there goes"
-    short = f'.{out.name[:60]}.{UNFINISHED}' # it has to stay a name
-    lock, tmp = FileLock(out.with_name(f'{short}lock'), timeout=0), out.with_name(f'{short}{secrets.token_hex(4)}.tmp')
+    tmp = unfinished_name(out)
+    lock = FileLock(out.with_name(f'.{out.name[:60]}.fastcifar.lock'), timeout=0)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-        for f in out.parent.glob(f'{glob.escape(short)}{"[0-9a-f]" * 8}.tmp'):
-            if f.is_dir() and not f.is_symlink(): shutil.rmtree(f)
+        for f in out.parent.glob(f'.{glob.escape(out.name[:40])}*.tmp*'):
+            if f.is_dir() and is_left(f): shutil.rmtree(f)
         tmp.mkdir()
     except Timeout: raise FastcifarError(f'another process is exporting to {out}: wait for it, or choose another --out') from None
     except OSError as e: raise FastcifarError(f'cannot write {out}: {e.strerror or e}; choose a folder you can write to, with free space') from e

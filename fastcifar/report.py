@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from . import __version__
-from .basics import say, write_text
+from .basics import check_file, say, write_text
 from .explain import overlay
 from .inspect import plot_field, plot_graph, summarize
 from .interpret import CifarInterpretation, attempt_plot, share_interval
@@ -184,6 +184,12 @@ def _rates(config, metrics):
     both = config.get('lr_max') is None or config.get('lr_min') is not None
     return f'LRMIN {lr_min:.2e}{"" if both else ", a fiftieth of LRMAX"}; LRMAX {lr_max:.2e}, {source}.'
 
+def _write_page(out, page):
+    "Write report.html, unless that is a page of somebody else"
+    file = check_file(Path(out)/'report.html', lambda data: b'content="fastcifar' in data,
+                      instead='it is no page of fastcifar, give it another name')
+    return write_text(file, page)
+
 def write_run_report(
     out, # Run folder
     interp:CifarInterpretation, # Predictions of the test split
@@ -218,8 +224,7 @@ def write_run_report(
         drawn=_shown(interp, interp.predictions().iloc[drawn]), command=environment.get('command', '-'), starts=_starts(environment), configuration=_settings(config),
         environment=_settings({k: v for k, v in environment.items() if k not in ('versions', 'command', 'options', 'starts')}
                               | (environment.get('versions') or {})))
-    write_text(Path(out)/'report.html', page)
-    return Path(out)/'report.html'
+    return _write_page(out, page)
 
 # %% ../nbs/28_report.ipynb #b7bb0bcf
 def write_study_report(
@@ -236,8 +241,7 @@ def write_study_report(
     points = {k: '{:.2f}' for k in ('mean', 'sd', 'low', 'high', 'difference')} | {k: '{:.3g}' for k in ('p', 'p_holm')} | {k: '{:.2%}' for k in ('test_accuracy', 'train_accuracy')}
     shown = runs.drop(columns='folder')
     links = {'model': [f'{f}/report.html' if isinstance(f, str) else None for f in runs.folder]}
-    write_text(Path(out)/'report.html', render('study.html', title=f'Study: {", ".join(dict.fromkeys(runs.model))}',
+    return _write_page(out, render('study.html', title=f'Study: {", ".join(dict.fromkeys(runs.model))}',
         counts=f'{len(runs)} runs: ' + ', '.join(f'{v} {k}' for k, v in n.items()), answer=answer, views=views,
         figures=figures,
         differences=table_cells(differences, points), summary=table_cells(summary, points), runs=table_cells(shown, points, links)))
-    return Path(out)/'report.html'

@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from fastai.callback.core import Callback
-from fastai.callback.progress import no_bar
+import fastai.callback.progress # gives learners `no_bar`
 from filelock import FileLock, Timeout
 
 import fastcifar
@@ -486,9 +486,10 @@ def own_folder(
     ours=_is_run, # Called with the folder: does it hold what is written here?
     what:str='a run', # What that is, for messages
     wait:float=0, # Seconds to wait for another process that holds it
+    beside:tuple=(), # What may lie in it before, besides what commands leave
 ):
     "Hold the lock of a folder that one process at a time writes into; the system frees it when that ends, however it does"
-    out = check_folder(out, ours, what, BESIDE)
+    out = check_folder(out, ours, what, (*BESIDE, *beside))
     lock = FileLock(out/'.lock', timeout=wait)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -509,7 +510,7 @@ def run_folder(
     "`own_folder` for a run"
     return own_folder(out, wait=wait)
 
-BESIDE = ('.lock', '.writable', 'log.txt', 'failure.txt', 'checkpoints', 'together') # What may lie in a run folder before its configuration does
+BESIDE = ('.lock', '.writable', 'log.txt', 'failure.txt') # What may lie in a run folder before its configuration does
 
 @contextlib.contextmanager
 def explained(
@@ -624,14 +625,22 @@ def run_config(out) -> Config:
     saved = complete_config(saved)
     return Config(**{f.name: saved[f.name] for f in dataclasses.fields(Config)}).checked()
 
+def _account_key():
+    "Random bytes that nobody else can read, made once; one that is not whole is made anew"
+    file = user_path(os.environ.get('XDG_CONFIG_HOME') or '~/.config')/'fastcifar'/'key'
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f'{file}.lock'): # another process may be making it
+        if not file.is_file() or file.stat().st_size != 64:
+            file.touch(mode=0o600)
+            file.chmod(0o600) # which a file written in its place keeps
+            write_text(file, secrets.token_hex(32))
+        return file.read_bytes()
+
 def _seal(place):
     "What only this account can write under a place, so that a run folder from elsewhere cannot send us anywhere"
-    with contextlib.suppress(OSError, FastcifarError):
-        file = user_path(os.environ.get('XDG_CONFIG_HOME') or '~/.config')/'fastcifar'/'key'
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError), open(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), 'w', encoding='ascii') as f: f.write(secrets.token_hex(32))
-        return hmac.new(file.read_bytes(), place.encode('utf-8', 'surrogateescape'), 'sha256').hexdigest()
-    return 'none' # nowhere to keep a key, so it will have to be said again
+    try: key = _account_key()
+    except (OSError, FastcifarError): return 'none' # nowhere to keep a key, so it will have to be said again
+    return hmac.new(key, place.encode('utf-8', 'surrogateescape'), 'sha256').hexdigest()
 
 def _noted_place(out):
     "(where the data of a run lay, was that written by this account?)"

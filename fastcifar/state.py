@@ -27,7 +27,7 @@ from .loop import LeanLearner, LeanRecorder, LeanScheduler
 from .parallel import everyones, rank, total, world_size
 from .schedule import generators_of
 from .train import FreezeParts, StopOnNaN
-from .weights import load_tensors, load_weights, save_tensors
+from .weights import is_ours, load_tensors, load_weights, save_tensors
 
 # %% ../nbs/23_state.ipynb #9ee4e9ac
 _afresh = (TrainEvalCallback, CastToTensor, ProgressCallback, CSVLogger, MixHandler, FreezeParts, StopOnNaN) # they make what they hold anew in each fit, epoch or batch
@@ -207,6 +207,7 @@ class Checkpoints(Callback):
         for i, f in enumerate(files):
             try: self._tensors, note = load_tensors(f, sealed=True)
             except FastcifarError as e:
+                if is_ours(f) is False: raise self._foreign(f) from e
                 self.say(f'{e}; ' + ('using the checkpoint before it' if i + 1 < len(files) else 'no checkpoint is whole, so the training starts again'))
                 f.rename(f'{f}.damaged') # or it would count as the newest
                 continue
@@ -323,8 +324,19 @@ class Checkpoints(Callback):
             if ready: # fetch what is there then, past all steps that are launched already
                 stack.enter_context(torch.cuda.stream(torch.cuda.Stream(next(iter(tensors.values())).device)))
                 torch.cuda.current_stream().wait_event(ready)
+            if file.exists() and not is_ours(file): raise self._foreign(file)
             save_tensors(file, tensors, note)
-        for f in self.files()[self.keep:]: f.unlink()
+        for f in self.files()[self.keep:]:
+            if is_ours(f): f.unlink()
+
+    def _foreign(self, f):
+        return FastcifarError(f'{f} is no checkpoint of fastcifar and is left as it is: move it away, or choose another folder')
+
+    def remove(self):
+        "Remove the checkpoints, and their folder if it holds nothing else"
+        for f in self.folder.glob('epoch_*.safetensors*'):
+            if f in self.files() and is_ours(f) or f.name.endswith('.safetensors.damaged'): f.unlink()
+        with contextlib.suppress(OSError): self.folder.rmdir()
 
     def _finish(self):
         "Wait until the last checkpoint is written; what went wrong there is raised here"

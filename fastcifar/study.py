@@ -18,8 +18,8 @@ from loky import ProcessPoolExecutor
 from tqdm.auto import tqdm
 
 from .cluster import RayTasks, everywhere
-from .basics import FastcifarError, as_json, attempt, check_name, in_a_line, is_count, is_number, read_json
-from .basics import read_text, say
+from .basics import FastcifarError, as_json, attempt, check_name, harmless, in_a_line, is_count, is_number
+from .basics import read_json, read_text, say
 from .basics import user_path, write_atomic, write_json, write_text
 from .data import load_data
 from .interpret import save_plot
@@ -29,7 +29,7 @@ from .models.zoo import list_models
 from .recipes import list_recipes
 from .report import drawn_svgs, write_study_report
 from .runs import Config, build_model, check_same, check_settings, configure, own_folder, run_config
-from .runs import _is_run, settings_on, train_run
+from .runs import settings_on, train_run
 from .state import Stopped
 from .statistics import CELL, paired_differences, plot_differences, plot_study_curves, study_answer, study_summary
 from .together import alike, train_together
@@ -101,7 +101,7 @@ def _log(out):
     file = out/'log.txt'
     try: fd = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o666)
     except OSError as e: raise FastcifarError(f'cannot write {file} ({e.strerror}): it has to be a file, or not there') from e
-    with open(fd, 'a', encoding='utf-8', errors='replace') as f: yield lambda s: print(s, file=f, flush=True)
+    with open(fd, 'a', encoding='utf-8', errors='replace') as f: yield lambda s: print(harmless(str(s)), file=f, flush=True)
 
 def _one_pass(cs, folder, threads, device, parent=None, wait=0, pictures=True):
     "Train configurations that differ in their seeds alone, together if there are several; returns None for each, or why it failed"
@@ -251,11 +251,8 @@ class Study:
         return _write(self.out, self.grid, *self._collected(), say)
 
 def _is_study(folder) -> bool:
-    "Does a folder hold a study, by what is in its study.json, or else by its runs?"
-    if any(map(_is_run, (Path(folder)/'runs').glob('*'))): return True
-    try: saved = read_json(Path(folder)/'study.json')
-    except FastcifarError: return False
-    return isinstance(saved, dict) and isinstance(saved.get('runs'), dict)
+    "Has a study been begun in a folder? `_settle` looks into its study.json before anything is written"
+    return (Path(folder)/'study.json').exists()
 
 def _write_table(t, file, say):
     "Write a table that nothing depends on; a spreadsheet may hold it locked"

@@ -100,6 +100,8 @@ class Sweep:
         optuna = optional('optuna', 'sweep', 'a sweep')
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
+        if (self.out/'journal.log').is_symlink():
+            raise FastcifarError(f'{self.out}/journal.log is a link, and a sweep writes into no place but its own: remove it')
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         try:
             storage = JournalStorage(JournalFileBackend(str(self.out/'journal.log')))

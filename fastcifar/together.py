@@ -7,7 +7,7 @@ __all__ = ['Streams', 'EachDropout', 'EachLinear', 'EachLayerNorm', 'SideBySide'
            'alike', 'together_learner', 'train_together']
 
 # %% ../nbs/30_together.ipynb #49167abf
-import contextlib, copy, dataclasses, shutil
+import contextlib, copy, dataclasses
 from pathlib import Path
 
 import pandas as pd
@@ -24,7 +24,7 @@ from .data import load_data
 from .loaders import CifarDataLoaders, checked_device # with this import an ImageData has its dataloaders
 from .recipes import fit_recipe, recipe_learner
 from .runs import RunHistory, build_model, explained, finish_run, given_options, machine_options
-from .runs import note_start, python_call, run_folder, settle_config, write_surroundings
+from .runs import note_start, own_folder, python_call, run_folder, settle_config, write_surroundings
 from .schedule import LRRange
 from .state import Checkpoints, Stopped, StopRequest
 from .train import cpu_threads, prepare_net
@@ -268,7 +268,8 @@ def train_together(
     c = alike(configs)
     device, data = checked_device(device), load_data(c.data, c.convert)
     with contextlib.ExitStack() as folders, explained(work), cpu_threads(threads):
-        for out in (work, *outs): folders.enter_context(run_folder(out, wait))
+        folders.enter_context(own_folder(work, lambda folder: False, 'a pass over seeds', wait, ('checkpoints',)))
+        for out in outs: folders.enter_context(run_folder(out, wait))
         begun = any((work/'checkpoints').glob('*'))
         configs = [settle_config(c, data, out, device, begun) for c, out in zip(configs, outs)]
         how = given_options(threads=threads, device=str(device), compile=compile, checkpoint_every=checkpoint_every)
@@ -286,7 +287,9 @@ def train_together(
             if (out/'metrics.json').exists(): continue
             alone = recipe_learner(dls, net, c, precision=c.precision)
             with alone.no_bar(), alone.no_logging(): finish_run(alone, c, out, LRRange(c.lr_min or c.lr_max / 50, c.lr_max), history.rows(i), say, pictures)
-    shutil.rmtree(work)
+        Checkpoints(work/'checkpoints').remove()
+        (work/'.lock').unlink(missing_ok=True)
+    with contextlib.suppress(OSError): work.rmdir() # if it holds nothing else
 
 def _fit(learn, configs, outs, work, every, say, starts):
     "Train to the end, from the newest checkpoint if there is one; returns the histories"

@@ -35,6 +35,63 @@ def test_a_folder_of_somebody_is_left_alone(main, tree, run, tmp_path, command):
     assert code == 2 and 'project' in err and 'left as it is' in err and err.count('\n') == 1, err
     assert untouched()
 
+def test_runs_of_train_make_no_study(main, run, tree, tmp_path):
+    "`train` puts its runs below `runs`, where those of a study are too"
+    untouched = project(tmp_path/'project')
+    shutil.copytree(run, tmp_path/'project/runs/mine')
+    code, _, err = main('compare', '--data', tree, '--models', 'normnet31k', '--norms', 'bn', '--epochs', 1, '--seeds', 1, '--out', 'project')
+    assert code == 2 and 'not a study' in err
+    shutil.rmtree(tmp_path/'project/runs')
+    assert untouched()
+
+def test_a_page_of_somebody_in_a_run_folder(main, run, tmp_path):
+    shutil.copytree(run, tmp_path/'r')
+    (tmp_path/'r/report.html').write_text('<p>my notes on fastcifar')
+    code, _, err = main('report', 'r')
+    assert code == 2 and 'report.html is there already' in err and (tmp_path/'r/report.html').read_text() == '<p>my notes on fastcifar'
+    (tmp_path/'r/report.html').unlink()
+    for _ in range(2): assert main('report', 'r')[0] == 0
+
+def test_checkpoints_of_somebody(main, tree, tmp_path):
+    from safetensors.torch import save_file
+    import torch
+    theirs = tmp_path/'project/checkpoints/epoch_0001.safetensors'
+    theirs.parent.mkdir(parents=True), save_file({'w': torch.ones(2)}, theirs)
+    was = theirs.read_bytes()
+    code, _, err = main('train', '--data', tree, *QUICK, '--out', 'project')
+    assert code == 2 and "holds 'checkpoints'" in err and theirs.read_bytes() == was
+    assert main('train', '--data', tree, *QUICK, '--out', 'r')[0] == 0
+    (tmp_path/'r/metrics.json').unlink()
+    shutil.copy(theirs, tmp_path/'r/checkpoints/epoch_0009.safetensors')
+    code, _, err = main('train', '--data', tree, *QUICK, '--out', 'r')
+    assert code == 2 and 'is no checkpoint of fastcifar' in err and (tmp_path/'r/checkpoints/epoch_0009.safetensors').read_bytes() == was
+
+def test_a_pass_removes_its_own_checkpoints_alone(tree, tmp_path):
+    from fastcifar.runs import configure
+    from fastcifar.together import train_together
+    configs = [configure('fast', 'normnet31k', data=str(tree), epochs=1, bs=20, seed=s) for s in range(2)]
+    def go(work): train_together(configs, [tmp_path/f'{work.name}{s}' for s in range(2)], work, pictures=False, say=lambda *_: None)
+    (tmp_path/'w/checkpoints').mkdir(parents=True)
+    for name in ('.draft.backup01.tmp', 'epoch_notes.txt'): (tmp_path/'w/checkpoints'/name).touch()
+    go(tmp_path/'w')
+    assert sorted(p.name for p in (tmp_path/'w').rglob('*') if p.is_file()) == ['.draft.backup01.tmp', 'epoch_notes.txt']
+    go(tmp_path/'v')
+    assert not (tmp_path/'v').exists()
+    (tmp_path/'u').mkdir(), (tmp_path/'u/mine').touch()
+    with pytest.raises(FastcifarError, match="holds 'mine'"): go(tmp_path/'u')
+
+def test_a_journal_that_is_a_link(tree, tmp_path):
+    from fastcifar.data import load_data
+    from fastcifar.sweep import Sweep
+    sweep = Sweep(tmp_path/'s', 'normnet31k', str(tree), epochs=1, bs=20, valid=6)
+    (tmp_path/'s').mkdir(), (tmp_path/'theirs').touch(), (tmp_path/'s/journal.log').symlink_to(tmp_path/'theirs')
+    with pytest.raises(FastcifarError, match='not a sweep'): sweep.run(1, say=lambda *_: None)
+    (tmp_path/'s/journal.log').unlink()
+    sweep._settle(load_data(str(tree)))
+    (tmp_path/'s/journal.log').symlink_to(tmp_path/'theirs')
+    with pytest.raises(FastcifarError, match='journal.log is a link'): sweep.run(1, say=lambda *_: None)
+    assert (tmp_path/'theirs').read_text() == ''
+
 def test_our_own_folders_are_gone_on_with(main, tree, run, tmp_path):
     for _ in range(2): assert main('train', '--data', tree, *QUICK, '--out', 'r')[0] == 0
     for _ in range(2): assert main('evaluate', run, '--plots', 'plots')[0] == 0
@@ -92,14 +149,20 @@ def test_links_are_not_followed(tmp_path):
         with _log(tmp_path) as say: say('a line')
     assert target.read_text() == 'of somebody' and (tmp_path/'results.csv').read_text() == 'ours'
 
-def test_only_our_unfinished_files_go(tmp_path):
-    theirs = ['.draft.backup01.tmp', '.a.12345678.tmp', '.b.fastcifar-xyz.tmp', 'c.fastcifar-01234567.tmp']
-    for name in theirs: (tmp_path/name).touch()
-    (tmp_path/'.link.fastcifar-01234567.tmp').symlink_to(tmp_path/theirs[0])
-    (tmp_path/'.dir.fastcifar-01234567.tmp').mkdir()
-    (tmp_path/'.x.fastcifar-01234567.tmp.npz').touch()
+def test_only_unfinished_files_of_dead_processes_go(tmp_path):
+    from fastcifar.basics import unfinished_name
+    dead = subprocess.run([sys.executable, '-c', 'import os; print(os.getpid())'], capture_output=True, text=True).stdout.strip()
+    def named(pid, machine=None): # as that process would have
+        own = unfinished_name(tmp_path/'x.npz').name.split('-')
+        return '-'.join([own[0], machine or own[1], str(pid), own[3]])
+    left, old = named(dead), named(dead, 'ffff')
+    kept = ['.draft.backup01.tmp', '.a.12345678.tmp', 'notes-fastcifar-thesis.md', named(os.getpid()), named(dead, '0000')]
+    for name in (*kept, left, old): (tmp_path/name).touch()
+    os.utime(tmp_path/old, (0, 0)) # of another machine, long ago
+    (tmp_path/named(dead)).symlink_to(tmp_path/kept[0]), (tmp_path/named(dead)).mkdir()
     remove_unfinished(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*theirs, '.link.fastcifar-01234567.tmp', '.dir.fastcifar-01234567.tmp'])
+    there = {p.name for p in tmp_path.iterdir()}
+    assert {*kept} <= there and not {left, old} & there and len(there) == len(kept) + 2
 
 def held(folder):
     "Another process that holds the lock of a folder until it is told to end"
@@ -125,7 +188,9 @@ def test_studies_and_sweeps_hold_a_lock(tree, tmp_path):
 def test_two_exports_at_once(run, tmp_path, monkeypatch):
     "The second is refused before its work; what a killed one has left goes; a folder that has come up meanwhile stays"
     import fastcifar.export as export
-    real, left = export._fill, tmp_path/'.out.fastcifar-01234567.tmp'
+    from fastcifar.basics import unfinished_name
+    dead = subprocess.run([sys.executable, '-c', 'import os; print(os.getpid())'], capture_output=True, text=True).stdout.strip()
+    real, left = export._fill, tmp_path/unfinished_name(tmp_path/'out').name.replace(f'-{os.getpid()}-', f'-{dead}-')
     left.mkdir(), (left/'model.safetensors').touch(), (tmp_path/'.out.fastcifar-notes').touch()
     def during(folder, *args):
         with pytest.raises(FastcifarError, match='another process is exporting to'): export.export_run(run, tmp_path/'out', onnx=False)

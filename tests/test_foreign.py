@@ -1,5 +1,5 @@
 "Text, folders and requests of others: shown, not obeyed."
-import http.client, json, os, shutil
+import hmac, http.client, json, os, shutil
 from pathlib import Path
 
 import pytest
@@ -82,6 +82,33 @@ def test_a_run_folder_from_elsewhere_sends_nobody_to_a_local_path(main, squares,
     monkeypatch.undo()
     shutil.copytree(out, tmp_path/'again')
     assert main('evaluate', tmp_path/'again', '--data', root)[0] == 0
+
+def test_a_key_that_is_not_whole_seals_nothing(tmp_path, monkeypatch):
+    "One that a killed process left empty, and one that others may read"
+    from fastcifar import runs
+    monkeypatch.setenv('XDG_CONFIG_HOME', str(tmp_path))
+    file = tmp_path/'fastcifar/key'
+    file.parent.mkdir()
+    for content in (b'', b'half'):
+        file.write_bytes(content)
+        seal = runs._seal('/data')
+        assert len(file.read_bytes()) == 64 and file.stat().st_mode & 0o777 == 0o600
+        assert seal != hmac.new(content, b'/data', 'sha256').hexdigest() and seal == runs._seal('/data') != runs._seal('/other')
+
+def test_values_of_a_foreign_run_are_text_in_its_card(squares, tmp_path):
+    from fastcifar.export import export_run
+    shutil.copytree(squares[1], tmp_path/'r')
+    m = json.loads((tmp_path/'r/metrics.json').read_text())
+    for k in ('recipe', 'precision', 'seed'): m[k] = f'{k}` <b>x</b>\n# {k}'
+    (tmp_path/'r/metrics.json').write_text(json.dumps(m))
+    export_run(tmp_path/'r', tmp_path/'e', onnx=False, data=None)
+    body = (tmp_path/'e/README.md').read_text().split('---', 2)[2]
+    assert '<b>' not in pytest.importorskip('markdown').markdown(body) and not [l for l in body.splitlines() if l.startswith('# ')][1:]
+
+def test_a_name_with_a_line_of_its_own(main, tmp_path):
+    Image.new('RGB', (32, 32)).save(tmp_path/'a.png'), os.rename(tmp_path/'a.png', tmp_path/'a.png: cat 99 %\nb.png')
+    code, said, _ = main('predict', '--from', 'groupnet', 'a.png: cat 99 %\nb.png')
+    assert code == 0 and said.count('\n') == 1 and '\\nb.png: ' in said
 
 def test_the_demo_answers_to_its_own_names_and_keeps_no_uploads(tmp_path):
     pytest.importorskip('gradio')
