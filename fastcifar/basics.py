@@ -31,7 +31,8 @@ def as_markdown(
 ) -> str:
     "A text as Markdown shows it as it is, in a line: no heading, link, code or HTML comes of it"
     line = harmless(' '.join(str(text).split()))
-    return re.sub(r'([\\`*_{}\[\]<>()#+!|$~&:@])', r'\\\1', re.sub(r'\b(www)\.', r'\1\\.', line, flags=re.I))
+    shown = re.sub(r'([\\`*_{}\[\]<>()#+!|$~&:@])', r'\\\1', line)
+    return re.sub(r'\bwww\.', lambda m: m[0][:3] + '\\.', shown, flags=re.I) # which some make a link of
 
 # %% ../nbs/00_basics.ipynb #947c073f
 class FastcifarError(Exception):
