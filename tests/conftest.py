@@ -7,7 +7,9 @@ from PIL import Image
 
 os.environ.setdefault('NO_ALBUMENTATIONS_UPDATE', '1')
 os.environ.setdefault('MPLBACKEND', 'agg')
-os.environ['XDG_CONFIG_HOME'] = tempfile.mkdtemp() # where an account keeps the key of its run folders
+PLACES = tempfile.TemporaryDirectory(prefix='fastcifar-tests-') # gone with the process
+os.environ['XDG_CONFIG_HOME'] = f'{PLACES.name}/config' # where an account keeps the key of its run folders
+os.environ['FASTCIFAR_CACHE'] = f'{PLACES.name}/cache' # of fixtures that are shared; each test has one of its own
 ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True)
