@@ -126,7 +126,8 @@ def summary_command(args):
     from fastcifar.inspect import plot_field, plot_graph, summarize
     from fastcifar.interpret import check_plot, write_plot
     from fastcifar.models.zoo import create_model
-    if args.image and not args.field: raise FastcifarError('--image is what receptive fields are drawn over: add --field FILE')
+    if args.image and not args.field:
+        raise FastcifarError('--image is what receptive fields are drawn over: add --field FILE')
     for f in (args.graph, args.field):
         if f: check_plot(f, args.overwrite)
     more, own = args.model_args or {}, dict(name=args.model, norm=args.norm) | _options(args, 'groups')
@@ -191,7 +192,8 @@ def find_lr_command(args) -> dict:
     c = configure(args.recipe, data=_data(args), **_options(args, *OF_A_RUN), **given)
     data = load_data(c.data, c.convert)
     seed_everything(c.seed)
-    dls = data.dataloaders(bs=c.bs, policy=c.policy, seed=c.seed, num_workers=args.workers or 0, device=args.device, stats=c.stats, path=c.path)
+    dls = data.dataloaders(bs=c.bs, policy=c.policy, seed=c.seed, num_workers=args.workers or 0, device=args.device,
+                           stats=c.stats, path=c.path)
     learn = recipe_learner(dls, build_model(c, len(data.classes)), c, precision=c.precision)
     with nullcontext() if _bars(args) else learn.no_bar(): r = learn.lr_range(show_plot=False)
     say = _say(args)
@@ -313,7 +315,8 @@ def cache_command(args) -> list:
     from fastcifar.data import cache_root, clear_cache, list_cache
     t = clear_cache(args.clear) if args.clear else list_cache()
     say = _say(args)
-    if not args.json and len(t): _table(t.drop(columns=['used', 'path']).round(1).astype(object).where(t.drop(columns=['used', 'path']).notna(), '-'))
+    shown = t.drop(columns=['used', 'path'])
+    if not args.json and len(t): _table(shown.round(1).astype(object).where(shown.notna(), '-'))
     size = f'{t.MB.sum():,.1f} MB'
     say(f'removed from {cache_root()}: {len(t)}, {size}' if args.clear else f'{cache_root()}: {size}')
     busy = list_cache() if args.clear else t
@@ -406,11 +409,13 @@ def _schedule_options(p):
 def _valid_option(p, default, then): p.add_argument('--valid', type=_at_least(1), metavar='N', help=f'hold out N training images, the same share of each class (default: {default}); {then}')
 
 def _overwrite_option(p, what):
-    p.add_argument('--overwrite', action='store_true', help=f'replace {what} that is there already (default: only one that fastcifar has written)')
+    p.add_argument('--overwrite', action='store_true',
+        help=f'replace {what} that is there already (default: only one that fastcifar has written)')
 
 def _path_options(p):
     p.add_argument('--path', help='how batches are made: item (Albumentations), batch (tensors on the device) or auto (default: batch, unless the policy has no such form)')
-    p.add_argument('--workers', type=_at_least(0), help='processes that prepare batches on the item path; the result does not depend on it (default: 0)')
+    p.add_argument('--workers', type=_at_least(0),
+        help='processes that prepare batches on the item path; the result does not depend on it (default: 0)')
 
 def parser() -> argparse.ArgumentParser:
     "The arguments of every command"
@@ -427,13 +432,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--bs', type=_at_least(1), help="batch size (default: the recipe's)")
     p.add_argument('--compile', action='store_true', default=None, help='compile the net with torch.compile')
     p.add_argument('--no-pictures', action='store_true', help='leave out pictures and report.html, which take some seconds; fastcifar report writes the page later')
-    p.add_argument('--log', type=_names, metavar='NAME', help='also log to tensorboard, wandb (offline unless $WANDB_MODE says otherwise), or both: tensorboard,wandb')
+    p.add_argument('--log', type=_names, metavar='NAME',
+        help='also log to tensorboard, wandb (offline unless $WANDB_MODE says otherwise), or both: tensorboard,wandb')
     p.add_argument('--recipe', help='one_cycle, reference, fast or speedrun, see `fastcifar recipes`; or a .json file of fastcifar recipes --save or fastcifar sweep (default: one_cycle)')
     p.add_argument('--threads', type=_at_least(1), help="CPU threads (default: torch's choice, with --resume those of the run)")
     p.add_argument('--out', type=_path, help='run folder (default: runs/DATA-MODEL-NORM-RECIPE-EPOCHSep-seedSEED)')
     p.add_argument('--checkpoint-every', type=_at_least(1), metavar='N', help='write a checkpoint every N batches (default: only after each epoch)')
-    p.add_argument('--deterministic', action='store_true', default=None, help='on a GPU: refuse operations that may give other numbers each time')
-    p.add_argument('--resume', type=_path, metavar='RUN', help='continue the run in this folder, as it was begun; options that are no settings may be given anew')
+    p.add_argument('--deterministic', action='store_true', default=None,
+        help='on a GPU: refuse operations that may give other numbers each time')
+    p.add_argument('--resume', type=_path, metavar='RUN',
+        help='continue the run in this folder, as it was begun; options that are no settings may be given anew')
     p = add('compare', compare_command, 'train models x norms x recipes x batch sizes x seeds and compare them; exit code 1 if a run failed')
     _data_options(p), _net_options(p), _loss_options(p), _schedule_options(p), _valid_option(p, 'none', 'curves are then those of the held-out images')
     p.add_argument('--models', '--model', type=_names, required=True, help='separated by commas')
@@ -505,7 +513,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--out', type=_path, metavar='FILE', help='also write the result to this JSON file')
     _overwrite_option(p, 'a file')
     p = add('cache', cache_command, 'list the decoded data sets that are kept, or clear them')
-    p.add_argument('--clear', metavar='WHAT', help='old (what older versions and broken-off processes have left), all, or the name of a data set')
+    p.add_argument('--clear', metavar='WHAT',
+        help='old (what older versions and broken-off processes have left), all, or the name of a data set')
     p = add('models', models_command, 'list the nets')
     p = add('recipes', recipes_command, 'print the settings of the recipes of a net')
     p.add_argument('model', nargs='?', default='custom_resnet', help='see `fastcifar models` (default: %(default)s)')
@@ -530,7 +539,8 @@ def _plain_warnings():
     "Context in which what the library warns of is a line, without the place in its code"
     usual, here = warnings.formatwarning, os.path.join(fastcifar.__path__[0], '')
     def plain(message, category, filename, *rest):
-        return f'fastcifar: {harmless(str(message))}\n' if filename.startswith(here) else usual(message, category, filename, *rest)
+        if not filename.startswith(here): return usual(message, category, filename, *rest)
+        return f'fastcifar: {harmless(str(message))}\n'
     warnings.formatwarning = plain
     try: yield
     finally: warnings.formatwarning = usual
@@ -566,5 +576,6 @@ def main(
         return 0
     except OSError as e:
         if e.filename is None: raise # nothing that a person gave
-        print(harmless(f'fastcifar: {e.filename} cannot be used ({e.strerror}): check it, and your permissions'), file=sys.stderr)
+        said = f'fastcifar: {e.filename} cannot be used ({e.strerror}): check it, and your permissions'
+        print(harmless(said), file=sys.stderr)
     return 2

@@ -322,7 +322,8 @@ def _save(folder, name, place, a, sha):
             if a.coarse: np.save(tmp/f'{s}_coarse.npy', a.coarse[s])
         for f in tmp.iterdir():
             with open(f, 'rb+') as o: os.fsync(o.fileno())
-        about |= dict(name=name, place=place, classes=a.classes, coarse_classes=a.coarse_classes, stats=pixel_stats(a.x['train']), copies=count_copies(a))
+        about |= dict(name=name, place=place, classes=a.classes, coarse_classes=a.coarse_classes,
+                      stats=pixel_stats(a.x['train']), copies=count_copies(a))
         write_json(tmp/'meta.json', about)
         os.rename(tmp, folder)
     except BaseException:
@@ -396,8 +397,10 @@ def _entry(path):
         meta = read_json(path/'meta.json')
         images = [len(np.load(path/f'{s}_y.npy', mmap_mode='r', allow_pickle=False)) for s in ('train', 'test')]
         kind = 'current' if int(named[1]) == _FORMAT else 'old'
-        return (kind, str(meta.get('known') or meta.get('name') or '-'), *images, len(meta['classes']), meta.get('place'))
-    except (FastcifarError, OSError, ValueError, EOFError, LookupError, TypeError, AttributeError): return ('damaged', '-', *nothing)
+        name = str(meta.get('known') or meta.get('name') or '-')
+        return (kind, name, *images, len(meta['classes']), meta.get('place'))
+    except (FastcifarError, OSError, ValueError, EOFError, LookupError, TypeError, AttributeError):
+        return ('damaged', '-', *nothing)
 
 @contextlib.contextmanager
 def _alone(path):
@@ -438,7 +441,8 @@ def clear_cache(
     "Remove decoded sets and leavings; what a process is using stays, and so does whatever is not ours"
     t = list_cache()
     old = t.what.isin(('old', 'damaged', 'unfinished', 'download'))
-    if what not in ('old', 'all'): check_name(what, sorted({*t.name[t.what != 'not ours']} - {'-'}), 'data set in the cache')
+    names = sorted({*t.name[t.what != 'not ours']} - {'-'})
+    if what not in ('old', 'all'): check_name(what, names, 'data set in the cache')
     chosen = t[t.free & (t.what != 'not ours') & (old if what == 'old' else (t.name == what) | (what == 'all'))]
     removed = [_remove(Path(path)) for path in chosen.path]
     return chosen[removed] if removed else chosen
@@ -489,7 +493,8 @@ def _from_path(path, convert):
     except OSError as e: raise FastcifarError(f'cannot read {path}: {e.strerror}') from e
     if convert: key, sha = hashlib.sha256(f'{key} converted'.encode()).hexdigest(), None
     name = path.resolve().name
-    return cached(key, lambda: (read_images(path, convert), sha), f'./{name}' if name in NAMED else name, place=str(path.resolve()))
+    shown = f'./{name}' if name in NAMED else name
+    return cached(key, lambda: (read_images(path, convert), sha), shown, place=str(path.resolve()))
 
 def _as_arrays(pair, where):
     try: x, y = (np.asarray(o) for o in pair)

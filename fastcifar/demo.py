@@ -65,10 +65,12 @@ def demo_app(
         try: return explain_image(net, classes, path)
         except FastcifarError as e: raise gr.Error(html.escape(str(e)), print_exception=False) from None
         finally: # an upload is nobody's but its owner's
-            if Path(path).is_relative_to(os.environ.get('GRADIO_TEMP_DIR', path + '-')): Path(path).unlink(missing_ok=True)
+            uploads = os.environ.get('GRADIO_TEMP_DIR')
+            if uploads and Path(path).is_relative_to(uploads): Path(path).unlink(missing_ok=True)
     title = f'{model.note.get("model", {}).get("name", "a net")}: {len(classes)} classes'
     with gr.Blocks(title=f'fastcifar demo: {title}', analytics_enabled=False) as app:
-        gr.Markdown(f'# {as_markdown(title)}\n{as_markdown(source)} sees images of 32x32 pixels; larger ones are made small before it looks.')
+        gr.Markdown(f'# {as_markdown(title)}\n{as_markdown(source)} sees images of 32x32 pixels; '
+                    'larger ones are made small before it looks.')
         with gr.Tab('Your image'), gr.Row():
             with gr.Column():
                 kinds = f'PNG, JPEG, BMP, PPM, WebP, TIFF, GIF; at most {MAX_UPLOAD // 2**20} MB'
@@ -121,7 +123,9 @@ def serve_demo(
     guard = Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
     plain = gr.themes.Default(font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace'])
     try:
-        _, url, _ = app.launch(server_name=host, server_port=port, share=False, inbrowser=False, quiet=True, prevent_thread_lock=True, max_file_size=MAX_UPLOAD, ssr_mode=False, app_kwargs=dict(middleware=[guard]), enable_monitoring=False,
+        _, url, _ = app.launch(server_name=host, server_port=port, share=False, inbrowser=False, quiet=True,
+                               prevent_thread_lock=True, max_file_size=MAX_UPLOAD, ssr_mode=False,
+                               app_kwargs=dict(middleware=[guard]), enable_monitoring=False,
                                footer_links=[], theme=plain, css='.pixels img { image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain }')
     except OSError as e: raise FastcifarError(f'cannot listen at {host}:{port} ({str(e).splitlines()[0][:80]}): choose another --port, or a --host of this machine') from e
     say(f'open {url} (Ctrl-C stops it)')

@@ -86,6 +86,7 @@ def model_card(
     classes = ', '.join(map(as_markdown, c['classes'])) if few else number
     sha = str(m['data_sha256'])
     hashed = f'SHA-256 `{sha}`' if re.fullmatch('[0-9a-f]{64}', sha) else as_markdown(sha)
+    net, norm = (as_markdown(c['architecture'][k]) for k in ('name', 'norm'))
     recipe, epochs, bs, precision, seed = (as_markdown(m[k]) for k in ('recipe', 'epochs', 'bs', 'precision', 'seed'))
     return f"""---
 library_name: fastcifar
@@ -94,7 +95,7 @@ tags: [image-classification, fastai, pytorch{', onnx' if onnx else ''}]
 metrics: [accuracy]
 ---
 
-# {as_markdown(c['architecture']['name'])} ({as_markdown(c['architecture']['norm'])}), trained on {as_markdown(m['data'])}
+# {net} ({norm}), trained on {as_markdown(m['data'])}
 
 An image classifier for 32x32 colour pictures with {m['parameters']:,} parameters. Classes: {classes}.
 
@@ -163,7 +164,8 @@ def _fill(folder, run, onnx, pt2, data):
     save_model(model, folder/'model.safetensors', **{k: v for k, v in model.note.items() if k != 'model'})
     keep = ('test_accuracy', 'test_loss', 'test_images', 'wrong', 'train_accuracy', 'epochs', 'seed', 'recipe', 'bs', 'precision', 'data', 'data_sha256', 'parameters')
     c = dict(library='fastcifar', architecture=model.config, classes=classes, mean=model.note['mean'], std=model.note['std'], views=net.views, input='uint8 (N, 32, 32, 3), RGB', metrics=dict({k: metrics[k] for k in keep}, n=1),
-             training=read_json(run/'config.json'), environment={k: env[k] for k in ('python', 'versions', 'device_name', 'threads')}, continued=_continued(env))
+             training=read_json(run/'config.json'), continued=_continued(env),
+             environment={k: env[k] for k in ('python', 'versions', 'device_name', 'threads')})
     if onnx or pt2: images, ours = _test_images(run, data), open_predictor(folder)
     if onnx:
         diff = compare_predictions(ours, open_predictor(write_onnx(net, classes, folder/'model.onnx')), images)
@@ -203,7 +205,8 @@ def _exporting(out):
         for f in out.parent.glob(f'.{glob.escape(out.name[:40])}*.tmp*'):
             if f.is_dir() and is_left(f): shutil.rmtree(f)
         tmp.mkdir()
-    except Timeout: raise FastcifarError(f'another process is exporting to {out}: wait for it, or choose another --out') from None
+    except Timeout:
+        raise FastcifarError(f'another process is exporting to {out}: wait for it, or choose another --out') from None
     except OSError as e: raise FastcifarError(f'cannot write {out}: {e.strerror or e}; choose a folder you can write to, with free space') from e
     try: yield tmp
     finally:
@@ -216,6 +219,8 @@ def _exported(tmp, out, run, onnx, pt2, data):
     try:
         config = _fill(tmp, run, onnx, pt2, data)
         try: os.rename(tmp, out)
-        except OSError as e: raise FastcifarError(f'{out} has come up meanwhile and is left as it is ({e.strerror}): choose another --out') from e
+        except OSError as e:
+            raise FastcifarError(f'{out} has come up meanwhile and is left as it is ({e.strerror}): '
+                                 'choose another --out') from e
         return config
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as e: raise FastcifarError(f'{run} lacks something that a finished run has ({type(e).__name__}: {e}): train it again') from e

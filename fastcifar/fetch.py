@@ -118,7 +118,8 @@ def _downloads(
 ):
     "The files that a download of a set may have left, and no others"
     a, place = ARCHIVES[name], Path(folder)/'downloads'/name
-    return [place/f'{f}{end}' for f in (a.file, f'tree-{name}.tgz') for end in ('', '.part') if (place/f'{f}{end}').is_file()]
+    files = [place/f'{f}{end}' for f in (a.file, f'tree-{name}.tgz') for end in ('', '.part')]
+    return [f for f in files if f.is_file()]
 
 def clear_download(
     name:str, # A key of `ARCHIVES`

@@ -337,9 +337,10 @@ def check_plot(
     path, # A picture that is to be written
     overwrite:bool=False, # Replace it whatever it is?
 ) -> Path: # `path`
-    "Refuse, before the work, a picture of another kind, in a place that cannot be written, or in the place of somebody else's"
+    "Refuse, before the work, a picture of another kind, in a place that cannot be written, or in that of somebody else's"
     path = user_path(path)
-    if path.suffix.lower() not in PICTURES: raise FastcifarError(f'cannot draw {path}: give a name that ends in {", ".join(PICTURES)}')
+    if path.suffix.lower() not in PICTURES:
+        raise FastcifarError(f'cannot draw {path}: give a name that ends in {", ".join(PICTURES)}')
     return check_file(path, _is_ours, overwrite)
 
 PICTURES = ('.png', '.svg', '.pdf', '.jpg') # What can be drawn into

@@ -215,8 +215,8 @@ def predict_files(
     files:list, # Image files, folders of them, or `'-'` for standard input
     top:int=3, # How many classes to give for each
     trust:bool=False, # Open a .pt2, which can run code?
-) -> list: # For each image: dict(file=, prediction=, probability=, top=[(class, probability), ...]), or dict(file=, error=)
-    "Classify images with a trained net; where some cannot be read, they are named, and the others are classified all the same"
+) -> list: # For each image: dict(file=, prediction=, probability=, top=[(class, probability), ...]), or (file=, error=)
+    "Classify images with a trained net; those that cannot be read are named, and the others are classified all the same"
     net, images = open_predictor(source, trust), find_images(files)
     rows = [row for i in range(0, len(images), 1024) for row in _classified(net, images[i:i + 1024], top)]
     if all('error' in row for row in rows): raise FastcifarError(rows[0]['error'])

@@ -221,7 +221,8 @@ def write_run_report(
         classes=table_cells(interp.class_accuracy().reset_index(), share), confusion=_confusion(interp),
         confused=table_cells(pd.DataFrame([(str(a), str(b), int(n)) for a, b, n in interp.most_confused(1)[:12]], columns=['actual', 'predicted', 'times'])), ece=f'{100 * interp.ece():.1f} points',
         parameters=f'{t.parameters.sum():,}', macs=f'{t.MACs.sum():,}', megabytes=f'{4 * t.parameters.sum() / 1e6:.2f}', summary=table_cells(t), statistics=table_cells(interp.learn.dls.data.stats().T.reset_index(names='statistic')), augmented=_augmented(interp.learn.dls, 24), policy=str(config['policy'] or interp.learn.dls.data.policy),
-        drawn=_shown(interp, interp.predictions().iloc[drawn]), command=environment.get('command', '-'), starts=_starts(environment), configuration=_settings(config),
+        drawn=_shown(interp, interp.predictions().iloc[drawn]), command=environment.get('command', '-'),
+        starts=_starts(environment), configuration=_settings(config),
         environment=_settings({k: v for k, v in environment.items() if k not in ('versions', 'command', 'options', 'starts')}
                               | (environment.get('versions') or {})))
     return _write_page(out, page)

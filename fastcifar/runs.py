@@ -181,7 +181,8 @@ def _check_data(
 
 def _has_begun(out):
     "Is there more than a configuration? A refused command leaves that alone"
-    return any(any(out.glob(n)) for n in ('checkpoints/*', 'lr_range.json', 'history.csv', 'model.safetensors', 'metrics.json'))
+    made = 'checkpoints/*', 'lr_range.json', 'history.csv', 'model.safetensors', 'metrics.json'
+    return any(any(out.glob(n)) for n in made)
 
 def settle_config(
     c:Config, # What to train
@@ -223,7 +224,8 @@ def check_settings(
     old = run_config(out)
     for f in (f for f in dataclasses.fields(Config) if f.name != 'data'):
         was, now = (as_json(getattr(o, f.name)) for o in (old, c))
-        if was != now and not (f.name in ('precision', 'path') and now == 'auto'): raise FastcifarError(f'{out} holds a run with {f.name}={was!r}, not {now!r}: choose another --out')
+        if was != now and not (f.name in ('precision', 'path') and now == 'auto'):
+            raise FastcifarError(f'{out} holds a run with {f.name}={was!r}, not {now!r}: choose another --out')
 
 def check_same(
     c:Config, # What is asked for
@@ -266,7 +268,8 @@ def _find_lrs(learn, c, out, say):
         r = learn.lr_range(show_plot=False)
         write_json(f, r._asdict())
     r = _read_range(f)
-    say(f'LRMIN {r.lr_min:.2e}, LRMAX {r.lr_max:.2e}{"" if r.certain else ", the usual ones: the range test is uncertain"}')
+    unsure = '' if r.certain else ', the usual ones: the range test is uncertain'
+    say(f'LRMIN {r.lr_min:.2e}, LRMAX {r.lr_max:.2e}{unsure}')
     return r
 
 def _fit(learn, c, out, every, say, start):
@@ -488,7 +491,7 @@ def own_folder(
     wait:float=0, # Seconds to wait for another process that holds it
     beside:tuple=(), # What may lie in it before, besides what commands leave
 ):
-    "Hold the lock of a folder that one process at a time writes into; the system frees it when that ends, however it does"
+    "Hold the lock of a folder that one process at a time writes into; the system frees it when that ends"
     out = check_folder(out, ours, what, (*BESIDE, *beside))
     lock = FileLock(out/'.lock', timeout=wait)
     try:
@@ -654,8 +657,8 @@ def data_place(out) -> str:
     "Where the data of a run lay when it was trained; kept apart from what is worth sharing"
     place, ours = _noted_place(out)
     if ours: return place
-    raise FastcifarError(f'{out} was not trained by this account, and names {place!r} as its data, where nothing is looked for unasked: '
-                         'say where they lie with --data')
+    raise FastcifarError(f'{out} was not trained by this account, and names {place!r} as its data, '
+                         'where nothing is looked for unasked: say where they lie with --data')
 
 def run_data(
     out, # A run folder

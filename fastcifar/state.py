@@ -330,7 +330,8 @@ class Checkpoints(Callback):
             if is_ours(f): f.unlink()
 
     def _foreign(self, f):
-        return FastcifarError(f'{f} is no checkpoint of fastcifar and is left as it is: move it away, or choose another folder')
+        return FastcifarError(f'{f} is no checkpoint of fastcifar and is left as it is: '
+                              'move it away, or choose another folder')
 
     def remove(self):
         "Remove the checkpoints, and their folder if it holds nothing else"

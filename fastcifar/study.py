@@ -100,8 +100,10 @@ def _log(out):
     out.mkdir(parents=True, exist_ok=True)
     file = out/'log.txt'
     try: fd = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o666)
-    except OSError as e: raise FastcifarError(f'cannot write {file} ({e.strerror}): it has to be a file, or not there') from e
-    with open(fd, 'a', encoding='utf-8', errors='replace') as f: yield lambda s: print(harmless(str(s)), file=f, flush=True)
+    except OSError as e:
+        raise FastcifarError(f'cannot write {file} ({e.strerror}): it has to be a file, or not there') from e
+    with open(fd, 'a', encoding='utf-8', errors='replace') as f:
+        yield lambda s: print(harmless(str(s)), file=f, flush=True)
 
 def _one_pass(cs, folder, threads, device, parent=None, wait=0, pictures=True):
     "Train configurations that differ in their seeds alone, together if there are several; returns None for each, or why it failed"
@@ -265,7 +267,8 @@ def _write(out, grid, r, parts, say, page=attempt): # `page` is the context in w
     for name, t in tables.items(): _write_table(t, out/f'{name}.csv', say)
     answer = study_answer(r)
     with attempt('answer.txt', say): write_text(out/'answer.txt', '\n'.join(answer) + '\n')
-    whole = _curves_table([p for p, s in zip(parts, r.status) if s == 'finished']) # a curve that ends early would move the means
+    # a curve that ends early would move the means
+    whole = _curves_table([p for p, s in zip(parts, r.status) if s == 'finished'])
     split = 'validation' if grid[0].valid else 'test'
     plots = dict(curves=lambda: plot_study_curves(whole, split)) if len(whole) else {}
     plots |= dict(differences=lambda: plot_differences(differences)) if len(differences) else {}
@@ -291,7 +294,8 @@ def report_study(
         raise FastcifarError(f'{f} is damaged: {f"its run {odd[0]!r} is another" if odd else "it holds no run"}')
     grid = list(grid.values())
     rows, parts = zip(*[_read(out/'runs'/run_name(c), c, True) for c in grid])
-    _write(out, grid, _runs_table(rows), parts, say, lambda *_: contextlib.nullcontext()) # without its page this has failed
+    # without its page this has failed
+    _write(out, grid, _runs_table(rows), parts, say, lambda *_: contextlib.nullcontext())
     return out/'report.html'
 
 def _numbered(i, work, args): return i, work(*args)

@@ -101,7 +101,8 @@ class Sweep:
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
         if (self.out/'journal.log').is_symlink():
-            raise FastcifarError(f'{self.out}/journal.log is a link, and a sweep writes into no place but its own: remove it')
+            raise FastcifarError(f'{self.out}/journal.log is a link, and a sweep writes into its own folder alone: '
+                                 'remove it')
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         try:
             storage = JournalStorage(JournalFileBackend(str(self.out/'journal.log')))
@@ -173,7 +174,8 @@ class Sweep:
             views=self.base.views, data=data.name, data_sha256=data.source, epochs=self.base.epochs,
             seed=self.base.seed)
         best = override_recipe(self.base, **suggest_settings(_again(best), self.base, self.tune))
-        res = write_recipe(self.out/'recipe.json', best, best.recipe, best.model, True, norm=best.norm, groups=best.groups, found=found)
+        about = dict(norm=best.norm, groups=best.groups, found=found)
+        res = write_recipe(self.out/'recipe.json', best, best.recipe, best.model, True, **about)
         save_plot(lambda: plot_sweep(t), self.out/'sweep.png', say)
         return res
 

@@ -75,7 +75,8 @@ def test_sweep_gives_a_recipe_that_train_takes(main, tmp_path):
     code, out, err = main(*args, '--trials', 3, '--json')
     r = json.loads(out)
     assert code == 0 and r['found']['trials'] == 3 and '2 done' in err
-    assert set(p.name for p in (tmp_path/'sweep').iterdir()) == {'.lock', 'sweep.json', 'journal.log', 'trials.csv', 'recipe.json', 'sweep.png'}
+    made = {'.lock', 'sweep.json', 'journal.log', 'trials.csv', 'recipe.json', 'sweep.png'}
+    assert set(p.name for p in (tmp_path/'sweep').iterdir()) == made
     code, out, err = main('train', '--data', 'digits', '--recipe', tmp_path/'sweep/recipe.json', '--out', tmp_path/'run')
     assert code == 0, err
     c = json.loads((tmp_path/'run/config.json').read_text())

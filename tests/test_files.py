@@ -8,6 +8,7 @@ from PIL import Image
 from fastcifar.basics import FastcifarError, remove_unfinished, write_text
 
 QUICK = ('--model', 'normnet31k', '--epochs', 1, '--bs', 20, '--lr-max', '1e-3', '--no-pictures')
+COMPARE = ('compare', '--models', 'normnet31k', '--norms', 'bn', '--epochs', 1, '--seeds', 1)
 
 def project(folder):
     "A folder of somebody, with names that we give too; returns a function that says whether it is as it was"
@@ -22,12 +23,13 @@ def run(tree, tmp_path_factory):
     "A finished run folder"
     from fastcifar.runs import configure, train_run
     out = tmp_path_factory.mktemp('files')/'run'
-    train_run(configure('fast', 'normnet31k', data=str(tree), epochs=1, bs=20), out, pictures=False, say=lambda *_: None)
+    c = configure('fast', 'normnet31k', data=str(tree), epochs=1, bs=20)
+    train_run(c, out, pictures=False, say=lambda *_: None)
     return out
 
 @pytest.mark.parametrize('command', [
-    ('train', *QUICK, '--out'), ('compare', '--models', 'normnet31k', '--norms', 'bn', '--epochs', 1, '--seeds', 1, '--out'),
-    ('sweep', '--model', 'normnet31k', '--epochs', 1, '--trials', 1, '--valid', 6, '--bs', 20, '--out'), ('export', 'RUN', '--no-onnx', '--out'), ('evaluate', 'RUN', '--plots')])
+    ('train', *QUICK, '--out'), (*COMPARE, '--out'), ('export', 'RUN', '--no-onnx', '--out'), ('evaluate', 'RUN', '--plots'),
+    ('sweep', '--model', 'normnet31k', '--epochs', 1, '--trials', 1, '--valid', 6, '--bs', 20, '--out')])
 def test_a_folder_of_somebody_is_left_alone(main, tree, run, tmp_path, command):
     untouched = project(tmp_path/'project')
     data = () if command[0] in ('export', 'evaluate') else ('--data', tree)
@@ -39,7 +41,7 @@ def test_runs_of_train_make_no_study(main, run, tree, tmp_path):
     "`train` puts its runs below `runs`, where those of a study are too"
     untouched = project(tmp_path/'project')
     shutil.copytree(run, tmp_path/'project/runs/mine')
-    code, _, err = main('compare', '--data', tree, '--models', 'normnet31k', '--norms', 'bn', '--epochs', 1, '--seeds', 1, '--out', 'project')
+    code, _, err = main(*COMPARE, '--data', tree, '--out', 'project')
     assert code == 2 and 'not a study' in err
     shutil.rmtree(tmp_path/'project/runs')
     assert untouched()
@@ -48,7 +50,8 @@ def test_a_page_of_somebody_in_a_run_folder(main, run, tmp_path):
     shutil.copytree(run, tmp_path/'r')
     (tmp_path/'r/report.html').write_text('<p>my notes on fastcifar')
     code, _, err = main('report', 'r')
-    assert code == 2 and 'report.html is there already' in err and (tmp_path/'r/report.html').read_text() == '<p>my notes on fastcifar'
+    assert code == 2 and 'report.html is there already' in err
+    assert (tmp_path/'r/report.html').read_text() == '<p>my notes on fastcifar'
     (tmp_path/'r/report.html').unlink()
     for _ in range(2): assert main('report', 'r')[0] == 0
 
@@ -64,17 +67,21 @@ def test_checkpoints_of_somebody(main, tree, tmp_path):
     (tmp_path/'r/metrics.json').unlink()
     shutil.copy(theirs, tmp_path/'r/checkpoints/epoch_0009.safetensors')
     code, _, err = main('train', '--data', tree, *QUICK, '--out', 'r')
-    assert code == 2 and 'is no checkpoint of fastcifar' in err and (tmp_path/'r/checkpoints/epoch_0009.safetensors').read_bytes() == was
+    assert code == 2 and 'is no checkpoint of fastcifar' in err
+    assert (tmp_path/'r/checkpoints/epoch_0009.safetensors').read_bytes() == was
 
 def test_a_pass_removes_its_own_checkpoints_alone(tree, tmp_path):
     from fastcifar.runs import configure
     from fastcifar.together import train_together
     configs = [configure('fast', 'normnet31k', data=str(tree), epochs=1, bs=20, seed=s) for s in range(2)]
-    def go(work): train_together(configs, [tmp_path/f'{work.name}{s}' for s in range(2)], work, pictures=False, say=lambda *_: None)
+    def go(work):
+        outs = [tmp_path/f'{work.name}{s}' for s in range(2)]
+        train_together(configs, outs, work, pictures=False, say=lambda *_: None)
     (tmp_path/'w/checkpoints').mkdir(parents=True)
     for name in ('.draft.backup01.tmp', 'epoch_notes.txt'): (tmp_path/'w/checkpoints'/name).touch()
     go(tmp_path/'w')
-    assert sorted(p.name for p in (tmp_path/'w').rglob('*') if p.is_file()) == ['.draft.backup01.tmp', 'epoch_notes.txt']
+    left = sorted(p.name for p in (tmp_path/'w').rglob('*') if p.is_file())
+    assert left == ['.draft.backup01.tmp', 'epoch_notes.txt']
     go(tmp_path/'v')
     assert not (tmp_path/'v').exists()
     (tmp_path/'u').mkdir(), (tmp_path/'u/mine').touch()
@@ -149,14 +156,20 @@ def test_links_are_not_followed(tmp_path):
         with _log(tmp_path) as say: say('a line')
     assert target.read_text() == 'of somebody' and (tmp_path/'results.csv').read_text() == 'ours'
 
+def a_dead_process():
+    "Its number"
+    code = 'import os; print(os.getpid())'
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip()
+
 def test_only_unfinished_files_of_dead_processes_go(tmp_path):
     from fastcifar.basics import unfinished_name
-    dead = subprocess.run([sys.executable, '-c', 'import os; print(os.getpid())'], capture_output=True, text=True).stdout.strip()
+    dead = a_dead_process()
     def named(pid, machine=None): # as that process would have
         own = unfinished_name(tmp_path/'x.npz').name.split('-')
         return '-'.join([own[0], machine or own[1], str(pid), own[3]])
     left, old = named(dead), named(dead, 'ffff')
-    kept = ['.draft.backup01.tmp', '.a.12345678.tmp', 'notes-fastcifar-thesis.md', named(os.getpid()), named(dead, '0000')]
+    kept = ['.draft.backup01.tmp', '.a.12345678.tmp', 'notes-fastcifar-thesis.md', named(os.getpid()),
+            named(dead, '0000')]
     for name in (*kept, left, old): (tmp_path/name).touch()
     os.utime(tmp_path/old, (0, 0)) # of another machine, long ago
     (tmp_path/named(dead)).symlink_to(tmp_path/kept[0]), (tmp_path/named(dead)).mkdir()
@@ -183,27 +196,31 @@ def test_studies_and_sweeps_hold_a_lock(tree, tmp_path):
         for work in (lambda: study.run(1, say=lambda *_: None), lambda: sweep.run(1, say=lambda *_: None)):
             with pytest.raises(FastcifarError, match='another process is working in'): work()
     finally: p.kill(), p.wait()
-    assert (study.run(1, pictures=False, say=lambda *_: None).status == 'finished').all() # the lock of a killed process is none
+    r = study.run(1, pictures=False, say=lambda *_: None)
+    assert (r.status == 'finished').all() # the lock of a killed process is none
 
 def test_two_exports_at_once(run, tmp_path, monkeypatch):
     "The second is refused before its work; what a killed one has left goes; a folder that has come up meanwhile stays"
     import fastcifar.export as export
     from fastcifar.basics import unfinished_name
-    dead = subprocess.run([sys.executable, '-c', 'import os; print(os.getpid())'], capture_output=True, text=True).stdout.strip()
+    dead = a_dead_process()
     real, left = export._fill, tmp_path/unfinished_name(tmp_path/'out').name.replace(f'-{os.getpid()}-', f'-{dead}-')
     left.mkdir(), (left/'model.safetensors').touch(), (tmp_path/'.out.fastcifar-notes').touch()
     def during(folder, *args):
-        with pytest.raises(FastcifarError, match='another process is exporting to'): export.export_run(run, tmp_path/'out', onnx=False)
+        with pytest.raises(FastcifarError, match='another process is exporting to'):
+            export.export_run(run, tmp_path/'out', onnx=False)
         assert not left.exists()
         return real(folder, *args)
     monkeypatch.setattr(export, '_fill', during)
     export.export_run(run, tmp_path/'out', onnx=False)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['.out.fastcifar-notes', 'out'] and (tmp_path/'out/README.md').is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['.out.fastcifar-notes', 'out']
+    assert (tmp_path/'out/README.md').is_file()
     def late(folder, *args):
         (tmp_path/'more').mkdir(), (tmp_path/'more/mine').touch()
         return real(folder, *args)
     monkeypatch.setattr(export, '_fill', late)
-    with pytest.raises(FastcifarError, match='has come up meanwhile'): export.export_run(run, tmp_path/'more', onnx=False)
+    with pytest.raises(FastcifarError, match='has come up meanwhile'):
+        export.export_run(run, tmp_path/'more', onnx=False)
     assert [p.name for p in (tmp_path/'more').iterdir()] == ['mine']
 
 def test_one_download_leaves_another_alone(monkeypatch, tmp_path):
@@ -213,14 +230,17 @@ def test_one_download_leaves_another_alone(monkeypatch, tmp_path):
     half = data.cache_root()/'downloads'/'cifar100'/'cifar-100-binary.tar.gz.part'
     own = data.cache_root()/'downloads'/'cifar10'/'cifar-10-binary.tar.gz'
     for f in (half, own): f.parent.mkdir(parents=True), f.write_bytes(b'half')
-    a = Arrays({s: np.zeros((2, 32, 32, 3), np.uint8) for s in ('train', 'test')}, {s: np.arange(2) for s in ('train', 'test')}, ['a', 'b'])
+    x, y = ({s: v for s in ('train', 'test')} for v in (np.zeros((2, 32, 32, 3), np.uint8), np.arange(2)))
+    a = Arrays(x, y, ['a', 'b'])
     monkeypatch.setattr(data, 'fetch_archive', lambda *_: (a, None))
     with pytest.warns(UserWarning): data.load_data('cifar10')
     assert half.is_file() and not own.exists()
 
 def test_cache_command(main, tree):
     from fastcifar.data import cache_root
-    code = f'from fastcifar.data import load_data; import sys; d = load_data({str(tree)!r}); print(d.name, flush=True); sys.stdin.read()'
+    code = f'''import sys
+from fastcifar.data import load_data
+data = load_data({str(tree)!r}); print(data.name, flush=True); sys.stdin.read()'''
     p = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     name = p.stdout.readline().strip()
     try:
@@ -228,8 +248,9 @@ def test_cache_command(main, tree):
         (cache_root()/'downloads/cifar10/cifar-10-binary.tar.gz.part').write_bytes(b'half')
         (cache_root()/'mine.txt').touch()
         listed = json.loads(main('cache', '--json')[1])
-        assert [(r['what'], r['name']) for r in listed] == [('current', name), ('not ours', 'mine.txt'), ('download', 'cifar10')]
-        assert listed[0]['train'] == 60 and listed[0]['test'] == 24 and listed[0]['classes'] == 3 and not listed[0]['free']
+        found = [(r['what'], r['name']) for r in listed]
+        assert found == [('current', name), ('not ours', 'mine.txt'), ('download', 'cifar10')]
+        assert [listed[0][k] for k in ('train', 'test', 'classes', 'free')] == [60, 24, 3, False]
         code, said, _ = main('cache', '--clear', 'old')
         assert code == 0 and not (cache_root()/'downloads/cifar10').exists()
         code, said, _ = main('cache', '--clear', 'all')

@@ -21,7 +21,8 @@ def squares(tree, tmp_path_factory):
     root = tmp_path_factory.mktemp('foreign')/'x](javascript:alert(1)) <img src=x onerror=alert(2)>'
     root.mkdir()
     for split in ('train', 'test'):
-        for old, new in (('blue', '# Heading'), ('green', '[me](javascript:alert(1))'), ('red', '<script>alert(1)<|script>')):
+        odd = '# Heading', '[me](javascript:alert(1))', '<script>alert(1)<|script>'
+        for old, new in zip(('blue', 'green', 'red'), odd):
             shutil.copytree(tree/split/old, root/split/new)
     out = root.parent/'run'
     train_run(configure('fast', 'normnet31k', data=str(root), epochs=1, bs=20), out, say=lambda *_: None)
@@ -34,7 +35,8 @@ def test_a_model_card_shows_names_as_they_are(squares, tmp_path):
     body = card.split('---', 2)[2]
     html = pytest.importorskip('markdown').markdown(body)
     for odd in ('<script', '<img', '<a ', 'javascript:alert(1)"'): assert odd not in html
-    assert [l for l in body.splitlines() if l.startswith('#')] == [body.strip().splitlines()[0], '## How good it is', '## How it was trained', '## How to use it', '## What it is not for']
+    ours = '## How good it is', '## How it was trained', '## How to use it', '## What it is not for'
+    assert [l for l in body.splitlines() if l.startswith('#')] == [body.strip().splitlines()[0], *ours]
     assert 'github.com' not in card and 'git+' not in card # it names no place that may not be there
 
 def test_the_page_of_a_run_runs_nothing(squares):
@@ -57,12 +59,15 @@ def test_one_bad_picture_does_not_stop_the_others(main, tmp_path):
     for i in range(3): Image.new('RGB', (40, 40), (80 * i, 0, 0)).save(tmp_path/f'{i}.png')
     (tmp_path/'1.png').write_bytes(b'broken')
     code, said, err = main('predict', '--from', 'groupnet', '.')
-    assert code == 1 and [l.split(':')[0] for l in said.splitlines()] == ['0.png', '2.png'] and '1.png' in err and err.count('\n') == 1
+    assert code == 1 and [l.split(':')[0] for l in said.splitlines()] == ['0.png', '2.png']
+    assert '1.png' in err and err.count('\n') == 1
     code, said, err = main('predict', '--from', 'groupnet', '--json', '.')
     rows = json.loads(said)
-    assert code == 1 and [('error' in r, r['file']) for r in rows] == [(False, '0.png'), (True, '1.png'), (False, '2.png')]
+    assert code == 1
+    assert [('error' in r, r['file']) for r in rows] == [(False, '0.png'), (True, '1.png'), (False, '2.png')]
     alone = predict_files('groupnet', [tmp_path/'2.png'])[0]
-    assert rows[2]['prediction'] == alone['prediction'] and rows[2]['probability'] == pytest.approx(alone['probability'], abs=1e-6)
+    assert rows[2]['prediction'] == alone['prediction']
+    assert rows[2]['probability'] == pytest.approx(alone['probability'], abs=1e-6)
     assert main('predict', '--from', 'groupnet', '1.png')[0] == 2 # nothing was answered
 
 def test_a_run_folder_from_elsewhere_sends_nobody_to_a_local_path(main, squares, monkeypatch, tmp_path):
@@ -93,7 +98,8 @@ def test_a_key_that_is_not_whole_seals_nothing(tmp_path, monkeypatch):
         file.write_bytes(content)
         seal = runs._seal('/data')
         assert len(file.read_bytes()) == 64 and file.stat().st_mode & 0o777 == 0o600
-        assert seal != hmac.new(content, b'/data', 'sha256').hexdigest() and seal == runs._seal('/data') != runs._seal('/other')
+        assert seal != hmac.new(content, b'/data', 'sha256').hexdigest()
+        assert seal == runs._seal('/data') != runs._seal('/other')
 
 def test_values_of_a_foreign_run_are_text_in_its_card(squares, tmp_path):
     from fastcifar.export import export_run
@@ -103,7 +109,8 @@ def test_values_of_a_foreign_run_are_text_in_its_card(squares, tmp_path):
     (tmp_path/'r/metrics.json').write_text(json.dumps(m))
     export_run(tmp_path/'r', tmp_path/'e', onnx=False, data=None)
     body = (tmp_path/'e/README.md').read_text().split('---', 2)[2]
-    assert '<b>' not in pytest.importorskip('markdown').markdown(body) and not [l for l in body.splitlines() if l.startswith('# ')][1:]
+    assert '<b>' not in pytest.importorskip('markdown').markdown(body)
+    assert not [l for l in body.splitlines() if l.startswith('# ')][1:]
 
 def test_a_name_with_a_line_of_its_own(main, tmp_path):
     Image.new('RGB', (32, 32)).save(tmp_path/'a.png'), os.rename(tmp_path/'a.png', tmp_path/'a.png: cat 99 %\nb.png')
@@ -122,7 +129,8 @@ def test_the_demo_answers_to_its_own_names_and_keeps_no_uploads(tmp_path):
             c = http.client.HTTPConnection('127.0.0.1', port)
             c.request('GET', '/config', headers=dict(Host=host))
             return c.getresponse().status
-        assert [status(h) for h in (f'127.0.0.1:{port}', f'localhost:{port}', 'evil.example', f'evil.example:{port}')] == [200, 200, 400, 400]
+        hosts = f'127.0.0.1:{port}', f'localhost:{port}', 'evil.example', f'evil.example:{port}'
+        assert [status(h) for h in hosts] == [200, 200, 400, 400]
         Image.new('RGB', (32, 32), (1, 2, 3)).save(tmp_path/'private.png')
         Client(url, verbose=False).predict(handle_file(tmp_path/'private.png'), api_name='/classify')
         assert not [p for p in Path(app.uploads.name).rglob('*private*') if p.is_file()]

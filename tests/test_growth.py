@@ -9,7 +9,8 @@ def study(tree, tmp_path_factory):
     "Sixty finished runs, copies of one"
     from fastcifar.study import Study, run_name
     out = tmp_path_factory.mktemp('growth')/'study'
-    def make(seeds): return Study(out, ['normnet31k'], str(tree), norms=('bn', 'gn'), seeds=seeds, epochs=1, batch_sizes=20)
+    def make(seeds):
+        return Study(out, ['normnet31k'], str(tree), norms=('bn', 'gn'), seeds=seeds, epochs=1, batch_sizes=20)
     make(1).run(1, pictures=False, say=lambda *_: None)
     for c in make(30).grid:
         f = out/'runs'/run_name(c)
@@ -28,7 +29,8 @@ def test_a_finished_run_is_read_once(study, monkeypatch):
     for name in sorted(p.name for p in (s.out/'runs').iterdir())[-3:]: shutil.rmtree(s.out/'runs'/name)
     r = s.run(1, pictures=False, say=lines.append)
     assert (r.status == 'finished').all() and len(r) == 60 and sum('seed' in l for l in lines) >= 3
-    assert len([n for n in read if n not in read[-3:]]) <= 60 + 3 * 3 # each once, and the new ones while they are not finished
+    # each once, and the new ones while they are not finished
+    assert len([n for n in read if n not in read[-3:]]) <= 60 + 3 * 3
     del read[:]
     s.results(), s.curves(), s.write(say=lambda *_: None)
     assert read == [] and len(s.curves()) == 60

@@ -10,7 +10,8 @@ from torch import nn
 
 from fastcifar.basics import FastcifarError
 from fastcifar.models.zoo import list_models
-from fastcifar.recipes import USUAL_RATES, L1, RECIPES, Recipe, create_recipe, fit_recipe, list_recipes, override_recipe, read_recipe
+from fastcifar.recipes import L1, RECIPES, USUAL_RATES, Recipe, create_recipe, fit_recipe, list_recipes
+from fastcifar.recipes import override_recipe, read_recipe
 from fastcifar.recipes import recipe_learner, recipe_rates, recipe_table, write_recipe
 
 PLAIN = dict(epochs=24, bs=512, policy=None, optimizer='adam', schedule='one_cycle', lr_max=None, lr_min=None,

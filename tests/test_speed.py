@@ -85,12 +85,13 @@ def test_runs_from_before_the_batch_path(main, tree):
     Path('old/metrics.json').unlink()
     assert main(*args)[0] == 0 and Path('old/metrics.json').exists()
 
+COMPILED = ('train', '--model', 'normnet31k', '--epochs', 1, '--bs', 30, '--lr-max', '1e-3', '--compile', '--no-pictures')
+
 def test_compiled_training(main, tree, monkeypatch):
     "The net that trains is the compiled one; refused in one line where there is no compiler"
     import torch
     from fastcifar.basics import FastcifarError
     from fastcifar.train import compile_net
-    args = ('train', '--data', tree, '--model', 'normnet31k', '--epochs', 1, '--bs', 30, '--lr-max', '1e-3', '--compile', '--no-pictures', '--out', 'c')
     try: compile_net(torch.nn.Linear(2, 2), 'cpu')
     except FastcifarError as e: pytest.skip(str(e))
     calls = []
@@ -99,12 +100,12 @@ def test_compiled_training(main, tree, monkeypatch):
         program = real(f, *a, backend='eager', **kw) # quick, and as strict about what can be compiled
         return lambda *x, **k: calls.append(1) or program(*x, **k)
     monkeypatch.setattr(torch, 'compile', counted)
-    code, out, err = main(*args)
+    code, out, err = main(*COMPILED, '--data', tree)
     assert code == 0 and 'test accuracy' in out and len(calls) > 2, err # the trial, and a call each batch
 
 def test_a_machine_without_a_compiler(main, tree, monkeypatch):
     import torch
     def refuse(*a, **kw): raise RuntimeError('no C++ compiler is here')
     monkeypatch.setattr(torch, 'compile', refuse)
-    code, out, err = main('train', '--data', tree, '--model', 'normnet31k', '--epochs', 1, '--bs', 30, '--lr-max', '1e-3', '--compile', '--out', 'n')
+    code, out, err = main(*COMPILED, '--data', tree)
     assert code == 2 and 'install a C++ compiler' in err and err.count('\n') == 1

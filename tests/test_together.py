@@ -82,5 +82,6 @@ def test_a_pass_of_another_process_is_left_alone(main):
     (work/'checkpoints/kept').write_text('theirs')
     with FileLock(work/'.lock'): code, _, err = main('compare', *SETTINGS, '--epochs', 1, '--together', 2, '--out', 's')
     assert code == 0, err
-    assert (work/'checkpoints/kept').read_text() == 'theirs' and pd.read_csv('s/results.csv').status.tolist() == ['finished', 'finished']
+    assert (work/'checkpoints/kept').read_text() == 'theirs'
+    assert pd.read_csv('s/results.csv').status.tolist() == ['finished', 'finished']
     assert 'another process is working in' in next(Path('s/runs').glob('*seed0/log.txt')).read_text()
