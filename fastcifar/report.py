@@ -144,10 +144,13 @@ def _starts(environment):
     went_on = sum(bool(s.get('epoch') or s.get('batch')) for s in starts)
     said = f'The training was started {len(starts)} times, {went_on} of them from a checkpoint of an earlier start.'
     said += f' {differ if apart else same}'
-    usual = ('device', 'threads', 'processes', 'deterministic', 'commit', 'fastcifar', 'torch')
-    t = pd.DataFrame([dict(time=s.get('time'), began_after=_position(s)) for s in starts], dtype=object)
-    t = t.join(made[[k for k in made if k in usual or k in apart]]).assign(command=[s.get('command') for s in starts])
+    t = pd.DataFrame([dict(time=_minute(s.get('time')), began_after=_position(s)) for s in starts], dtype=object)
+    t = t.join(made[apart]).assign(command=[s.get('command') for s in starts]) # what is the same stands below
     return said, table_cells(t.astype(object).where(t.notna(), '-'))
+
+def _minute(time):
+    "A time of ISO 8601 as a person reads it"
+    return f'{time[:10]} {time[11:16]} UTC' if isinstance(time, str) else None
 
 def _made(start):
     "Where and how a start was made, in words of the page"
