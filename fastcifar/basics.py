@@ -6,12 +6,12 @@
 __all__ = ['harmless', 'as_markdown', 'FastcifarError', 'check_name', 'is_number', 'is_count', 'optional', 'env_number', 'say',
            'lenient_output', 'in_a_line', 'attempt', 'command_line', 'user_path', 'unfinished_name', 'is_left',
            'write_atomic', 'write_text', 'read_text', 'as_json', 'write_json', 'read_json', 'remove_unfinished',
-           'check_writable', 'check_folder', 'check_file', 'rng_state', 'set_rng_state', 'preserve_rng',
-           'seed_everything', 'spread_evenly']
+           'check_writable', 'check_folder', 'check_file', 'hand_on', 'rng_state', 'set_rng_state', 'preserve_rng',
+           'seed_everything', 'spread_evenly', 'file_sha256']
 
-# %% ../nbs/00_basics.ipynb #dee8c037
-import contextlib, difflib, getpass, hashlib, importlib, io, json, numbers, os, platform, random, re, secrets, shlex
-import stat, sys, tempfile, time, unicodedata
+# %% ../nbs/00_basics.ipynb #9abe32b1
+import ast, contextlib, difflib, getpass, hashlib, importlib, io, json, numbers, os, platform, random, re, secrets
+import shlex, stat, sys, tempfile, time, unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -323,6 +323,21 @@ def check_file(
     if mine: return path
     raise FastcifarError(f'{path} is there already and is left as it is: {instead}')
 
+# %% ../nbs/00_basics.ipynb #51a08800
+def hand_on(
+    package:str, # `__name__` of a folder's `__init__`
+    path:list, # Its `__path__`
+) -> tuple: # What `__all__`, `__getattr__` and `__dir__` of the folder are to be
+    "Let a folder give the public names of its modules, each imported when it is first asked for"
+    where = {}
+    for file in sorted(Path(path[0]).glob('[a-z]*.py')):
+        listed = re.search(r'^__all__ = (\[.*?\])', file.read_text(encoding='utf-8'), re.M | re.S)
+        for name in ast.literal_eval(listed[1]) if listed else (): where.setdefault(name, file.stem)
+    def get(name):
+        if name not in where: raise AttributeError(f'module {package!r} has no attribute {name!r}')
+        return getattr(importlib.import_module(f'{package}.{where[name]}'), name)
+    return sorted(where), get, lambda: sorted(where)
+
 # %% ../nbs/00_basics.ipynb #ed2061c5
 def _torch_states(torch):
     yield 'torch', torch.get_rng_state, torch.set_rng_state
@@ -378,3 +393,8 @@ def spread_evenly(
     "Positions from the first to the last, evenly spread"
     if n == 0 or not total: return np.zeros(0, np.int64)
     return np.unique(np.linspace(0, total - 1, min(n or total, total)).round().astype(np.int64))
+
+# %% ../nbs/00_basics.ipynb #eb44230f
+def file_sha256(path) -> str:
+    "The sha256 of a file, as hex"
+    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()

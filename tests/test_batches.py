@@ -9,8 +9,9 @@ from fastai.vision.augment import Resize
 from PIL import Image
 
 from fastcifar.basics import FastcifarError
-from fastcifar.data import Arrays, ImageData
-from fastcifar.loaders import ArrayDL, BatchDL, CifarDataLoaders, KeyedDL, ReadLabel, make_resident
+from fastcifar.data.load import Arrays
+from fastcifar.data.images import ImageData
+from fastcifar.data.loaders import ArrayDL, BatchDL, CifarDataLoaders, KeyedDL, ReadLabel, make_resident
 
 @pytest.fixture(scope='module')
 def data():

@@ -13,11 +13,12 @@ from torch import nn
 
 import fastcifar.state as state
 from fastcifar.basics import FastcifarError
-from fastcifar.data import Arrays, ImageData
-from fastcifar.loaders import CifarDataLoaders # with this import an ImageData has its dataloaders
-from fastcifar.state import Checkpoints, Stopped, StopRequest, checkpoint_state, of_this_process, restore_parts
-from fastcifar.train import cifar_learner
-from fastcifar.weights import load_tensors, save_tensors
+from fastcifar.data.load import Arrays
+from fastcifar.data.images import ImageData
+from fastcifar.data.loaders import CifarDataLoaders # with this import an ImageData has its dataloaders
+from fastcifar.train.checkpoint import Checkpoints, Stopped, StopRequest, checkpoint_state, of_this_process, restore_parts
+from fastcifar.train.learner import cifar_learner
+from fastcifar.models.weights import load_tensors, save_tensors
 
 @pytest.fixture(scope='module')
 def data():

@@ -116,7 +116,7 @@ def test_resume_refuses_every_setting(run, main):
         assert code == 2 and err == f'fastcifar: --resume goes on with the settings of the run: leave out {option}\n'
 
 def test_hint_on_how_to_go_on_holds_what_was_given(main, tree, tmp_path, monkeypatch):
-    from fastcifar.loop import CrossEntropy
+    from fastcifar.train.loop import CrossEntropy
     call, n = CrossEntropy.__call__, 0
     def stop(self, inp, targ):
         nonlocal n
@@ -157,7 +157,7 @@ def test_find_lr(main, tree, tmp_path, monkeypatch):
     r = json.loads(main('find-lr', '--data', 'digits', '--model', 'normnet31k', '--bs', 8, '--json')[1])
     assert not r['note'] and 3e-5 < r['lr_min'] < r['lr_max'] / 2 and 1e-3 < r['lr_max'] < 3e-2
     assert (tmp_path/'lr_range.png').exists()
-    monkeypatch.setattr('fastcifar.schedule.LEAST_FALL', 1e9) # as if no curve could be read
+    monkeypatch.setattr('fastcifar.train.schedule.LEAST_FALL', 1e9) # as if no curve could be read
     said = 'the range test is uncertain: the loss falls by .*; LRMAX 0.003 is a usual rate instead'
     with pytest.warns(UserWarning, match=said):
         code, out, _ = main('find-lr', '--data', tree, '--model', 'normnet31k', '--bs', 20, '--plot', 'other.png')
@@ -260,11 +260,11 @@ def test_bad_folders(what, says, tree, tmp_path, main):
     assert code == 2 and err.startswith('fastcifar: ') and says in err and err.count('\n') == 1
 
 def test_converted_on_request(tree, tmp_path):
-    from fastcifar.data import load_data
+    from fastcifar.data.load import load_data
     assert load_data(damaged(tree, tmp_path/'bad', 'size'), convert=True).x['train'].shape == (60, 32, 32, 3)
 
 def test_no_network(main, monkeypatch):
-    import fastcifar.fetch as fetch
+    import fastcifar.data.fetch as fetch
     monkeypatch.setitem(fetch.ARCHIVES, 'cifar10', fetch.ARCHIVES['cifar10']._replace(url='http://127.0.0.1:9/x', tree=None))
     monkeypatch.setattr(fetch.time, 'sleep', lambda s: None)
     code, _, err = main('train')

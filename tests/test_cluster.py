@@ -20,8 +20,8 @@ def test_a_node_dies_in_the_middle_of_a_study(tmp_path):
         import ray
         from ray.cluster_utils import Cluster
         from pathlib import Path
-        from fastcifar.cluster import RayTasks
-        from fastcifar.study import Study
+        from fastcifar.study.cluster import RayTasks
+        from fastcifar.study.study import Study
         import matplotlib; matplotlib.use('agg')
         out = Path(sys.argv[1])
         cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False))

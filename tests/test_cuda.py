@@ -9,8 +9,8 @@ from safetensors.numpy import load_file
 if not torch.cuda.is_available(): pytest.skip('these tests need a CUDA GPU', allow_module_level=True)
 
 from fastcifar.all import Arrays, ImageData, Stopped, Study, cifar_learner, configure, create_model, create_recipe, fit_recipe, load_data, recipe_learner, seed_everything, train_run
-from fastcifar.bench import run_bench
-from fastcifar.together import together_learner
+from fastcifar.bench.run import run_bench
+from fastcifar.runs.fused import together_learner
 
 GPU = 'cuda'
 
@@ -63,7 +63,7 @@ def test_continues_exactly(precision, tmp_path):
     whole = train_run(c, tmp_path/'whole', device=GPU, deterministic=True, pictures=False, say=lambda s: None)
     with pytest.raises(Stopped):
         with pytest.MonkeyPatch.context() as m:
-            import fastcifar.runs as runs
+            import fastcifar.runs.run as runs
             m.setattr(runs, '_loggers', lambda *a: contextlib.nullcontext([stop_after(18)]))
             train_run(c, tmp_path/'parts', device=GPU, deterministic=True, pictures=False, checkpoint_every=5, say=lambda s: None)
     parts = train_run(c, tmp_path/'parts', device=GPU, deterministic=True, pictures=False, say=lambda s: None)

@@ -6,9 +6,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
-from fastcifar.archive import members, read_images, read_pickle
+from fastcifar.data.archive import members
+from fastcifar.data.formats import read_images, read_pickle
 from fastcifar.basics import FastcifarError
-from fastcifar.data import load_data, stratified_holdout
+from fastcifar.data.load import load_data
+from fastcifar.data.images import stratified_holdout
 
 REAL = os.environ.get('FASTCIFAR_DATA')
 
@@ -100,7 +102,7 @@ def test_folder_with_a_device_or_a_loop(tmp_path, tree):
     with pytest.raises(FastcifarError, match='again is a link to a folder'): load_data(tmp_path/'t')
 
 def test_two_processes_start_together(tmp_path, tree):
-    code = f'from fastcifar.data import load_data; d = load_data({str(tree)!r}); print(int(d.x["train"].astype(int).sum()))'
+    code = f'from fastcifar.data.load import load_data; d = load_data({str(tree)!r}); print(int(d.x["train"].astype(int).sum()))'
     ps = [subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     sums = {p.communicate(timeout=120)[0] for p in ps}
     assert len(sums) == 1 and all(p.returncode == 0 for p in ps)

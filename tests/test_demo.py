@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastcifar.predict import predict_files
+from fastcifar.share.predict import predict_files
 
 # reports every connection and look-up of the server
 WATCHED = '''
@@ -20,7 +20,8 @@ def demo(tmp_path_factory):
     "The address of the page of a short run on the digits, and what the server has said"
     pytest.importorskip('gradio', reason='the demo extra is not installed')
     import matplotlib; matplotlib.use('agg')
-    from fastcifar.runs import configure, train_run
+    from fastcifar.runs.config import configure
+    from fastcifar.runs.run import train_run
     d = tmp_path_factory.mktemp('demo')
     train_run(configure(model='normnet31k', data='digits', epochs=1, bs=64, lr_max=1e-2), d/'run', threads=1, bars=False, say=lambda s: None)
     with socket.socket() as s:

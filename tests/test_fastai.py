@@ -16,11 +16,13 @@ from fastai.optimizer import Adam
 from torch import nn
 from torch.nn import functional as F
 
-from fastcifar.averages import Views
+from fastcifar.train.tta import Views
 from fastcifar.basics import FastcifarError
-from fastcifar.loop import LeanLearner
-from fastcifar.state import Checkpoints
-from fastcifar.train import PRECISIONS, NumberFormat, UnpicklingWarning, cifar_learner
+from fastcifar.train.loop import LeanLearner
+from fastcifar.train.checkpoint import Checkpoints
+from fastcifar.device import PRECISIONS
+from fastcifar.train.precision import NumberFormat
+from fastcifar.train.learner import UnpicklingWarning, cifar_learner
 
 Pair = namedtuple('Pair', 'a b')
 FORMS = {'tensor': lambda t: t, 'tuple': lambda t: (t, t * 2), 'list': lambda t: [t, t * 2],

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import fastcifar.data
-import fastcifar.fetch as fetch
+import fastcifar.data.fetch as fetch
 from fastcifar.basics import FastcifarError
-from fastcifar.data import load_data
+from fastcifar.data.cache import cache_root
+from fastcifar.data.load import load_data
 
 NAMES = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
 
@@ -86,7 +86,7 @@ def test_tree_with_wrong_counts_is_refused(server):
 def test_nothing_to_be_had(server):
     with pytest.raises(FastcifarError, match='could not be downloaded.*404.*FASTCIFAR_MIRRORS') as e: load_data('cifar10')
     assert '\n' not in str(e.value)
-    assert not [p for p in fastcifar.data.cache_root().rglob('*') if p.suffix in ('.gz', '.tgz')]
+    assert not [p for p in cache_root().rglob('*') if p.suffix in ('.gz', '.tgz')]
 
 def test_interrupted_download_is_resumed(server):
     asked = []

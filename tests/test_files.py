@@ -21,7 +21,8 @@ def project(folder):
 @pytest.fixture(scope='module')
 def run(tree, tmp_path_factory):
     "A finished run folder"
-    from fastcifar.runs import configure, train_run
+    from fastcifar.runs.config import configure
+    from fastcifar.runs.run import train_run
     out = tmp_path_factory.mktemp('files')/'run'
     c = configure('fast', 'normnet31k', data=str(tree), epochs=1, bs=20)
     train_run(c, out, pictures=False, say=lambda *_: None)
@@ -71,8 +72,8 @@ def test_checkpoints_of_somebody(main, tree, tmp_path):
     assert (tmp_path/'r/checkpoints/epoch_0009.safetensors').read_bytes() == was
 
 def test_a_pass_removes_its_own_checkpoints_alone(tree, tmp_path):
-    from fastcifar.runs import configure
-    from fastcifar.together import train_together
+    from fastcifar.runs.config import configure
+    from fastcifar.runs.fused import train_together
     configs = [configure('fast', 'normnet31k', data=str(tree), epochs=1, bs=20, seed=s) for s in range(2)]
     def go(work):
         outs = [tmp_path/f'{work.name}{s}' for s in range(2)]
@@ -88,8 +89,8 @@ def test_a_pass_removes_its_own_checkpoints_alone(tree, tmp_path):
     with pytest.raises(FastcifarError, match="holds 'mine'"): go(tmp_path/'u')
 
 def test_a_journal_that_is_a_link(tree, tmp_path):
-    from fastcifar.data import load_data
-    from fastcifar.sweep import Sweep
+    from fastcifar.data.load import load_data
+    from fastcifar.study.sweep import Sweep
     sweep = Sweep(tmp_path/'s', 'normnet31k', str(tree), epochs=1, bs=20, valid=6)
     (tmp_path/'s').mkdir(), (tmp_path/'theirs').touch(), (tmp_path/'s/journal.log').symlink_to(tmp_path/'theirs')
     with pytest.raises(FastcifarError, match='not a sweep'): sweep.run(1, say=lambda *_: None)
@@ -127,7 +128,7 @@ def test_pictures_and_other_files(main, tree, tmp_path):
         assert code == 2 and '--overwrite' in err and (tmp_path/'r.json').read_text() == '{}'
 
 def test_a_place_that_cannot_be_drawn_into_is_noticed_before_the_work(main, tree, monkeypatch):
-    import fastcifar.data as data
+    import fastcifar.data.load as data
     monkeypatch.setattr(data, 'load_data', lambda *_: pytest.fail('the work has begun'))
     for place in ('/dev/null/x.png', '/proc/x.png', '.', 'x.txt'):
         code, _, err = main('find-lr', '--data', tree, '--model', 'normnet31k', '--plot', place)
@@ -147,7 +148,7 @@ def test_permissions(tmp_path):
     finally: os.umask(was)
 
 def test_links_are_not_followed(tmp_path):
-    from fastcifar.study import _log
+    from fastcifar.study.study import _log
     target = tmp_path/'target'
     target.write_text('of somebody')
     for name in ('results.csv', 'log.txt'): (tmp_path/name).symlink_to(target)
@@ -187,8 +188,8 @@ with r.own_folder(Path({str(folder)!r}), lambda f: True, 'it'): print('held', fl
     return p
 
 def test_studies_and_sweeps_hold_a_lock(tree, tmp_path):
-    from fastcifar.study import Study
-    from fastcifar.sweep import Sweep
+    from fastcifar.study.study import Study
+    from fastcifar.study.sweep import Sweep
     study = Study(tmp_path/'s', ['normnet31k'], str(tree), norms=('bn',), seeds=1, epochs=1, batch_sizes=20)
     sweep = Sweep(tmp_path/'s', 'normnet31k', str(tree), epochs=1, bs=20, valid=6)
     p = held(tmp_path/'s')
@@ -201,7 +202,7 @@ def test_studies_and_sweeps_hold_a_lock(tree, tmp_path):
 
 def test_two_exports_at_once(run, tmp_path, monkeypatch):
     "The second is refused before its work; what a killed one has left goes; a folder that has come up meanwhile stays"
-    import fastcifar.export as export
+    import fastcifar.share.export as export
     from fastcifar.basics import unfinished_name
     dead = a_dead_process()
     real, left = export._fill, tmp_path/unfinished_name(tmp_path/'out').name.replace(f'-{os.getpid()}-', f'-{dead}-')
@@ -225,8 +226,8 @@ def test_two_exports_at_once(run, tmp_path, monkeypatch):
 
 def test_one_download_leaves_another_alone(monkeypatch, tmp_path):
     "While one process decodes cifar10, another one is in the middle of cifar100"
-    import fastcifar.data as data
-    from fastcifar.archive import Arrays
+    import fastcifar.data.load as data
+    from fastcifar.data.formats import Arrays
     half = data.cache_root()/'downloads'/'cifar100'/'cifar-100-binary.tar.gz.part'
     own = data.cache_root()/'downloads'/'cifar10'/'cifar-10-binary.tar.gz'
     for f in (half, own): f.parent.mkdir(parents=True), f.write_bytes(b'half')
@@ -237,9 +238,9 @@ def test_one_download_leaves_another_alone(monkeypatch, tmp_path):
     assert half.is_file() and not own.exists()
 
 def test_cache_command(main, tree):
-    from fastcifar.data import cache_root
+    from fastcifar.data.cache import cache_root
     code = f'''import sys
-from fastcifar.data import load_data
+from fastcifar.data.load import load_data
 data = load_data({str(tree)!r}); print(data.name, flush=True); sys.stdin.read()'''
     p = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     name = p.stdout.readline().strip()

@@ -17,7 +17,8 @@ def test_nothing_of_a_text_steers_a_terminal(text):
 @pytest.fixture(scope='module')
 def squares(tree, tmp_path_factory):
     "The squares under names that somebody chose with care, and a finished run on them"
-    from fastcifar.runs import configure, train_run
+    from fastcifar.runs.config import configure
+    from fastcifar.runs.run import train_run
     root = tmp_path_factory.mktemp('foreign')/'x](javascript:alert(1)) <img src=x onerror=alert(2)>'
     root.mkdir()
     for split in ('train', 'test'):
@@ -29,7 +30,7 @@ def squares(tree, tmp_path_factory):
     return root, out
 
 def test_a_model_card_shows_names_as_they_are(squares, tmp_path):
-    from fastcifar.export import export_run
+    from fastcifar.share.export import export_run
     export_run(squares[1], tmp_path/'e', onnx=False)
     card = (tmp_path/'e/README.md').read_text()
     body = card.split('---', 2)[2]
@@ -55,7 +56,7 @@ def test_escapes_do_not_reach_the_terminal(main, tmp_path):
     assert code == 2 and '\x1b' not in err
 
 def test_one_bad_picture_does_not_stop_the_others(main, tmp_path):
-    from fastcifar.predict import predict_files
+    from fastcifar.share.predict import predict_files
     for i in range(3): Image.new('RGB', (40, 40), (80 * i, 0, 0)).save(tmp_path/f'{i}.png')
     (tmp_path/'1.png').write_bytes(b'broken')
     code, said, err = main('predict', '--from', 'groupnet', '.')
@@ -71,7 +72,7 @@ def test_one_bad_picture_does_not_stop_the_others(main, tmp_path):
     assert main('predict', '--from', 'groupnet', '1.png')[0] == 2 # nothing was answered
 
 def test_a_run_folder_from_elsewhere_sends_nobody_to_a_local_path(main, squares, monkeypatch, tmp_path):
-    from fastcifar import runs
+    from fastcifar.runs import reopen
     root, out = squares
     assert main('evaluate', out)[0] == 0 # our own
     shutil.copytree(out, tmp_path/'foreign')
@@ -82,7 +83,7 @@ def test_a_run_folder_from_elsewhere_sends_nobody_to_a_local_path(main, squares,
     (tmp_path/'foreign/.data').unlink()
     config = json.loads((tmp_path/'foreign/config.json').read_text())
     (tmp_path/'foreign/config.json').write_text(json.dumps({**config, 'data': str(root)}))
-    monkeypatch.setattr(runs, 'load_data', lambda *a: pytest.fail('it was looked for'))
+    monkeypatch.setattr(reopen, 'load_data', lambda *a: pytest.fail('it was looked for'))
     assert main('evaluate', 'foreign')[0] == 2
     monkeypatch.undo()
     shutil.copytree(out, tmp_path/'again')
@@ -90,7 +91,7 @@ def test_a_run_folder_from_elsewhere_sends_nobody_to_a_local_path(main, squares,
 
 def test_a_key_that_is_not_whole_seals_nothing(tmp_path, monkeypatch):
     "One that a killed process left empty, and one that others may read"
-    from fastcifar import runs
+    from fastcifar.runs import reopen
     monkeypatch.setenv('XDG_CONFIG_HOME', str(tmp_path))
     file = tmp_path/'fastcifar/key'
     file.parent.mkdir()
@@ -102,7 +103,7 @@ def test_a_key_that_is_not_whole_seals_nothing(tmp_path, monkeypatch):
         assert seal == runs._seal('/data') != runs._seal('/other')
 
 def test_values_of_a_foreign_run_are_text_in_its_card(squares, tmp_path):
-    from fastcifar.export import export_run
+    from fastcifar.share.export import export_run
     shutil.copytree(squares[1], tmp_path/'r')
     m = json.loads((tmp_path/'r/metrics.json').read_text())
     for k in ('recipe', 'precision', 'seed'): m[k] = f'{k}` <b>x</b>\n# {k}'
@@ -120,7 +121,7 @@ def test_a_name_with_a_line_of_its_own(main, tmp_path):
 def test_the_demo_answers_to_its_own_names_and_keeps_no_uploads(tmp_path):
     pytest.importorskip('gradio')
     from gradio_client import Client, handle_file
-    from fastcifar.demo import serve_demo
+    from fastcifar.share.demo import serve_demo
     import socket
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     app, url = serve_demo('groupnet', port=port, block=False, say=lambda *_: None)

@@ -7,7 +7,7 @@ import pytest
 @pytest.fixture(scope='module')
 def study(tree, tmp_path_factory):
     "Sixty finished runs, copies of one"
-    from fastcifar.study import Study, run_name
+    from fastcifar.study.study import Study, run_name
     out = tmp_path_factory.mktemp('growth')/'study'
     def make(seeds):
         return Study(out, ['normnet31k'], str(tree), norms=('bn', 'gn'), seeds=seeds, epochs=1, batch_sizes=20)
@@ -22,7 +22,7 @@ def study(tree, tmp_path_factory):
     return make
 
 def test_a_finished_run_is_read_once(study, monkeypatch):
-    import fastcifar.study as room
+    import fastcifar.study.tables as room
     read, lines = [], []
     monkeypatch.setattr(room, '_history', lambda f, real=room._history: read.append(f.name) or real(f))
     s = study(30)
@@ -36,14 +36,15 @@ def test_a_finished_run_is_read_once(study, monkeypatch):
     assert read == [] and len(s.curves()) == 60
 
 def test_tables_are_the_same_from_memory_and_from_the_folders(study):
-    from fastcifar.study import collect_curves, collect_runs, run_name
+    from fastcifar.study.tables import collect_curves, collect_runs
+    from fastcifar.study.study import run_name
     s = study(30)
     s.results()
     folders = [s.out/'runs'/run_name(c) for c in s.grid]
     assert s.results().equals(collect_runs(folders, s.grid)) and s.curves().equals(collect_curves(folders, s.grid))
 
 def test_pixel_statistics_take_little_memory():
-    from fastcifar.data import pixel_stats
+    from fastcifar.data.images import pixel_stats
     x = np.random.default_rng(0).integers(0, 256, (6000, 32, 32, 3), np.uint8)
     tracemalloc.start()
     mean, std = pixel_stats(x)

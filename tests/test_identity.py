@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-import fastcifar.data
-from fastcifar.archive import Arrays, file_sha256, read_images, read_pickle
+import fastcifar.data.cache
+import fastcifar.data.load
+from fastcifar.data.formats import Arrays, read_images, read_pickle
+from fastcifar.basics import file_sha256
 from fastcifar.basics import FastcifarError, read_json, write_json
-from fastcifar.cluster import everywhere
-from fastcifar.data import content_hash, image_digests, load_data, order_hash, place_of
-from fastcifar.fetch import ARCHIVES
+from fastcifar.study.cluster import everywhere
+from fastcifar.data.images import content_hash, image_digests, order_hash
+from fastcifar.data.load import load_data, place_of
+from fastcifar.data.fetch import ARCHIVES
 from forms import (NAMES, as_folder, as_tar, as_zip, binary10, pngs, py2_array, py2_batch, py2_dict, py2_list, py2_text,
                    python10, records, small10)
 
@@ -25,7 +28,7 @@ def known(monkeypatch, tmp_path):
     (tmp_path/'templates').mkdir()
     ranks = {s: np.argsort(np.argsort(d)).astype(np.uint16) for s, d in image_digests(a).items()}
     np.savez(tmp_path/'templates/order.npz', **ranks)
-    monkeypatch.setattr(fastcifar.data, 'files', lambda package: tmp_path)
+    monkeypatch.setattr(fastcifar.data.cache, 'files', lambda package: tmp_path)
     monkeypatch.setitem(ARCHIVES, 'cifar10', ARCHIVES['cifar10']._replace(content=content_hash(a), order='order.npz'))
 
 def same(a, b):
@@ -157,7 +160,7 @@ def test_a_folder_with_the_name_of_a_data_set(tmp_path, monkeypatch, tree):
 
 def test_a_copy_of_other_content_is_no_cifar10(monkeypatch):
     a = Arrays(X, Y, NAMES)
-    monkeypatch.setattr(fastcifar.data, 'fetch_archive', lambda name, folder: (a, 'f' * 64))
+    monkeypatch.setattr(fastcifar.data.load, 'fetch_archive', lambda name, folder: (a, 'f' * 64))
     assert load_data('cifar10').name == 'cifar10-copy'
 
 # Runs
@@ -298,7 +301,7 @@ def test_real_cifar10(real, tmp_path):
     x = {s: np.array(v) for s, v in real.x.items()}
     at = {s: np.random.default_rng(0).permutation(len(v)) for s, v in x.items()}
     mixed = Arrays({s: x[s][i] for s, i in at.items()}, {s: real.y[s][i] for s, i in at.items()}, real.classes)
-    a, about = fastcifar.data._identified(mixed, None)
+    a, about = fastcifar.data.cache._identified(mixed, None)
     assert about['known'] == 'cifar10' and about['arranged'] and about['order'] == real.order and same(a, real)
     d = load_data(as_folder(tmp_path, python10(x, real.y)))
     assert d.name == 'cifar10' and d.order == real.order

@@ -6,14 +6,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
-from fastcifar.archive import BACKGROUND, IMAGE_SUFFIXES, decode_image
+from fastcifar.data.formats import BACKGROUND, IMAGE_SUFFIXES, decode_image
 from fastcifar.basics import FastcifarError
-from fastcifar.data import load_data
-from fastcifar.demo import explain_image
-from fastcifar.export import model_card
-from fastcifar.loaders import CifarDataLoaders
+from fastcifar.data.load import load_data
+from fastcifar.share.demo import explain_image
+from fastcifar.share.export import model_card
+from fastcifar.data.loaders import CifarDataLoaders
 from fastcifar.models.zoo import load_model
-from fastcifar.predict import open_predictor, pixel_net, predict_files
+from fastcifar.share.predict import open_predictor, pixel_net, predict_files
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (32, 32), dtype=np.uint8)
@@ -119,9 +119,9 @@ class Seen(list):
         return np.full((len(images), 1), 1, np.float32)
 
 def predicting(data, d, monkeypatch):
-    from fastcifar.predict import Predictor
+    from fastcifar.share.predict import Predictor
     seen = Seen()
-    monkeypatch.setattr('fastcifar.predict.open_predictor', lambda *_: Predictor(['it'], seen, 'net'))
+    monkeypatch.setattr('fastcifar.share.predict.open_predictor', lambda *_: Predictor(['it'], seen, 'net'))
     (d/'1.png').write_bytes(data)
     predict_files('net', [d/'1.png'])
     return seen[0][0]
@@ -232,7 +232,7 @@ def test_files_of_a_folder_are_read_or_named(tmp_path, cli):
 
 def test_a_field_is_drawn_over_the_same_picture(tmp_path, main, monkeypatch):
     seen = []
-    monkeypatch.setattr('fastcifar.inspect.plot_field', lambda model, image, *a: seen.append(image) or __import__('matplotlib.pyplot').pyplot.figure())
+    monkeypatch.setattr('fastcifar.models.summary.plot_field', lambda model, image, *a: seen.append(image) or __import__('matplotlib.pyplot').pyplot.figure())
     (tmp_path/'a.png').write_bytes(turned('PNG', 3))
     code, _, err = main('summary', 'normnet31k', '--field', tmp_path/'f.png', '--image', tmp_path/'a.png')
     assert code == 0, err

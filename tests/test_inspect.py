@@ -5,7 +5,7 @@ from hypothesis import assume, given, settings, strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from fastcifar.inspect import trace
+from fastcifar.models.summary import trace
 
 SIZE, CHANNELS = 12, 2
 

@@ -170,9 +170,9 @@ def test_the_star_import_replaces_no_name():
               for n in importlib.import_module(f'fastcifar.{m}').__all__]
     assert len(public) > 200
     lost = [(n, m) for n, m, o in public if getattr(both, n, None) is not o]
-    assert sorted(lost) == [('Config', 'runs'), ('MAX_TOTAL', 'archive'), ('MAX_TOTAL', 'predict'),
+    assert sorted(lost) == [('Config', 'runs.settings'), ('MAX_TOTAL', 'data.archive'), ('MAX_TOTAL', 'share.predict'),
                             ('ResBlock', 'models.custom_resnet'), ('load_model', 'models.zoo'),
-                            ('save_model', 'models.zoo'), ('trace', 'inspect')]
+                            ('save_model', 'models.zoo'), ('trace', 'models.summary')]
     import albumentations
     mine = {}
     exec('import albumentations as A\nfrom fastcifar.all import *', mine)
@@ -214,7 +214,7 @@ def test_a_compiled_net_trains_what_is_trained_now(monkeypatch):
     import functools
     import torch
     from fastcifar.models.zoo import create_model
-    from fastcifar.train import compile_net
+    from fastcifar.device import compile_net
     monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='aot_eager')) # quicker, and as forgetful
     net, x = create_model('speednet', widths=(8, 8, 8)), torch.randn(8, 3, 32, 32)
     net.prepare(torch.randn(50, 3, 32, 32))

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastcifar.inspect import summarize, trace
-from fastcifar.layers import NORMS
+from fastcifar.models.summary import summarize, trace
+from fastcifar.models.layers import NORMS
 from fastcifar.models.zoo import count_parameters, create_model, list_models
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -164,7 +164,7 @@ def test_fast_is_at_least_as_good_as_reference():
 @pytest.mark.skipif(not REAL, reason='FASTCIFAR_DATA names no CIFAR-10 archive')
 def test_package_weights_do_what_their_note_says():
     "On the real images, if they are at hand: the accuracy in the index, to the rounding of another machine"
-    from fastcifar.data import load_data
+    from fastcifar.data.load import load_data
     import fastcifar.models.zoo as zoo
     data = load_data(REAL)
     for key, row in zoo._pretrained().items():

@@ -6,12 +6,14 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from PIL import Image
 
-from fastcifar.archive import Arrays, clean_name, clean_names
+from fastcifar.data.formats import Arrays
+from fastcifar.data.archive import clean_name, clean_names
 from fastcifar.basics import FastcifarError
-from fastcifar.data import ImageData, legible, load_data
-from fastcifar.loaders import CifarDataLoaders
+from fastcifar.data.images import ImageData, legible
+from fastcifar.data.load import load_data
+from fastcifar.data.loaders import CifarDataLoaders
 from fastcifar.models.zoo import create_model, load_model, save_model
-from fastcifar.predict import open_predictor, pixel_net
+from fastcifar.share.predict import open_predictor, pixel_net
 
 def picture(seed=0):
     f = io.BytesIO()
@@ -115,7 +117,7 @@ def test_a_class_is_one_class_in_both_splits(tmp_path):
 
 def test_names_of_official_files_and_of_arrays():
     "A carriage return at the end of each line of batches.meta.txt; names that were given in Python"
-    from fastcifar.archive import check_arrays
+    from fastcifar.data.formats import check_arrays
     x, y = np.zeros((2, 32, 32, 3), np.uint8), np.arange(2)
     a = Arrays({'train': x, 'test': x}, {'train': y, 'test': y}, ['cat\r', 'dog\r'], {'train': y, 'test': y}, ['pet\r', 'pet\u00a02'])
     b = quiet(check_arrays, a, 'it')
@@ -158,8 +160,8 @@ def dataset(names):
 
 @pytest.fixture(scope='module')
 def interp():
-    from fastcifar.interpret import CifarInterpretation
-    from fastcifar.train import cifar_learner
+    from fastcifar.interpret.interpretation import CifarInterpretation
+    from fastcifar.train.learner import cifar_learner
     learn = cifar_learner(dataset(HARD).dataloaders(bs=16, device='cpu'), create_model('normnet31k', n_out=len(HARD)))
     with learn.no_bar(), learn.no_logging(): return CifarInterpretation.from_learner(learn)
 
@@ -196,7 +198,7 @@ def test_every_picture_draws_names_as_they_are(name, interp, monkeypatch):
 
 def test_other_figures_keep_their_formulas():
     import matplotlib.pyplot as plt
-    from fastcifar.schedule import LRRange, plot_range
+    from fastcifar.train.schedule import LRRange, plot_range
     fig = plot_range(LRRange(1e-4, 1e-2, np.geomspace(1e-6, 1, 50).tolist(), np.linspace(2, 1, 50).tolist()))
     assert r'10^{' in texts(legible(fig)) and all(t.get_parse_math() for t in fig.axes[0].get_xticklabels()) and plt.rcParams['text.parse_math']
     plt.close(fig)
@@ -234,7 +236,7 @@ def test_a_font_that_has_the_characters_is_used(tmp_path):
         fm._findfont_cached.cache_clear() if hasattr(fm, '_findfont_cached') else fm.fontManager._findfont_cached.cache_clear()
 
 def test_a_page_keeps_text(interp):
-    from fastcifar.report import figure_svg
+    from fastcifar.runs.report import figure_svg
     svg = figure_svg(interp.plot_class_accuracy(), 'classes')
     for n in ('#000000', 'url(#a', '&lt;b&gt;&amp;', 'US$_5_bill', '$a$_b', '犬', '🐱'): assert f'>{n}</text>' in svg, n
     assert '#000000' not in re.sub(r'<text[^>]*>[^<]*</text>', '', svg) and 'currentColor' in svg

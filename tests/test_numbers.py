@@ -10,10 +10,11 @@ import torch
 from scipy import stats
 from torch.nn import functional as F
 
-from fastcifar.data import load_data, stratified_holdout
-from fastcifar.interpret import CifarInterpretation, plot_curves
-from fastcifar.robust import robustness
-from fastcifar.statistics import paired_differences, plot_differences, plot_study_curves, study_answer, study_summary
+from fastcifar.data.load import load_data
+from fastcifar.data.images import stratified_holdout
+from fastcifar.interpret.interpretation import CifarInterpretation, plot_curves
+from fastcifar.interpret.corruptions import robustness
+from fastcifar.study.statistics import paired_differences, plot_differences, plot_study_curves, study_answer, study_summary
 
 VALID = 100
 
@@ -44,7 +45,8 @@ def splits():
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     "A short training with held-out images and test-time views, which change what the digits, no mirror images, are taken for"
-    from fastcifar.runs import configure, train_run
+    from fastcifar.runs.config import configure
+    from fastcifar.runs.run import train_run
     out = tmp_path_factory.mktemp('numbers')/'run'
     c = configure('fast', 'normnet31k', data='digits', epochs=3, bs=64, valid=VALID, views='flip', precision='fp32',
         label_smoothing=.1)
@@ -83,7 +85,7 @@ def test_page_of_a_run(run):
 
 def test_evaluation_and_robustness_of_a_run(run, main, monkeypatch, tmp_path):
     "The same views for clean and corrupted images: a corruption that does nothing costs nothing, in our own and in published files"
-    monkeypatch.setattr('fastcifar.robust.corrupt', lambda images, *_: images.copy())
+    monkeypatch.setattr('fastcifar.interpret.corruptions.corrupt', lambda images, *_: images.copy())
     res = json.loads(main('evaluate', run.out, '--device', 'cpu', '--robustness', 60, '--json')[1])
     assert res['test_accuracy'] == run.m['test_accuracy'] and res['views'] == 'flip'
     (right, views), = {(r['right'], r['views']) for r in res['robustness']}
@@ -99,7 +101,7 @@ def test_evaluation_and_robustness_of_a_run(run, main, monkeypatch, tmp_path):
     assert code == 2 and err.count('\n') == 1 and 'holds no corruptions' in err
 
 def test_exported_card(run, tmp_path):
-    from fastcifar.export import export_run
+    from fastcifar.share.export import export_run
     export_run(run.out, tmp_path/'e', onnx=False)
     low, high = wilson(300 - run.m['wrong'], 300)
     card = (tmp_path/'e/README.md').read_text()
@@ -107,7 +109,7 @@ def test_exported_card(run, tmp_path):
 
 def test_formats_are_compared_on_all_classes(tree, main):
     "Files come sorted by class"
-    from fastcifar.export import _test_images
+    from fastcifar.share.export import _test_images
     assert main('train', '--data', tree, '--model', 'normnet31k', '--epochs', 1, '--bs', 20, '--lr-max', '1e-3',
         '--no-pictures', '--out', 'r')[0] == 0
     data, images = load_data(tree), _test_images('r', None, 6)
@@ -117,8 +119,9 @@ def test_formats_are_compared_on_all_classes(tree, main):
 
 def test_sweep(tmp_path, monkeypatch):
     "Trials are judged on the held-out images, with the views of the recipe, and the best is what is written"
-    import fastcifar.sweep as sweep
-    from fastcifar.data import Arrays, ImageData
+    import fastcifar.study.sweep as sweep
+    from fastcifar.data.load import Arrays
+    from fastcifar.data.images import ImageData
     digits, nets = load_data('digits'), []
     few = Arrays({k: v[:n] for (k, v), n in zip(digits.x.items(), (300, 100))},
         {k: v[:n] for (k, v), n in zip(digits.y.items(), (300, 100))}, digits.classes)
@@ -145,7 +148,7 @@ def test_sweep(tmp_path, monkeypatch):
 
 def test_sweep_that_judged_without_views_is_not_gone_on_with(tmp_path):
     from fastcifar.basics import FastcifarError, read_json, write_json
-    from fastcifar.sweep import Sweep
+    from fastcifar.study.sweep import Sweep
     digits = load_data('digits')
     for views, refused in (('none', False), ('flip', True)):
         s = Sweep(tmp_path/views, 'normnet31k', 'digits', valid=VALID, views=views)
@@ -255,14 +258,14 @@ def test_answer_says_what_else_differs():
 
 def test_page_of_a_study(tmp_path):
     "It says over what p-values are corrected, and with which views accuracy was measured"
-    from fastcifar.report import write_study_report
+    from fastcifar.runs.report import write_study_report
     r = results(a=[70., 71.], b=[69., 70.5]).assign(views='flip', folder=None)
     page = write_study_report(tmp_path, r, study_summary(r).reset_index(), paired_differences(r), study_answer(r),
         {}).read_text()
     assert 'over all pairs of a factor, and of that factor alone' in page and 'test-time views: flip' in page
 
 def test_tables_name_the_views(run, tmp_path):
-    from fastcifar.study import collect_runs
+    from fastcifar.study.tables import collect_runs
     assert collect_runs([run.out])[['views', 'train_views']].values.tolist() == [['flip', 'flip']]
     m = json.loads((run.out/'metrics.json').read_text())
     del m['train_views'] # a run of an older version, whose training images were seen once

@@ -10,17 +10,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from fastcifar.basics import FastcifarError, as_json
-from fastcifar.bench import run_bench
-from fastcifar.cluster import RayTasks
-from fastcifar.data import load_data
-from fastcifar.demo import serve_demo
-from fastcifar.export import export_run
+from fastcifar.bench.run import run_bench
+from fastcifar.study.cluster import RayTasks
+from fastcifar.data.load import load_data
+from fastcifar.share.demo import serve_demo
+from fastcifar.share.export import export_run
 from fastcifar.models.zoo import create_model, list_models, load_model, save_model
-from fastcifar.optim import optimizer
-from fastcifar.recipes import create_recipe, override_recipe, read_recipe, write_recipe
-from fastcifar.runs import build_model, configure, evaluate_run, report_run, run_config, train_run
-from fastcifar.study import Study, collect_runs, report_study, run_name, study_grid
-from fastcifar.sweep import Sweep
+from fastcifar.train.optim import optimizer
+from fastcifar.runs.recipes import create_recipe, override_recipe, read_recipe, write_recipe
+from fastcifar.runs.config import build_model, configure
+from fastcifar.runs.reopen import evaluate_run, report_run
+from fastcifar.runs.folder import run_config
+from fastcifar.runs.run import train_run
+from fastcifar.study.study import Study, report_study, run_name, study_grid
+from fastcifar.study.tables import collect_runs
+from fastcifar.study.sweep import Sweep
 
 def quiet(line): pass
 
@@ -69,8 +73,8 @@ LINES = {
 @pytest.fixture
 def no_work(monkeypatch):
     "What would take long raises an error"
-    import fastcifar.bench as bench, fastcifar.demo as demo, fastcifar.inspect as inspect, fastcifar.recipes as recipes
-    import fastcifar.runs as runs, fastcifar.study as study, fastcifar.sweep as sweep
+    import fastcifar.bench.run as bench, fastcifar.share.demo as demo, fastcifar.models.summary as inspect, fastcifar.runs.fit as recipes
+    import fastcifar.runs.reopen as runs, fastcifar.study.study as study, fastcifar.study.sweep as sweep
     def work(*args, **kw): raise AssertionError('the work was begun')
     for module, name in ((recipes, 'recipe_learner'), (runs, 'recipe_learner'), (sweep, 'recipe_learner'),
                          (runs, 'evaluate_run'), (study, '_on_pool'), (bench, 'bench_step'), (bench, 'bench_data'),
@@ -222,7 +226,7 @@ RATES = [
 
 @pytest.mark.parametrize('recipe, more, says', RATES)
 def test_a_page_says_where_rates_come_from(recipe, more, says, run, tmp_path, monkeypatch):
-    import fastcifar.report as report
+    import fastcifar.runs.report as report
     shutil.copytree(run, tmp_path/'r')
     c = configure(recipe, 'normnet31k', **more)
     config = json.loads((run/'config.json').read_text())
@@ -235,8 +239,8 @@ def test_a_page_says_where_rates_come_from(recipe, more, says, run, tmp_path, mo
     monkeypatch.setattr(report, 'render', lambda template, **values: shown.update(values) or '')
     for name in ('drawn_svgs', '_losses', '_shown', '_augmented'):
         monkeypatch.setattr(report, name, lambda *a, **kw: {})
-    monkeypatch.setattr('fastcifar.runs.evaluate_run', lambda *a: interp(run))
-    monkeypatch.setattr('fastcifar.runs.drawn_svgs', lambda *a: {})
+    monkeypatch.setattr('fastcifar.runs.reopen.evaluate_run', lambda *a: interp(run))
+    monkeypatch.setattr('fastcifar.runs.artifacts.drawn_svgs', lambda *a: {})
     report_run(tmp_path/'r', say=quiet)
     assert shown['rates'] == says
 
@@ -265,9 +269,9 @@ def run(tree, own, tmp_path_factory):
     ('lr_range.json', '{"lr_min": "a", "lr_max": 1}'), ('lr_range.json', '[1]'),
     ('history.csv', ''), ('history.csv', 'epoch\n1\n')])
 def test_damaged_tables_of_a_run(file, content, run, tmp_path, monkeypatch):
-    monkeypatch.setattr('fastcifar.runs.evaluate_run', lambda *a: interp(run))
+    monkeypatch.setattr('fastcifar.runs.reopen.evaluate_run', lambda *a: interp(run))
     for name in ('_losses', '_shown', '_augmented'):
-        monkeypatch.setattr(f'fastcifar.report.{name}', lambda *a, **kw: {})
+        monkeypatch.setattr(f'fastcifar.runs.report.{name}', lambda *a, **kw: {})
     shutil.copytree(run, tmp_path/'r')
     (tmp_path/'r'/file).write_text(content)
     with pytest.raises(FastcifarError, match='damaged') as e: report_run(tmp_path/'r', say=quiet)
@@ -339,7 +343,7 @@ def accuracies(r):
 @given(damage=DAMAGE)
 def test_a_damaged_study(study, damage, tmp_path_factory):
     "A line, or a result in which every run that counts is as it was, and the others are named"
-    import fastcifar.study as module
+    import fastcifar.study.study as module
     original, what = study
     right = accuracies(pd.read_csv(original/'results.csv'))
     out = tmp_path_factory.mktemp('damaged')/'study'
@@ -395,7 +399,7 @@ def test_a_damaged_list_of_runs(content, study, main, tmp_path):
 
 def test_a_run_whose_folder_is_none(study, tmp_path):
     "It fails by itself, with a reason; the others go on"
-    from fastcifar.study import _one_pass
+    from fastcifar.study.study import _one_pass
     shutil.copytree(study[0], tmp_path/'s')
     s = Study(tmp_path/'s', **study[1])
     folder, c = tmp_path/'s/runs', s.grid[0]

@@ -92,7 +92,7 @@ def test_parts_are_disjoint_and_complete_in_every_epoch(tmp_path):
 
 def test_a_net_gets_its_own_batch_norm_back(monkeypatch):
     "Synchronised batch norm stands in for it during a fit, with the same weights and averages"
-    from fastcifar import parallel
+    from fastcifar.train import distributed as parallel
     from fastcifar.all import cifar_learner, load_data, nn
     inner = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())
     net = nn.Sequential(nn.Conv2d(3, 8, 3), inner, nn.Flatten(), nn.Linear(7200, 10))

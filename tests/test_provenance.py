@@ -10,7 +10,7 @@ SIZE = ('--model', 'normnet31k', '--norm', 'gn', '--epochs', '2', '--bs', '20', 
 
 def stop_after(epochs):
     "What stops a training as Ctrl-C does, once so many epochs are done"
-    from fastcifar.runs import RunHistory
+    from fastcifar.runs.run import RunHistory
     real = RunHistory.after_epoch
     def after_epoch(self):
         real(self)
@@ -20,7 +20,7 @@ def stop_after(epochs):
 @pytest.fixture
 def broken_off(main, tree, tmp_path, monkeypatch):
     "A run that was stopped after its first epoch"
-    import fastcifar.runs as runs
+    import fastcifar.runs.run as runs
     with monkeypatch.context() as m:
         m.setattr(runs.RunHistory, 'after_epoch', stop_after(1))
         args = ('train', '--data', tree, *SIZE, '--threads', 1, '--deterministic', '--checkpoint-every', 2, '--out', 'r')
@@ -53,8 +53,8 @@ def test_the_first_command_stays_and_starts_are_listed(main, broken_off):
     assert 'started 2 times, 1 of them from a checkpoint of an earlier start. All were made in the same way.' in page
 
 def test_a_start_on_another_machine_is_told(main, broken_off, monkeypatch):
-    import fastcifar.runs as runs
-    from fastcifar.export import export_run
+    import fastcifar.runs.folder as runs
+    from fastcifar.share.export import export_run
     out, _, _ = broken_off
     monkeypatch.setattr(runs, '_cpu_name', lambda: 'Another processor')
     assert main('train', '--resume', 'r')[0] == 0
@@ -66,7 +66,7 @@ def test_a_start_on_another_machine_is_told(main, broken_off, monkeypatch):
     assert c['environment']['device_name'] != 'Another processor'
 
 def test_a_refused_or_unbegun_start_is_no_start(main, tree, tmp_path, monkeypatch):
-    import fastcifar.runs as runs
+    import fastcifar.runs.run as runs
     with monkeypatch.context() as m:
         m.setattr(runs, '_fit', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
         assert main('train', '--data', tree, *SIZE, '--threads', 1, '--out', 'r')[0] == 130
@@ -76,7 +76,7 @@ def test_a_refused_or_unbegun_start_is_no_start(main, tree, tmp_path, monkeypatc
 
 def killed_in(m, step):
     "From now on, a training dies in a step of it"
-    import fastcifar.runs as runs
+    import fastcifar.runs.run as runs
     def die(*args, **more): raise KeyboardInterrupt
     m.setattr(runs, step, die)
 
@@ -88,7 +88,7 @@ def test_resumed_before_anything_was_trained(main, tree, tmp_path, monkeypatch):
         assert main(*began, '--checkpoint-every', 2, '--deterministic', '--threads', 1, '--out', 'r')[0] == 130
     before = read_json(tmp_path/'r/environment.json')
     assert before['starts'] == [] and before['command'].startswith('fastcifar train --data')
-    import fastcifar.runs as runs
+    import fastcifar.runs.run as runs
     real, used = runs._commands, []
     monkeypatch.setattr(runs, '_commands', lambda *a: used.append(a[4]) or real(*a))
     assert main('train', '--resume', 'r', '--no-pictures')[0] == 0
@@ -111,7 +111,7 @@ def test_a_start_that_trains_nothing_is_no_start(main, broken_off, monkeypatch):
 
 def test_a_training_that_begins_anew(main, broken_off, monkeypatch):
     "Without its checkpoints the run starts from nothing, so where that was done is where it was trained"
-    import fastcifar.runs as runs
+    import fastcifar.runs.run as runs
     out, first, _ = broken_off
     for f in (out/'checkpoints').iterdir(): f.unlink()
     monkeypatch.setattr(runs, '_cpu_name', lambda: 'Another processor')
@@ -124,8 +124,10 @@ def test_a_training_that_begins_anew(main, broken_off, monkeypatch):
     assert '<dd>Another processor</dd>' in page
 
 def test_a_run_of_python_and_one_of_a_study(tree, tmp_path):
-    from fastcifar.runs import Config, configure, train_run
-    from fastcifar.study import Study
+    from fastcifar.runs.settings import Config
+    from fastcifar.runs.config import configure
+    from fastcifar.runs.run import train_run
+    from fastcifar.study.study import Study
     quick = dict(epochs=1, bs=20, data=str(tree))
     train_run(configure('fast', 'normnet31k', **quick), tmp_path/'r', threads=1, pictures=False, say=lambda *_: None)
     settings = {k: v for k, v in quick.items() if k not in ('bs', 'data')}
@@ -143,8 +145,9 @@ def test_a_run_of_python_and_one_of_a_study(tree, tmp_path):
         assert c.precision == saved['precision'] != 'auto' and kw['device'] and kw['pictures'] is False
 
 def test_seeds_in_one_pass_say_so_and_a_finished_one_stays(tree, tmp_path):
-    from fastcifar.runs import Config, configure
-    from fastcifar.together import train_together
+    from fastcifar.runs.settings import Config
+    from fastcifar.runs.config import configure
+    from fastcifar.runs.fused import train_together
     cs = [configure('fast', 'normnet31k', epochs=1, bs=20, data=str(tree), seed=s) for s in (0, 1)]
     outs, work = [tmp_path/'0', tmp_path/'1'], tmp_path/'w'
     def train(): train_together(cs, outs, work, threads=1, pictures=False, say=lambda *_: None)
@@ -163,7 +166,7 @@ def test_seeds_in_one_pass_say_so_and_a_finished_one_stays(tree, tmp_path):
     assert len(read_json(outs[1]/'environment.json')['starts']) == 2
 
 def test_launchers_are_part_of_a_command(monkeypatch):
-    from fastcifar.runs import launched, python_call
+    from fastcifar.runs.folder import launched, python_call
     assert launched('fastcifar train') == 'fastcifar train'
     monkeypatch.setenv('WORLD_SIZE', '2')
     assert launched('fastcifar train') == 'torchrun --nproc_per_node 2 -m fastcifar train'
@@ -174,7 +177,8 @@ def test_launchers_are_part_of_a_command(monkeypatch):
 def test_what_is_left_to_the_machine_is_said(tree, tmp_path):
     "Data of the environment, precision, device and threads stand in the command; what was given stands as it was"
     import torch
-    from fastcifar.runs import Config, _commands
+    from fastcifar.runs.settings import Config
+    from fastcifar.runs.run import _commands
     c, how = Config(precision='bf16', path='batch'), dict(threads=3)
     typed, again = _commands(Config(), c, tmp_path, 'cpu', how, True, ['train', '--threads', '3'])
     assert typed == 'fastcifar train --threads 3' and again == f'{typed} --device cpu --precision bf16'
@@ -205,7 +209,7 @@ def start(**known):
     (dict(device='mps'), 'They differ in kind of device, so'),
     (dict(threads=2, device_name='B', device='cuda:0'), 'They differ in device, kind of device, threads, so')])
 def test_differences_of_starts(other, said):
-    from fastcifar.report import _devices, _starts
+    from fastcifar.runs.report import _devices, _starts
     starts = [start(), start(epoch=1, **other)]
     text, table = _starts(dict(start(), starts=starts))
     assert said in text and text.startswith('The training was started 2 times, 1 of them from a checkpoint')
@@ -214,7 +218,7 @@ def test_differences_of_starts(other, said):
 
 def test_options_of_a_damaged_record_are_left_out(tmp_path):
     from fastcifar.basics import FastcifarError
-    from fastcifar.runs import begun_with
+    from fastcifar.runs.folder import begun_with
     def of(env):
         (tmp_path/'environment.json').write_text(json.dumps(env))
         return begun_with(tmp_path)

@@ -9,11 +9,13 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from fastcifar.basics import rng_state, seed_everything
-from fastcifar.data import load_data
-from fastcifar.loaders import CifarDataLoaders # with this import an ImageData has its dataloaders
-from fastcifar.recipes import RECIPES, USUAL_RATES, create_recipe, fit_recipe, list_models, recipe_learner
-from fastcifar.runs import build_model, configure
-from fastcifar.schedule import LRRange, plot_range, read_range
+from fastcifar.data.load import load_data
+from fastcifar.data.loaders import CifarDataLoaders # with this import an ImageData has its dataloaders
+from fastcifar.runs.settings import RECIPES
+from fastcifar.runs.recipes import USUAL_RATES, create_recipe, list_models
+from fastcifar.runs.fit import fit_recipe, recipe_learner
+from fastcifar.runs.config import build_model, configure
+from fastcifar.train.schedule import LRRange, plot_range, read_range
 
 ROOT = Path(__file__).resolve().parents[1]
 RATES = np.geomspace(1e-6, 1, 100)
@@ -119,12 +121,12 @@ def test_an_uncertain_test_says_so_and_leaves_no_trace():
 # --- every image as one class
 
 def test_train_warns_of_one_class(main, tree, tmp_path, monkeypatch):
-    import fastcifar.runs
+    import fastcifar.runs.run
     def stuck(c, n_out):
         net = build_model(c, n_out)
         net.register_forward_hook(lambda net, x, y: y + 100 * torch.nn.functional.one_hot(torch.tensor(1), n_out))
         return net
-    monkeypatch.setattr(fastcifar.runs, 'build_model', stuck)
+    monkeypatch.setattr(fastcifar.runs.run, 'build_model', stuck)
     said = 'all 24 images are predicted as one class, green'
     common = '--data', tree, '--model', 'normnet31k', '--epochs', 1, '--bs', 20, '--out', 'stuck'
     code, out, err = main('train', *common, '--lr-max', '1e-9')

@@ -10,9 +10,13 @@ from torch import nn
 
 from fastcifar.basics import FastcifarError
 from fastcifar.models.zoo import list_models
-from fastcifar.recipes import L1, RECIPES, USUAL_RATES, Recipe, create_recipe, fit_recipe, list_recipes
-from fastcifar.recipes import override_recipe, read_recipe
-from fastcifar.recipes import recipe_learner, recipe_rates, recipe_table, write_recipe
+from fastcifar.train.callbacks import L1
+from fastcifar.runs.settings import RECIPES, Recipe, list_recipes
+from fastcifar.runs.recipes import USUAL_RATES, create_recipe
+from fastcifar.runs.fit import fit_recipe
+from fastcifar.runs.recipes import override_recipe, read_recipe
+from fastcifar.runs.fit import recipe_learner, recipe_rates
+from fastcifar.runs.recipes import recipe_table, write_recipe
 
 PLAIN = dict(epochs=24, bs=512, policy=None, optimizer='adam', schedule='one_cycle', lr_max=None, lr_min=None,
     lr_end=None, peak=5 / 24, anneal='cos', step_epochs=1, gamma=.1, mom=.9, mom_cycle=(.95, .85, .95), sqr_mom=.99,
@@ -189,8 +193,9 @@ class Two(nn.Module):
 
 @pytest.fixture(scope='module')
 def dls():
-    from fastcifar.data import Arrays, ImageData
-    from fastcifar.loaders import CifarDataLoaders # with this import an ImageData has its dataloaders
+    from fastcifar.data.load import Arrays
+    from fastcifar.data.images import ImageData
+    from fastcifar.data.loaders import CifarDataLoaders # with this import an ImageData has its dataloaders
     x = {s: np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8) for s in ('train', 'test')}
     y = {s: np.arange(16) % 4 for s in x}
     return ImageData(Arrays(x, y, list('abcd')), 'noise').dataloaders(bs=8, device='cpu', policy='none')

@@ -11,11 +11,17 @@ import torch
 import fastcifar.runs as runs
 import fastcifar.study as study
 from fastcifar.basics import FastcifarError
-from fastcifar.data import Arrays, ImageData
-from fastcifar.runs import Config, RunHistory, build_model, check_settings, configure, draw_interpretation, note_start
-from fastcifar.runs import settle_config, write_surroundings
-from fastcifar.schedule import LRRange
-from fastcifar.study import Study, collect_curves, collect_runs, run_name, study_grid
+from fastcifar.data.load import Arrays
+from fastcifar.data.images import ImageData
+from fastcifar.runs.settings import Config
+from fastcifar.runs.run import RunHistory
+from fastcifar.runs.config import build_model, configure
+from fastcifar.runs.folder import check_settings, note_start
+from fastcifar.runs.artifacts import draw_interpretation
+from fastcifar.runs.folder import settle_config, write_surroundings
+from fastcifar.train.schedule import LRRange
+from fastcifar.study.study import Study, run_name, study_grid
+from fastcifar.study.tables import collect_curves, collect_runs
 
 def config(**more): return configure('fast', 'normnet31k', **{**dict(data='digits', epochs=2, bs=64), **more})
 

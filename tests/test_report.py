@@ -12,7 +12,8 @@ WIDTHS = [(390, True), (1280, False), (390, False), (1280, True)]
 def run(tmp_path_factory):
     "The run folder of a short training on the digits, range test and all"
     import matplotlib; matplotlib.use('agg')
-    from fastcifar.runs import configure, train_run
+    from fastcifar.runs.config import configure
+    from fastcifar.runs.run import train_run
     out = tmp_path_factory.mktemp('report')/'run'
     train_run(configure(model='normnet31k', data='digits', epochs=3, bs=64), out, threads=1, bars=False, say=lambda s: None)
     return out
@@ -98,8 +99,9 @@ def test_evaluate_draws_into_a_folder(run, main, tmp_path):
     assert code == 2 and len(err.splitlines()) == 1 and 'cannot write' in err
 
 def test_one_pass_of_inference_for_everything(run):
-    from fastcifar.interpret import CifarInterpretation
-    from fastcifar.runs import draw_interpretation, load_run
+    from fastcifar.interpret.interpretation import CifarInterpretation
+    from fastcifar.runs.artifacts import draw_interpretation
+    from fastcifar.runs.reopen import load_run
     learn = load_run(run, device='cpu')
     seen = []
     learn.model.register_forward_hook(lambda m, a, out: seen.append(len(a[0])))
@@ -112,10 +114,10 @@ def test_one_pass_of_inference_for_everything(run):
 
 def test_interpretation_of_a_plain_fastai_learner(tree, tmp_path):
     from fastai.vision.all import CrossEntropyLossFlat, ImageDataLoaders, Learner, Normalize, Resize, accuracy, imagenet_stats
-    from fastcifar.interpret import CifarInterpretation
+    from fastcifar.interpret.interpretation import CifarInterpretation
     from fastcifar.models.zoo import create_model
-    from fastcifar.robust import robustness
-    from fastcifar.runs import draw_interpretation
+    from fastcifar.interpret.corruptions import robustness
+    from fastcifar.runs.artifacts import draw_interpretation
     dls = ImageDataLoaders.from_folder(tree, train='train', valid='test', item_tfms=Resize(32), batch_tfms=Normalize.from_stats(*imagenet_stats), bs=16, num_workers=0, device='cpu')
     learn = Learner(dls, create_model('normnet31k', n_out=3), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
     with learn.no_bar(), learn.no_logging():

@@ -1,5 +1,5 @@
 "The repository agrees with itself."
-import configparser, json, re, subprocess, sys
+import ast, configparser, json, re, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +7,22 @@ import pytest
 import fastcifar
 
 ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ('data', 'models', 'train', 'interpret', 'runs', 'share', 'study', 'bench') # in the order of imports
+
+def rooms_of(folder):
+    "Modules of a folder in the order of their notebooks"
+    return [f'{folder}.{p.stem[3:]}' for p in sorted((ROOT/'nbs'/folder).glob('[0-9][0-9]_*.ipynb'))]
+
+def imported_rooms(room, text):
+    "Modules of the library that the text of one imports, at its top or within a function"
+    package = ['fastcifar', *room.split('.')[:-1]]
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.ImportFrom): continue
+        above = package[:len(package) - node.level + 1] if node.level else []
+        full = '.'.join([*above, *([node.module] if node.module else [])])
+        if full.startswith('fastcifar.'):
+            yield full.removeprefix('fastcifar.')
+            yield from (f'{full}.{a.name}'.removeprefix('fastcifar.') for a in node.names)
 
 def ini(name):
     c = configparser.ConfigParser(interpolation=None)
@@ -52,12 +68,17 @@ def test_notebooks_ran_without_error_leak_no_paths_and_are_clean():
         assert not any(c['metadata'].keys() - {'tags'} or c.get('execution_count') for c in nb['cells']), f'{p.name}: run nbdev_clean'
 
 def test_every_room_imports_only_from_rooms_before_it():
-    "Data flows one way: the numbering of the notebooks is the order of imports"
-    number = {}
-    for p in sorted(ROOT.glob('nbs/[0-9]*.ipynb')):
-        number[re.search(r'default_exp ([\w.]+)', p.read_text()).group(1)] = int(p.name[:2])
-    for name, n in number.items():
-        text = (ROOT/'fastcifar'/(name.replace('.', '/') + '.py')).read_text()
-        dots = name.count('.')
-        for used in re.findall(r'^\s*from \.{%d}([\w.]+) import' % (dots + 1), text, re.M):
-            assert number[used] < n, f'{name} imports {used}'
+    "Data flows one way: the folders in their order, in a folder the numbers of the notebooks"
+    rooms = ['basics', 'device', *(m for folder in FOLDERS for m in rooms_of(folder)), 'cli', 'all', '__main__']
+    for room in rooms:
+        text = (ROOT/'fastcifar'/f'{room.replace(".", "/")}.py').read_text()
+        for used in imported_rooms(room, text):
+            if used == room.split('.')[0] or used not in rooms: continue
+            assert rooms.index(used) < rooms.index(room), f'{room} imports {used}'
+
+def test_every_module_has_a_notebook_in_the_folder_of_its_name():
+    named = {re.search(r'default_exp ([\w.]+)', p.read_text())[1]: p for p in ROOT.glob('nbs/**/*.ipynb')
+             if 'default_exp ' in p.read_text()}
+    written = {'.'.join(p.relative_to(ROOT/'fastcifar').with_suffix('').parts) for p in (ROOT/'fastcifar').rglob('*.py')}
+    assert written - {'__init__', '_modidx'} == named.keys()
+    for name, path in named.items(): assert path.parent == ROOT.joinpath('nbs', *name.split('.')[:-1]), name

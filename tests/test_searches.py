@@ -9,8 +9,8 @@ import pytest
 
 import fastcifar.sweep as sweep
 from fastcifar.basics import FastcifarError
-from fastcifar.recipes import create_recipe
-from fastcifar.sweep import STRENGTHS, TUNABLE, Sweep, plot_sweep, suggest_settings
+from fastcifar.runs.recipes import create_recipe
+from fastcifar.study.sweep import STRENGTHS, TUNABLE, Sweep, plot_sweep, suggest_settings
 
 optuna = pytest.importorskip('optuna')
 

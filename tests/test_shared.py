@@ -7,9 +7,9 @@ import pytest
 from scipy.stats import binomtest
 
 from fastcifar import export
-from fastcifar.archive import file_sha256
+from fastcifar.basics import file_sha256
 from fastcifar.basics import FastcifarError
-from fastcifar.export import compare_predictions, export_run, model_card
+from fastcifar.share.export import compare_predictions, export_run, model_card
 
 class Says:
     "A predictor with these answers"
@@ -61,7 +61,8 @@ def test_a_card_lists_up_to_twenty_classes(n):
 
 @pytest.fixture(scope='module')
 def run(tree, tmp_path_factory):
-    from fastcifar.runs import configure, train_run
+    from fastcifar.runs.config import configure
+    from fastcifar.runs.run import train_run
     out = tmp_path_factory.mktemp('shared')/'run'
     train_run(configure('fast', 'normnet31k', data=str(tree), epochs=1, bs=20, views='flip'), out, bars=False,
         pictures=False, threads=1, device='cpu', say=lambda _: None)

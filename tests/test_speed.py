@@ -29,7 +29,7 @@ def test_bench_refuses(main, args, says):
     assert code == 2 and says in err and err.count('\n') == 1 and not out
 
 def test_the_speedrun_is_judged_by_whole_trainings(main, tmp_path, monkeypatch):
-    import fastcifar.bench as bench
+    import fastcifar.bench.cpu as bench
     monkeypatch.setattr(bench, '_whole', lambda name, recipe, k: lambda: recipe.epochs * (1 if name == 'speednet' else 4))
     runs = [('speednet', 'speedrun', 8, .90), ('speednet', 'speedrun', 12, .92), ('custom_resnet', 'reference', 24, .89), ('custom_resnet', 'fast', 24, .91), ('custom_resnet', 'one_cycle', 24, .99)]
     rows = ['model,norm,recipe,epochs,data,test_accuracy', *(f'{m},bn,{r},{e},cifar10,{a + s:.4f}' for m, r, e, a in runs for s in (0, .001, .002)), 'custom_resnet,ln,reference,24,cifar10,0.99']
@@ -91,7 +91,7 @@ def test_compiled_training(main, tree, monkeypatch):
     "The net that trains is the compiled one; refused in one line where there is no compiler"
     import torch
     from fastcifar.basics import FastcifarError
-    from fastcifar.train import compile_net
+    from fastcifar.device import compile_net
     try: compile_net(torch.nn.Linear(2, 2), 'cpu')
     except FastcifarError as e: pytest.skip(str(e))
     calls = []

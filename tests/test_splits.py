@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-import fastcifar.loaders # gives `ImageData` its `dataloaders`
-from fastcifar.archive import read_images
+from fastcifar.data.formats import read_images
 from fastcifar.basics import FastcifarError
-from fastcifar.data import load_data, stratified_holdout
+from fastcifar.data.load import load_data
+from fastcifar.data.images import stratified_holdout
 
 FORMS = 'folder', 'gztar', 'zip'
 CLASSES = 'cat', 'dog', 'emu'
@@ -200,7 +200,7 @@ def test_a_colour_that_does_not_vary(images, flat, level):
 
 def test_training_without_one_colour(images):
     from fastcifar.models.zoo import create_model
-    from fastcifar.train import cifar_learner
+    from fastcifar.train.learner import cifar_learner
     data, _ = load_aloud((images * np.array([1, 1, 0], np.uint8), np.arange(90) % 3))
     learn = cifar_learner(data.dataloaders(bs=25, device='cpu'), create_model('normnet31k', n_out=3), precision='fp32')
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, 1e-2)
@@ -209,9 +209,9 @@ def test_training_without_one_colour(images):
 def test_a_net_for_other_classes(tree):
     from fastai.data.block import DataBlock, RegressionBlock
     from fastai.vision.data import ImageBlock, ImageDataLoaders
-    from fastcifar.interpret import CifarInterpretation
+    from fastcifar.interpret.interpretation import CifarInterpretation
     from fastcifar.models.zoo import create_model
-    from fastcifar.train import cifar_learner
+    from fastcifar.train.learner import cifar_learner
     ours = load_data(tree).dataloaders(bs=20, device='cpu')
     foreign = ImageDataLoaders.from_folder(tree, train='train', valid='test', bs=20, num_workers=0, device='cpu')
     for dls in (ours, foreign):

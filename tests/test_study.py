@@ -78,7 +78,7 @@ def test_failed_run_does_not_stop_the_rest(main, tree):
 
 def test_process_that_the_system_ends():
     "Each time, or once: the others are finished, and only the culprit is blamed"
-    from fastcifar.study import _on_pool
+    from fastcifar.study.pool import _on_pool
     said = []
     calls = {k: (k, os.getpid()) for k in ('ends', 'a', 'b', 'c')}
     back = dict(_on_pool(_ends_itself, calls, 2, said.append))
@@ -88,8 +88,8 @@ def test_process_that_the_system_ends():
 def test_other_runs_in_the_folder_are_refused(study, tmp_path):
     "Finished runs of another configuration are not taken for those of this study"
     from fastcifar.basics import FastcifarError
-    from fastcifar.runs import data_place
-    from fastcifar.study import Study
+    from fastcifar.runs.folder import data_place
+    from fastcifar.study.study import Study
     c = json.loads((study[0]/'study.json').read_text())['runs']['normnet31k-bn-fast-bs20-seed0']
     shutil.copytree(study[0]/'runs/normnet31k-bn-fast-bs20-seed0', tmp_path/'s/runs/normnet31k-bn-fast-bs20-seed0')
     data = data_place(study[0]/'runs/normnet31k-bn-fast-bs20-seed0')
@@ -98,9 +98,9 @@ def test_other_runs_in_the_folder_are_refused(study, tmp_path):
 
 def test_study_of_an_older_version_continues(study, tmp_path):
     "Settings that did not exist when it was begun are as they were then"
-    from fastcifar.data import load_data
-    from fastcifar.runs import data_place
-    from fastcifar.study import Study
+    from fastcifar.data.load import load_data
+    from fastcifar.runs.folder import data_place
+    from fastcifar.study.study import Study
     shutil.copytree(study[0], tmp_path/'s')
     saved = json.loads((tmp_path/'s/study.json').read_text())
     data = data_place(study[0]/'runs/normnet31k-bn-fast-bs20-seed0')

@@ -35,9 +35,11 @@ def test_home_folder_in_options(main, home, tree, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['home']
 
 def test_home_folder_in_python(home, tree):
-    from fastcifar.runs import configure, evaluate_run, train_run
-    from fastcifar.study import Study
-    from fastcifar.sweep import Sweep
+    from fastcifar.runs.config import configure
+    from fastcifar.runs.reopen import evaluate_run
+    from fastcifar.runs.run import train_run
+    from fastcifar.study.study import Study
+    from fastcifar.study.sweep import Sweep
     c = configure('fast', 'normnet31k', data=str(tree), epochs=1, bs=20)
     m = train_run(c, '~/r', bars=False, pictures=False, say=quiet)
     assert (home/'r/metrics.json').exists() and evaluate_run('~/r', bars=False).accuracy == m['test_accuracy']
@@ -88,7 +90,7 @@ def test_any_path_is_one_or_an_error_in_one_line(path):
 def test_folders_without_permission(main):
     "As another user, whom modes do stop: a folder that may not be looked into, and one that may not be written"
     from fastcifar.basics import FastcifarError
-    from fastcifar.runs import run_folder
+    from fastcifar.runs.folder import run_folder
     with tempfile.TemporaryDirectory() as d:
         Path(d).chmod(0o755), (Path(d)/'closed').mkdir(0o700), (Path(d)/'open').mkdir(0o755)
         os.seteuid(65534)
@@ -103,7 +105,7 @@ def test_folders_without_permission(main):
         finally: os.seteuid(0)
 
 def test_a_file_that_the_system_refuses_in_the_middle(main, tree, monkeypatch):
-    import fastcifar.runs as runs
+    import fastcifar.runs.run as runs
     def refuse(*args, **kw): raise PermissionError(13, 'Permission denied', '/a/file')
     monkeypatch.setattr(runs, 'settle_config', refuse)
     code, _, err = main('train', '--data', tree, *QUICK, '--out', 'r')
@@ -152,7 +154,7 @@ def test_numbers_of_a_launcher(name, text, main, tree, monkeypatch):
 
 def test_rank_that_is_none_of_the_processes(monkeypatch):
     from fastcifar.basics import FastcifarError
-    from fastcifar.parallel import rank, world_size
+    from fastcifar.train.distributed import rank, world_size
     for size, number in (('2', '2'), ('2', 'abc'), ('abc', '0')):
         monkeypatch.setenv('WORLD_SIZE', size), monkeypatch.setenv('RANK', number)
         with pytest.raises(FastcifarError, match='in the environment'): rank()
@@ -202,7 +204,8 @@ def test_ascii_output_of_a_nameless_account(chinese, tmp_path):
 def test_outputs_that_lack_characters(encoding, main, chinese, monkeypatch):
     "A redirected output on Windows knows the characters of Western Europe"
     from fastcifar.cli import main as program # whose outputs are replaced
-    from fastcifar.runs import configure, train_run
+    from fastcifar.runs.config import configure
+    from fastcifar.runs.run import train_run
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2))
     monkeypatch.setattr(sys, 'stdout', out), monkeypatch.setattr(sys, 'stderr', err)
     codes = [program(a) for a in chinese_commands(chinese)]
@@ -245,8 +248,9 @@ def test_every_text_file_is_utf8():
 
 def test_texts_in_a_locale_of_its_own(chinese, main, tmp_path):
     "What is written as UTF-8 is read as UTF-8, where the system would read something else"
-    from fastcifar.runs import data_place, evaluate_run
-    from fastcifar.study import collect_runs
+    from fastcifar.runs.folder import data_place
+    from fastcifar.runs.reopen import evaluate_run
+    from fastcifar.study.tables import collect_runs
     assert main(*chinese_commands(chinese)[0])[0] == 0
     (tmp_path/'failed').mkdir()
     shutil.copy(tmp_path/'出/config.json', tmp_path/'failed')
@@ -295,7 +299,7 @@ def test_pictures_that_fail_lose_nothing(main, tree, tmp_path, monkeypatch):
 
 def test_one_picture_that_fails(main, tree, tmp_path, monkeypatch):
     "The others are drawn, whichever it is: one that cannot be written, and one that cannot even be drawn"
-    from fastcifar.interpret import CifarInterpretation
+    from fastcifar.interpret.interpretation import CifarInterpretation
     out = tmp_path/'r'
     Failing(monkeypatch, out, 'samples')
     def broken(*args, **kw): raise RuntimeError('Failed to parse US$_5_bill')
@@ -309,7 +313,7 @@ def test_one_picture_that_fails(main, tree, tmp_path, monkeypatch):
     assert '<svg role="img" aria-label="calibration' in page and 'aria-label="class accuracy' not in page
 
 def test_page_that_fails(main, tree, tmp_path, monkeypatch):
-    import fastcifar.runs as runs
+    import fastcifar.runs.artifacts as runs
     write = runs.write_run_report
     monkeypatch.setattr(runs, 'draw_run', lambda *_: None)
     def broken(*args, **kw): raise RuntimeError('no page')
@@ -326,7 +330,7 @@ def test_page_that_fails(main, tree, tmp_path, monkeypatch):
 @pytest.fixture(scope='module')
 def locked(tree, tmp_path_factory):
     "A study in whose folder no table can be written, nor a picture drawn"
-    from fastcifar.study import Study
+    from fastcifar.study.study import Study
     out, said, save = tmp_path_factory.mktemp('locked')/'s', [], plt.Figure.savefig
     for name in ('results.csv', 'curves.csv', 'summary.csv'): (out/name).mkdir(parents=True)
     def broken(*args, **kw): raise ValueError('Missing glyph')
@@ -363,7 +367,7 @@ def test_locked_history_does_not_stop_a_run(main, tree, tmp_path, monkeypatch):
     (tmp_path/'r/history.csv').mkdir(parents=True)
     code, said, _ = main('train', '--data', tree, *QUICK, '--out', 'r')
     assert code == 0 and 'history.csv is left out: cannot write' in said and (tmp_path/'r/metrics.json').exists()
-    from fastcifar.study import collect_curves, collect_runs
+    from fastcifar.study.tables import collect_curves, collect_runs
     assert collect_runs(['r']).status.tolist() == ['finished'] and not len(collect_curves(['r']))
 
 def test_locked_tables_do_not_stop_a_sweep(main, tree, tmp_path, monkeypatch):

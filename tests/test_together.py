@@ -75,7 +75,7 @@ def test_one_rate_for_all(main):
 
 def test_a_pass_of_another_process_is_left_alone(main):
     "Its checkpoints stay when this process cannot have the folder; the runs are then trained one by one"
-    from fastcifar.study import Study
+    from fastcifar.study.study import Study
     Study('s', 'groupnet', 'digits', 'gn', seeds=2, batch_sizes=128, epochs=1, precision='fp32')._settle()
     work = Path('s/together/groupnet-gn-fast-bs128-seeds0_1')
     (work/'checkpoints').mkdir(parents=True)

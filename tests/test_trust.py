@@ -16,12 +16,14 @@ from fastai.callback.training import GradientAccumulation
 from fastai.optimizer import Adam
 
 from fastcifar.basics import FastcifarError
-from fastcifar.data import load_data
-from fastcifar.loaders import CifarDataLoaders
+from fastcifar.data.load import load_data
+from fastcifar.data.loaders import CifarDataLoaders
 from fastcifar.models.zoo import create_model
-from fastcifar.recipes import create_recipe, recipe_learner
-from fastcifar.runs import configure, train_run
-from fastcifar.train import UnpicklingWarning, cifar_learner
+from fastcifar.runs.recipes import create_recipe
+from fastcifar.runs.fit import recipe_learner
+from fastcifar.runs.config import configure
+from fastcifar.runs.run import train_run
+from fastcifar.train.learner import UnpicklingWarning, cifar_learner
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'tools'))
@@ -53,7 +55,7 @@ def fitted(tree, workers=0, first=None, bars=False):
     return torch.cat([v.double().flatten() for v in learn.model.state_dict().values()])
 
 def test_workers_range_tests_and_bars_change_nothing(tree, tmp_path, monkeypatch):
-    from fastcifar.loaders import ArrayDL
+    from fastcifar.data.loaders import ArrayDL
     monkeypatch.chdir(tmp_path)
     make = ArrayDL.create_batches
     def noted(self, samps):
@@ -89,7 +91,7 @@ PARTS = { # fastai's own, with what they remember
 
 @pytest.mark.parametrize('name', PARTS)
 def test_resume_with_parts_of_fastai(name, tree, tmp_path):
-    from fastcifar.state import Checkpoints
+    from fastcifar.train.checkpoint import Checkpoints
     kw = dict(PARTS[name])
     cbs = kw.pop('cbs', list)
     def train(folder, at=None):
@@ -108,7 +110,7 @@ def test_resume_with_parts_of_fastai(name, tree, tmp_path):
 
 def test_what_checkpoints_cannot_keep_is_refused(tree, tmp_path):
     from fastai.optimizer import OptimWrapper, ranger
-    from fastcifar.state import Checkpoints
+    from fastcifar.train.checkpoint import Checkpoints
     for opt in (ranger, lambda params, **kw: OptimWrapper(params, torch.optim.Adam, lr=1e-3)):
         learn = cifar_learner(load_data(tree).dataloaders(bs=16, device='cpu'), create_model('normnet31k', n_out=3), opt_func=opt)
         with learn.no_bar(), learn.no_logging(), pytest.raises(FastcifarError, match='do not keep the state of'): learn.fit(1, cbs=Checkpoints(tmp_path/'c'))
@@ -152,7 +154,7 @@ def test_ctrl_c_reaches_workers_too(tree, tmp_path, main):
 
 def interrupted(whole, tree, tmp_path, main, monkeypatch, after=4):
     "A run folder with checkpoints after some batches"
-    from fastcifar.state import Checkpoints
+    from fastcifar.train.checkpoint import Checkpoints
     out, write, n = tmp_path/'run', Checkpoints._write, 0
     def stop(self, *args):
         nonlocal n
@@ -189,7 +191,7 @@ def test_resume_takes_the_threads_of_the_run(whole, tree, tmp_path, main, monkey
     assert json.loads((out/'environment.json').read_text())['threads'] == 1
 
 def test_deterministic(whole, tree, tmp_path, main):
-    from fastcifar.train import deterministic_only
+    from fastcifar.device import deterministic_only
     out = tmp_path/'run'
     assert main(*TRAIN, '--data', tree, '--out', out, '--deterministic')[0] == 0 and same(out, whole)
     assert json.loads((out/'environment.json').read_text())['deterministic'] is True and not torch.are_deterministic_algorithms_enabled()
@@ -211,8 +213,8 @@ def test_a_clock_that_is_moved_back(whole, tree, tmp_path, monkeypatch):
 LIMITED = '''
 import resource, sys
 from fastcifar.cli import main
-import fastcifar.runs, fastcifar.interpret
-import fastcifar.state as state
+import fastcifar.runs.run, fastcifar.interpret.interpretation
+import fastcifar.train.checkpoint as state
 write = state.Checkpoints._write
 def limited(self, done, batch):
     if done == 2: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY)) # as good as a full disk, for this process
@@ -230,7 +232,7 @@ def test_a_full_disk(whole, cli, tree, tmp_path):
 
 def test_a_folder_that_goes_away(tree, tmp_path, main, monkeypatch):
     "Root ignores modes of files: a file takes the place of the folder"
-    import fastcifar.runs as runs
+    import fastcifar.runs.run as runs
     out, old = tmp_path/'run', runs.RunHistory.write
     def write(self):
         old(self)
@@ -241,7 +243,7 @@ def test_a_folder_that_goes_away(tree, tmp_path, main, monkeypatch):
     assert code == 2 and 'cannot write' in err and err.count('\n') == 1
 
 def test_a_worker_that_dies(tree, tmp_path, main, monkeypatch):
-    from fastcifar.loaders import ArrayDL
+    from fastcifar.data.loaders import ArrayDL
     from torch.utils.data import get_worker_info
     make = ArrayDL.create_batches
     def dying(self, samps):
@@ -258,7 +260,7 @@ def test_the_lock_goes_with_its_process(tree, tmp_path, main):
     code = f'''
 import os, sys, time
 from pathlib import Path
-from fastcifar.runs import run_folder
+from fastcifar.runs.folder import run_folder
 with run_folder(Path({str(out)!r})):
     if os.fork() == 0: time.sleep(60); os._exit(0) # as a worker would
     print('locked', flush=True); time.sleep(60)
@@ -273,7 +275,7 @@ with run_folder(Path({str(out)!r})):
     finally: os.killpg(p.pid, signal.SIGKILL)
 
 def test_nan_keeps_the_last_good_checkpoint(tree, tmp_path, main, monkeypatch):
-    from fastcifar.loop import CrossEntropy
+    from fastcifar.train.loop import CrossEntropy
     call, n = CrossEntropy.__call__, 0
     def explode(self, inp, targ):
         nonlocal n
@@ -312,7 +314,7 @@ sys.addaudithook(lambda event, args: found.append(args) if event == 'pickle.find
 from fastcifar.cli import main
 tree, image = sys.argv[1:]
 quick = ['train', '--data', tree, '--model', 'normnet31k', '--recipe', 'fast', '--bs', '16', '--epochs', '2', '--checkpoint-every', '1', '--out', 'run']
-from fastcifar.state import Checkpoints
+from fastcifar.train.checkpoint import Checkpoints
 write = Checkpoints._write
 def stop(self, *args):
     write(self, *args)

@@ -9,14 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from fastcifar.averages import EMA, Views, average_views
+from fastcifar.train.callbacks import EMA
+from fastcifar.train.tta import Views, average_views
 from fastcifar.basics import FastcifarError
-from fastcifar.data import Arrays, ImageData
-from fastcifar.interpret import CifarInterpretation, check_plot, save_plot
-from fastcifar.loaders import CifarDataLoaders # with this import an ImageData has its dataloaders
-from fastcifar.robust import plot_corruptions, plot_robustness, read_corruptions
-from fastcifar.schedule import RangeTest, lr_range, one_cycle, plot_range, read_range
-from fastcifar.statistics import plot_study_curves, study_answer
+from fastcifar.data.load import Arrays
+from fastcifar.data.images import ImageData
+from fastcifar.interpret.interpretation import CifarInterpretation, check_plot, save_plot
+from fastcifar.data.loaders import CifarDataLoaders # with this import an ImageData has its dataloaders
+from fastcifar.interpret.corruptions import plot_corruptions, plot_robustness, read_corruptions
+from fastcifar.train.schedule import RangeTest, lr_range, one_cycle, plot_range, read_range
+from fastcifar.study.statistics import plot_study_curves, study_answer
 
 @pytest.fixture(autouse=True)
 def no_figures():
@@ -82,7 +84,7 @@ def test_losses_below_zero():
 
 def test_a_range_test_ends_with_the_first_loss_that_is_none():
     "Whatever comes after it is of no use"
-    from fastcifar.train import cifar_learner
+    from fastcifar.train.learner import cifar_learner
     class Breaks(nn.Linear):
         steps = 0
         def forward(self, x):
@@ -112,7 +114,7 @@ def test_one_cycle():
         with pytest.raises(FastcifarError): one_cycle(lrs, **more)
 
 def test_range_test_leaves_a_learner_alone():
-    from fastcifar.train import cifar_learner
+    from fastcifar.train.learner import cifar_learner
     learn = cifar_learner(coloured(64).dataloaders(bs=16, device='cpu'),
         nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(3072, 4)), precision='fp32')
     for training in (False, True):
@@ -178,7 +180,7 @@ def test_no_views():
     assert torch.allclose(average_views(lambda x: x[:, :, 0, 0], x, pred=said), (said.float() + x[:, :, 0, -1]) / 2)
 
 def test_views_are_seen_in_the_number_format_of_the_net():
-    from fastcifar.train import NumberFormat
+    from fastcifar.train.precision import NumberFormat
     assert Views.order < NumberFormat.order
 
 # -- pictures of many runs
@@ -279,7 +281,7 @@ class Net(nn.Module):
 
 @pytest.fixture(scope='module')
 def learn():
-    from fastcifar.train import cifar_learner
+    from fastcifar.train.learner import cifar_learner
     torch.manual_seed(0)
     return cifar_learner(coloured().dataloaders(bs=8, device='cpu'), Net(), precision='fp32')
 
@@ -350,7 +352,7 @@ def test_interpretation_of_loaders_of_fastai():
 
 def test_where_a_net_looks(interp):
     "For the class that was predicted, or for another one; in the deepest map, or in another one"
-    from fastcifar.explain import grad_cam
+    from fastcifar.interpret.gradcam import grad_cam
     x = interp.learn.dls.valid.one_batch()[0].as_subclass(torch.Tensor)[[1, 6]]
     for classes, layer in ((None, None), ([2, 1], 'first')):
         theirs = grad_cam(interp.learn.model, x, [0, 3] if classes is None else classes, layer or 'second').numpy()

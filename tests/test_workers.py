@@ -8,8 +8,8 @@ CODE = '''
 import hashlib, json, multiprocessing, os, sys
 from collections import Counter
 from pathlib import Path
-from fastcifar.data import load_data
-from fastcifar.loaders import ArrayDL
+from fastcifar.data.load import load_data
+from fastcifar.data.loaders import ArrayDL
 
 class Watched(ArrayDL):
     "Notes which process makes each batch"
@@ -23,7 +23,7 @@ def digest(batch):
 
 if __name__ == '__main__':
     tree, *ways = sys.argv[1:]
-    multiprocessing.set_forkserver_preload(['fastcifar.loaders']) # imported once, not by each worker
+    multiprocessing.set_forkserver_preload(['fastcifar.data.loaders']) # imported once, not by each worker
     data = load_data(tree)
     print(json.dumps(dict(pid=os.getpid())))
     for way in ways:
@@ -55,8 +55,7 @@ def test_start_methods(tree, tmp_path):
 
 def test_the_cache_is_not_sent_to_workers(tree):
     "What is pickled to a worker names the folder of the memory-mapped images and holds none of them"
-    from fastcifar.data import load_data
-    import fastcifar.loaders
+    from fastcifar.data.load import load_data
     data = load_data(tree)
     dl = data.dataloaders(bs=16, num_workers=2, path='item', device='cpu').train
     for _ in dl: pass # as in a second epoch: with all that the first has left behind

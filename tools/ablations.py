@@ -5,12 +5,14 @@ from pathlib import Path
 import pandas as pd
 from torch import nn
 
-from fastcifar.averages import Views
+from fastcifar.train.tta import Views
 from fastcifar.basics import seed_everything
-from fastcifar.data import load_data, stratified_holdout
-from fastcifar.loaders import CifarDataLoaders # with this import an ImageData has its dataloaders
+from fastcifar.data.load import load_data
+from fastcifar.data.images import stratified_holdout
+from fastcifar.data.loaders import CifarDataLoaders # with this import an ImageData has its dataloaders
 from fastcifar.models.zoo import create_model
-from fastcifar.recipes import create_recipe, fit_recipe, recipe_learner
+from fastcifar.runs.recipes import create_recipe
+from fastcifar.runs.fit import fit_recipe, recipe_learner
 
 TRAIN, VALID, EPOCHS = 10_000, 5_000, 4
 FIRST = 'the recipe' # every other one changes one thing

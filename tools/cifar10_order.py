@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fastcifar.archive import read_images
+from fastcifar.data.formats import read_images
 from fastcifar.basics import write_atomic
-from fastcifar.data import content_hash, image_digests
+from fastcifar.data.images import content_hash, image_digests
 
 FILE = Path(__file__).resolve().parents[1]/'fastcifar/templates/cifar10_order.npz'
 

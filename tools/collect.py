@@ -5,10 +5,11 @@ from pathlib import Path
 import pandas as pd
 
 from fastcifar.basics import read_json, write_atomic, write_json
-from fastcifar.layers import NORMS
+from fastcifar.models.layers import NORMS
 from fastcifar.models.zoo import list_models
-from fastcifar.runs import read_surroundings, run_config
-from fastcifar.study import collect_curves, collect_runs, run_name
+from fastcifar.runs.folder import read_surroundings, run_config
+from fastcifar.study.tables import collect_curves, collect_runs
+from fastcifar.study.study import run_name
 
 KEY = ['model', 'recipe', 'norm', 'bs', 'seed']
 

@@ -24,18 +24,20 @@ from nbdev.processors import FilterDefaults, add_show_docs, exec_show_docs
 from nbdev.process import Processor
 
 NBS = ROOT/'nbs'
-# The menu, in the order a newcomer reads. API sections go by the numbers of the notebooks.
+# The menu, in the order a newcomer reads; the sections of the API are the folders.
 PAGES = {'What you can see': 'pages/checklist', 'Results': 'pages/results', 'Benchmarks': 'pages/benchmarks', 'Scaling': 'pages/scaling', 'Methods': 'pages/methods'}
-API = {'Data': range(0, 7), 'Nets': range(7, 16), 'Training': [*range(16, 24), 27, 29, 30], 'Understanding': [24, 25, 26, 28],
-       'Trained nets': [31, 32, 37], 'Studies': [33, 34, 35, 36, 38], 'Command line': [39, 40, 41]}
+API = {'Data': 'data', 'Nets': 'models', 'Training': 'train', 'Understanding': 'interpret', 'Runs': 'runs', 'Trained nets': 'share', 'Studies': 'study',
+       'Benchmarks': 'bench', 'Base and faces': '.'}
 
 # The menu
 
 def menu(nbs:Path=NBS) -> dict: # Title -> notebook, or a dict of the same kind
     "The left menu, as paths relative to `nbs`; a notebook without a place in it is an error"
-    api = {int(p.name[:2]): p.name for p in sorted(nbs.glob('[0-9][0-9]_*.ipynb'))}
+    def of(folder): # its own page first
+        index = [] if folder == '.' else sorted((nbs/folder).glob('index.ipynb'))
+        return [p.relative_to(nbs).as_posix() for p in [*index, *sorted((nbs/folder).glob('[0-9][0-9]_*.ipynb'))]]
     tree = {'Home': 'index.ipynb', 'Tutorials': [f'tutorials/{p.name}' for p in sorted(nbs.glob('tutorials/*.ipynb'))],
-            **{k: f'{v}.ipynb' for k, v in PAGES.items()}, 'API': {k: [api[i] for i in v if i in api] for k, v in API.items()}}
+            **{k: f'{v}.ipynb' for k, v in PAGES.items()}, 'API': {k: of(v) for k, v in API.items()}}
     found = {p.relative_to(nbs).as_posix() for p in nbs.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts}
     listed = set(leaves(tree))
     if found - listed: raise SystemExit(f'no section of the menu names {", ".join(sorted(found - listed))}: add it to API or PAGES in tools/docs.py')
@@ -100,7 +102,7 @@ class describe(Processor):
     "Puts the reference of what an exported cell defines after it, in the place of nbdev's `show_doc`, which would run every cell that imports something"
     def begin(self):
         named = re.search(r'^#\|\s*default_exp\s+(\S+)', '\n'.join(c.source for c in self.nb.cells), re.M)
-        if not named: return
+        if not named or named[1].endswith('__init__'): return
         module, cells = importlib.import_module(f'fastcifar.{named[1]}'), [c for c in self.nb.cells if 'export' in c.directives_]
         found = {c.idx_: [e for node in ast.parse(c.source).body for e in self.entries(node, c.source, module)] for c in cells}
         if not any(found.values()): found = {c.idx_: [fence(c.source, 'python')] for c in cells} # a module that defines nothing shows its source

@@ -9,17 +9,20 @@ from hypothesis import HealthCheck, Verbosity, given, seed as with_seed, setting
 from PIL import Image
 from torch import nn
 
-from fastcifar.archive import check_arrays, decode_image, read_images, read_pickle
+from fastcifar.data.formats import check_arrays, decode_image, read_images, read_pickle
 from fastcifar.basics import FastcifarError
-from fastcifar.data import load_data
-from fastcifar.export import export_run, write_onnx
-from fastcifar.loaders import CifarDataLoaders
+from fastcifar.data.load import load_data
+from fastcifar.share.export import export_run, write_onnx
+from fastcifar.data.loaders import CifarDataLoaders
 from fastcifar.models.zoo import create_model, load_model, save_model
-from fastcifar.predict import open_predictor, pixel_net
-from fastcifar.runs import configure, load_run, recipe_learner, run_config, train_run
-from fastcifar.state import Checkpoints
-from fastcifar.study import Study
-from fastcifar.weights import load_tensors, save_tensors
+from fastcifar.share.predict import open_predictor, pixel_net
+from fastcifar.runs.config import configure
+from fastcifar.runs.reopen import load_run
+from fastcifar.runs.run import recipe_learner, train_run
+from fastcifar.runs.folder import run_config
+from fastcifar.train.checkpoint import Checkpoints
+from fastcifar.study.study import Study
+from fastcifar.models.weights import load_tensors, save_tensors
 
 SECONDS, MEMORY = 20, 2**31 # what one input may take, and all together above what the seeds need
 
@@ -104,7 +107,7 @@ OPCODES = [b'(', b'.', b'0', b'1', b'2', b'N', b'}', b']', b')', b'a', b'b', b'd
 
 def pickles(tmp):
     good = [pickle.dumps({b'data': np.arange(3072, dtype=np.uint8).reshape(1, 3072), b'labels': [1]}, p) for p in (0, 2, 4)] + [pickle.dumps(np.zeros(1), 2), b"cos\nsystem\n(S'touch evil'\ntR."]
-    def plain(v): return v is None or isinstance(v, (bool, int, float, str, bytes, bytearray, np.ndarray)) or type(v).__module__ == 'fastcifar.archive' or isinstance(v, (list, tuple, set, frozenset)) and all(map(plain, v)) or isinstance(v, dict) and all(plain(w) for w in (*v, *v.values()))
+    def plain(v): return v is None or isinstance(v, (bool, int, float, str, bytes, bytearray, np.ndarray)) or type(v).__module__ == 'fastcifar.data.formats' or isinstance(v, (list, tuple, set, frozenset)) and all(map(plain, v)) or isinstance(v, dict) and all(plain(w) for w in (*v, *v.values()))
     program = st.lists(st.sampled_from(OPCODES), max_size=25).map(lambda ops: b'\x80\2' + b''.join(ops) + b'.')
     return st.one_of(damaged(good), program), lambda data: plain(read_pickle(data, 'a batch'))
 

@@ -1,7 +1,7 @@
 """Do the tests notice a mistake? Changes one line of a module at a time and runs the module's notebook and tests on it.
 
     python tools/mutate.py                            # all, in half an hour; writes results/mutation.csv and .json
-    python tools/mutate.py --module robust --limit 10 # some changes of one module, only shown
+    python tools/mutate.py --module interpret.corruptions --limit 10 # some changes of one module, only shown
     python tools/mutate.py --survivors                # what was not noticed last time, after tests were added
 
 A process with torch and fastai, but not fastcifar, forks one for each change; that works in a copy of the repository.
@@ -22,13 +22,19 @@ STATE = ROOT/'.cache/mutation'
 EACH = 25 # mutants of a module
 LONGEST = 60 # seconds of tests for a mutant, the quickest first
 TESTS = { # module -> what is run besides its notebook; of these, the tests that run the changed line
-    'statistics': ['test_numbers', 'test_values'], 'interpret': ['test_numbers', 'test_values', 'test_names'],
-    'robust': ['test_numbers', 'test_values'], 'averages': ['test_values', 'test_fastai'],
-    'schedule': ['test_values', 'test_rates', 'test_fastai'],
-    'export': ['test_shared'], 'runs': ['test_records', 'test_numbers', 'test_provenance', 'test_options'],
-    'study': ['test_records', 'test_growth', 'test_options'], 'sweep': ['test_searches', 'test_numbers'],
-    'state': ['test_checkpoints', 'test_fastai'], 'loaders': ['test_batches'],
-    'recipes': ['test_numbers', 'test_recipes']}
+    'study.statistics': ['test_numbers', 'test_values'],
+    'interpret.interpretation': ['test_numbers', 'test_values', 'test_names'],
+    'interpret.corruptions': ['test_numbers', 'test_values'],
+    'train.tta': ['test_values', 'test_fastai'], 'train.callbacks': ['test_values', 'test_fastai'],
+    'train.schedule': ['test_values', 'test_rates', 'test_fastai'],
+    'train.checkpoint': ['test_checkpoints', 'test_fastai'], 'data.loaders': ['test_batches'],
+    'share.export': ['test_shared'],
+    'runs.folder': ['test_records', 'test_provenance', 'test_options'],
+    'runs.run': ['test_records', 'test_numbers', 'test_provenance', 'test_options'],
+    'runs.recipes': ['test_numbers', 'test_recipes'], 'runs.fit': ['test_numbers', 'test_recipes'],
+    'study.tables': ['test_records', 'test_growth', 'test_options'],
+    'study.study': ['test_records', 'test_growth', 'test_options'],
+    'study.sweep': ['test_searches', 'test_numbers']}
 OWN = ('hostile', 'soak', 'docs', 'readme', 'forms') # modules beside the tests, which import fastcifar
 HEAVY = ('ray', 'gradio', 'wandb', 'playwright') # not to be forked
 SLOW = ('killed', 'hostile', 'wheel', 'browser') # names of tests that start processes of their own
@@ -74,7 +80,18 @@ def import_the_rest():
 
 # -- what a child does
 
-def notebook_of(module): return next((ROOT/'nbs').glob(f'[0-9][0-9]_{module}.ipynb')).name
+def notebook_of(module) -> str:
+    "Its path in the folder of notebooks"
+    *folder, name = module.split('.')
+    return next((ROOT/'nbs').joinpath(*folder).glob(f'[0-9][0-9]_{name}.ipynb')).relative_to(ROOT/'nbs').as_posix()
+
+def file_of(module) -> str: return f'fastcifar/{module.replace(".", "/")}.py'
+
+def absolute(source, module) -> str:
+    "With the imports that nbdev made relative as they are in the notebook"
+    package = ['fastcifar', *module.split('.')[:-1]]
+    def full(m): return f'{m[1]}from {".".join(package[:len(package) - len(m[2]) + 1])}.'
+    return re.sub(r'^(\s*)from (\.+)(?=\w)', full, source, flags=re.M)
 
 def parts_of(path:Path) -> dict:
     "Cell id -> (first line, source) of an exported module"
@@ -97,11 +114,10 @@ def run_notebook(copy:Path, module:str):
     os.environ['IN_TEST'] = '1'
     os.chdir(path.parent)
     shell = CaptureShell(path)
-    parts, file = parts_of(copy/f'fastcifar/{module}.py'), str(copy/f'fastcifar/{module}.py')
+    parts, file = parts_of(copy/file_of(module)), str(copy/file_of(module))
     def exported(cell_id):
         line, source = parts[cell_id]
-        source = re.sub(r'^(\s*)from \.(?=\w)', r'\1from fastcifar.', source, flags=re.M)
-        exec(compile('\n' * (line - 1) + source, file, 'exec'), shell.user_ns)
+        exec(compile('\n' * (line - 1) + absolute(source, module), file, 'exec'), shell.user_ns)
     shell.user_ns['_exported'] = exported
     def left_out(cell):
         if cell.cell_type != 'code' or 'nbdev_export(' in cell.source: return True
@@ -116,7 +132,7 @@ def run_notebook(copy:Path, module:str):
 class Lines:
     "Which lines of the modules run, and what for"
     def __init__(self, copy):
-        self.files = {str(copy/f'fastcifar/{m}.py'): m for m in TESTS}
+        self.files = {str(copy/file_of(m)): m for m in TESTS}
         self.now, self.stack = set(), []
     def __call__(self, frame, event, arg):
         module = self.files.get(frame.f_code.co_filename)
@@ -191,7 +207,7 @@ def measure(copy:Path, unit:str) -> dict:
 
 def judge(copy:Path, mutant, source:str, names) -> dict:
     "Run tests on a mutant until one notices"
-    (copy/f'fastcifar/{mutant.module}.py').write_text(source, encoding='utf-8')
+    (copy/file_of(mutant.module)).write_text(source, encoding='utf-8')
     for is_notebook, group in groups(names):
         if is_notebook: noticed = run_notebook(copy, mutant.module)
         else:
@@ -344,7 +360,7 @@ def equivalents() -> dict:
 def name_of(row): return ' | '.join(row[k] for k in ('module', 'function', 'line', 'change')) # as `Mutant.name`
 
 def versions_of(module) -> str:
-    return ' '.join((digest(ROOT/f'fastcifar/{module}.py'), *map(version_of, units_of(module))))
+    return ' '.join((digest(ROOT/file_of(module)), *map(version_of, units_of(module))))
 
 def judged(module, text, version, args, tests, pool, said) -> list:
     "A result for each mutant of a module"
@@ -404,10 +420,10 @@ def write_results(rows, args):
     (ROOT/'results/mutation.json').write_text(said + '\n', encoding='utf-8')
 
 def show(rows):
-    print(f'\n{"module":12}{"mutants":>9}{"equivalent":>12}{"killed":>8}{"survived":>10}{"share":>9}')
+    print(f'\n{"module":26}{"mutants":>9}{"equivalent":>12}{"killed":>8}{"survived":>10}{"share":>9}')
     for m, t in table(rows).items():
         share = '' if t['share'] is None else f'{t["share"]:.1%}'
-        print(f'{m:12}{t["mutants"]:9}{t["equivalent"]:12}{t["killed"]:8}{t["survived"]:10}{share:>9}')
+        print(f'{m:26}{t["mutants"]:9}{t["equivalent"]:12}{t["killed"]:8}{t["survived"]:10}{share:>9}')
     for r in rows:
         if r['outcome'] != 'survived': continue
         print(f'\n{r["module"]}.{r["function"]}: {r["line"]}\n    {r["change"]}   ({r["noticed_by"] or "tests pass"})')
@@ -423,7 +439,7 @@ def main():
     p.add_argument('--list', action='store_true', help='only list the mutants')
     p.add_argument('--collect', action='store_true', help='run nothing: write the results of what has been judged')
     args = p.parse_args()
-    texts = {m: (ROOT/f'fastcifar/{m}.py').read_text(encoding='utf-8') for m in args.module}
+    texts = {m: (ROOT/file_of(m)).read_text(encoding='utf-8') for m in args.module}
     if args.list:
         for m, text in texts.items():
             for o in choose(make_mutants(m, text), text, args.limit or EACH, args.seed): print(f'{o.kind:12}{o.name}')

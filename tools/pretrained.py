@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from fastcifar.archive import file_sha256
+from fastcifar.basics import file_sha256
 from fastcifar.basics import read_json, write_json
-from fastcifar.weights import load_tensors, save_tensors
+from fastcifar.models.weights import load_tensors, save_tensors
 
 FOLDER = Path(__file__).resolve().parents[1]/'fastcifar/models/pretrained'
 

@@ -19,10 +19,11 @@ import torch
 from fastai.callback import schedule as fastai_rules
 
 from fastcifar.basics import FastcifarError, seed_everything
-from fastcifar.data import load_data, stratified_holdout
-from fastcifar.loaders import CifarDataLoaders # with this import an ImageData has its dataloaders
-from fastcifar.recipes import fit_recipe, recipe_learner
-from fastcifar.runs import build_model, configure
+from fastcifar.data.load import load_data
+from fastcifar.data.images import stratified_holdout
+from fastcifar.data.loaders import CifarDataLoaders # with this import an ImageData has its dataloaders
+from fastcifar.runs.fit import fit_recipe, recipe_learner
+from fastcifar.runs.config import build_model, configure
 
 CELL = ['model', 'norm', 'optimizer']
 RULES = ['valley', 'slide', 'steep', 'minimum']

@@ -14,10 +14,12 @@ os.environ.setdefault('MPLBACKEND', 'agg')
 
 import pandas as pd
 
-import fastcifar.state, fastcifar.weights
+import fastcifar.train.checkpoint, fastcifar.models.weights
 from fastcifar.basics import read_json, write_json
-from fastcifar.runs import configure, environment, train_run
-from fastcifar.weights import load_tensors
+from fastcifar.runs.config import configure
+from fastcifar.runs.folder import environment
+from fastcifar.runs.run import train_run
+from fastcifar.models.weights import load_tensors
 
 RESULTS = Path(__file__).resolve().parents[1]/'results/soak.json'
 SETTINGS = dict(batch=dict(path='batch'), item=dict(path='item', policy='crop_flip_cutout'), averaged=dict(path='batch', ema=.9, freeze=(('head.*', 2),)), bf16=dict(path='batch', precision='bf16'), fp16=dict(path='batch', precision='fp16', optimizer='adam', lr_max=2e-3, valid=1000)) # few images, as fp16 is slow on a CPU
@@ -55,7 +57,7 @@ class Child:
 
 def die_while_writing(n, stage):
     "Kill this process at its `n`th checkpoint: with half of the file written, before it gets its name, or after"
-    seen, save, replace = 0, fastcifar.weights.save_file, os.replace
+    seen, save, replace = 0, fastcifar.models.weights.save_file, os.replace
     def die(now):
         if seen == n and stage == now: os.kill(os.getpid(), signal.SIGKILL)
     def half(tensors, path, *args):
@@ -68,7 +70,7 @@ def die_while_writing(n, stage):
         die('written')
         replace(a, b)
         die('renamed')
-    fastcifar.weights.save_file, os.replace = half, rename
+    fastcifar.models.weights.save_file, os.replace = half, rename
 
 def train(kind, out, workers=0, prepare=None):
     if prepare: die_while_writing(*prepare)
@@ -104,12 +106,12 @@ def forgetful(kind, out):
     "The negative control: killed, and continued without the position in the epoch"
     Child(lambda: train(kind, out, 0, (3, 'renamed'))).wait(120)
     def work():
-        latest = fastcifar.state.Checkpoints.latest
+        latest = fastcifar.train.checkpoint.Checkpoints.latest
         def forget(self, learn):
             done = latest(self, learn)
             self.note['batch'] = 0
             return done
-        fastcifar.state.Checkpoints.latest = forget
+        fastcifar.train.checkpoint.Checkpoints.latest = forget
         train(kind, out)
     Child(work).wait(120)
 

@@ -67,7 +67,7 @@ with warnings.catch_warnings(action='ignore'):
 
 def without_numbers():
     "For dry runs of whole programs: trainings go on, whatever lies in memory as their loss; nothing is compiled"
-    import fastcifar.state as state, fastcifar.train as train
-    train.StopOnNaN._stop = lambda self, ago: None
+    import fastcifar.train.callbacks as callbacks, fastcifar.train.checkpoint as state, fastcifar.train.learner as train
+    callbacks.StopOnNaN._stop = lambda self, ago: None
     state.Checkpoints._refuse = lambda self, when, what='': None
     train.compile_net = lambda model, device: model

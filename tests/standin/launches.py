@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from fastai.callback.core import Callback
 
-from fastcifar.bench import noise_data
+from fastcifar.bench.timing import noise_data
 from fastcifar.models.zoo import create_model
-from fastcifar.recipes import create_recipe, fit_recipe, recipe_learner
-from fastcifar.train import StopOnNaN
+from fastcifar.runs.recipes import create_recipe
+from fastcifar.runs.fit import fit_recipe, recipe_learner
+from fastcifar.train.callbacks import StopOnNaN
 
 CASES = [('speednet', 'speedrun', 1000), ('custom_resnet', 'fast', 512), ('custom_resnet', 'one_cycle', 512),
          ('normnet31k', 'reference', 512), ('normnet48k', 'fast', 128), ('groupnet', 'fast', 128)]

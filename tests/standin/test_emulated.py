@@ -8,10 +8,9 @@ import torch
 if 'STANDIN' not in os.environ:
     pytest.skip('runs on the stand-in for a GPU alone: make test-standin', allow_module_level=True)
 
-from fastcifar.all import (L1, Arrays, Callback, CrossEntropy, ImageData, MixUp, Stopped, configure, create_model,
-                           create_recipe, fit_recipe, list_models, recipe_learner, seed_everything, train_run)
-from fastcifar.augment import POLICIES
-from fastcifar.together import together_learner
+from fastcifar.all import L1, Arrays, Callback, CrossEntropy, ImageData, MixUp, Stopped, configure, create_model, create_recipe, fit_recipe, list_models, recipe_learner, seed_everything, train_run
+from fastcifar.data.policies import POLICIES
+from fastcifar.runs.fused import together_learner
 
 def noise(n=16 * 7 + 5, test=16):
     rng = np.random.default_rng(0)
@@ -80,7 +79,7 @@ def test_what_cannot_be_recorded_is_left_to_fastai(what):
         net = torch.nn.Sequential(net, Mine())
     dls = noise().dataloaders(bs=16, policy=r.policy, device='cuda')
     learn = recipe_learner(dls, net, r, precision='fp16' if what == 'fp16' else 'fp32')
-    from fastcifar.train import deterministic_only
+    from fastcifar.device import deterministic_only
     with quietly(learn), deterministic_only('cuda') if what == 'deterministic' else contextlib.nullcontext():
         fit_recipe(learn, r, cbs=[MixUp()] if what == 'callback' else [])
     assert learn.step_graph.refusal and not learn.step_graph.recordings
@@ -178,7 +177,7 @@ def stop_after(n):
 @pytest.mark.parametrize('precision, deterministic', [('fp32', True), ('bf16', True), ('fp16', True), ('fp32', False)])
 def test_continues(precision, deterministic, tree, tmp_path, monkeypatch):
     "Bit-equal where it is deterministic; where steps are recorded, to rounding: a continued one begins with others"
-    import fastcifar.runs as runs
+    import fastcifar.runs.run as runs
     from safetensors.numpy import load_file
     c = configure('fast', 'groupnet', data=str(tree), epochs=2, bs=10, precision=precision, ema=.9, lr_max=1e-4,
                   optimizer='adam')

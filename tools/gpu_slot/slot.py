@@ -33,7 +33,7 @@ def alone():
 def facts():
     "The machine"
     import torch
-    from fastcifar.runs import environment
+    from fastcifar.runs.folder import environment
     n, k = (1 << 20, 256) if TINY else (1 << 30, 8192)
     a, b = (torch.empty(n, dtype=torch.uint8, device='cuda') for _ in range(2))
     m = torch.randn(k, k, device='cuda', dtype=torch.bfloat16)
@@ -55,9 +55,10 @@ def facts():
          bf16_TFLOPs=2 * k**3 / product / 1e9, launch_us=launch * 1e6)
 
 def learner(name, recipe, bs, steps, **kwargs):
-    from fastcifar.bench import noise_data
+    from fastcifar.bench.timing import noise_data
     from fastcifar.models.zoo import create_model
-    from fastcifar.recipes import create_recipe, recipe_learner
+    from fastcifar.runs.recipes import create_recipe
+    from fastcifar.runs.fit import recipe_learner
     from fastcifar.basics import seed_everything
     seed_everything(0)
     r = create_recipe(recipe, name, bs=bs, epochs=1, **(dict(lr_max=1e-3) if recipe == 'one_cycle' else {}))
@@ -75,8 +76,8 @@ def step(name, recipe, bs, how):
     import torch
     from fastai.callback.core import Callback
     from torch.profiler import ProfilerActivity, profile
-    from fastcifar.bench import _NoValidation
-    from fastcifar.recipes import fit_recipe
+    from fastcifar.bench.timing import _NoValidation
+    from fastcifar.runs.fit import fit_recipe
     bs, steps = (16, 8) if TINY else (int(bs), 80)
     r, learn = learner(name, recipe, bs, steps, compile='c' in how and not TINY, capture='r' in how)
     class Clock(Callback):
@@ -113,9 +114,10 @@ def same():
     "Losses of recorded steps against those launched one by one"
     import torch
     from fastcifar.basics import seed_everything
-    from fastcifar.bench import _NoValidation, noise_data
+    from fastcifar.bench.timing import _NoValidation, noise_data
     from fastcifar.models.zoo import create_model
-    from fastcifar.recipes import create_recipe, fit_recipe, recipe_learner
+    from fastcifar.runs.recipes import create_recipe
+    from fastcifar.runs.fit import fit_recipe, recipe_learner
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     data, adam = noise_data(64 * (4 if TINY else 12) + 20), dict(optimizer='adam', lr_max=1e-3)
     cases = [('groupnet', 'fast', adam), ('groupnet', 'fast', dict(optimizer='sgd', lr_max=1e-2)), ('groupnet', 'fast', {}),
@@ -164,15 +166,15 @@ def layout():
         note('layout', net=name, norm=norm, **res)
 
 def the_data():
-    from fastcifar.bench import noise_data
-    from fastcifar.data import load_data
+    from fastcifar.bench.timing import noise_data
+    from fastcifar.data.load import load_data
     return noise_data(512) if TINY else load_data(os.environ['FASTCIFAR_DATA'])
 
 def duel(n=10):
     "Our speedrun and an unmodified airbench94_muon.py, in turns"
     import torch
-    from fastcifar.bench import Airbench, _random_labels, _timed_fit
-    from fastcifar.recipes import create_recipe
+    from fastcifar.bench.gpu import Airbench, _random_labels, _timed_fit
+    from fastcifar.runs.recipes import create_recipe
     data, n, small = the_data(), 2 if TINY else n, dict(epochs=1, bs=128) if TINY else {}
     r = create_recipe('speedrun', 'speednet', **small)
     t = time.time()
@@ -188,8 +190,8 @@ def duel(n=10):
 def resnet(n=3):
     "24 epochs of the custom ResNet"
     import torch
-    from fastcifar.bench import _random_labels, _timed_fit
-    from fastcifar.recipes import create_recipe
+    from fastcifar.bench.gpu import _random_labels, _timed_fit
+    from fastcifar.runs.recipes import create_recipe
     data, device, small = the_data(), torch.device('cuda'), dict(epochs=1, bs=128) if TINY else {}
     t = time.time()
     _timed_fit('custom_resnet', create_recipe('fast', 'custom_resnet', **(small or dict(epochs=1))), _random_labels(data), 0, device)
@@ -211,7 +213,8 @@ def tasks(seeds):
 
 def studies(worker=0, workers=1, seeds=5):
     "Every `workers`-th run of the studies"
-    from fastcifar.runs import configure, train_run
+    from fastcifar.runs.config import configure
+    from fastcifar.runs.run import train_run
     todo = [('groupnet', 'bn', 'fast', 0)] if TINY else list(tasks(int(seeds)))
     for net, norm, recipe, seed in todo[int(worker)::int(workers)]:
         more = dict(epochs=1, bs=64, lr_max=1e-3) if TINY else {}
