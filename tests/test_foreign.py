@@ -91,16 +91,16 @@ def test_a_run_folder_from_elsewhere_sends_nobody_to_a_local_path(main, squares,
 
 def test_a_key_that_is_not_whole_seals_nothing(tmp_path, monkeypatch):
     "One that a killed process left empty, and one that others may read"
-    from fastcifar.runs import reopen
+    from fastcifar.runs import folder
     monkeypatch.setenv('XDG_CONFIG_HOME', str(tmp_path))
     file = tmp_path/'fastcifar/key'
     file.parent.mkdir()
     for content in (b'', b'half'):
         file.write_bytes(content)
-        seal = runs._seal('/data')
+        seal = folder._seal('/data')
         assert len(file.read_bytes()) == 64 and file.stat().st_mode & 0o777 == 0o600
         assert seal != hmac.new(content, b'/data', 'sha256').hexdigest()
-        assert seal == runs._seal('/data') != runs._seal('/other')
+        assert seal == folder._seal('/data') != folder._seal('/other')
 
 def test_values_of_a_foreign_run_are_text_in_its_card(squares, tmp_path):
     from fastcifar.share.export import export_run

@@ -160,8 +160,10 @@ def dataset(names):
 
 @pytest.fixture(scope='module')
 def interp():
+    from fastcifar.basics import seed_everything
     from fastcifar.interpret.interpretation import CifarInterpretation
     from fastcifar.train.learner import cifar_learner
+    seed_everything(0)
     learn = cifar_learner(dataset(HARD).dataloaders(bs=16, device='cpu'), create_model('normnet31k', n_out=len(HARD)))
     with learn.no_bar(), learn.no_logging(): return CifarInterpretation.from_learner(learn)
 
@@ -170,7 +172,7 @@ def texts(fig):
     fig.canvas.draw()
     return '\n'.join(t.get_text() for t in fig.findobj(Text))
 
-PLOTS = {'plot_wrong': lambda i: i.plot_wrong(), 'plot_predictions': lambda i: i.plot_predictions(40), 'plot_grad_cam': lambda i: i.plot_grad_cam(n=4), 'plot_class_accuracy': lambda i: i.plot_class_accuracy(),
+PLOTS = {'plot_wrong': lambda i: i.plot_wrong(), 'plot_predictions': lambda i: i.plot_predictions(40), 'plot_grad_cam': lambda i: i.plot_grad_cam(n=16), 'plot_class_accuracy': lambda i: i.plot_class_accuracy(),
          'plot_label_errors': lambda i: i.plot_label_errors(), 'plot_confusion_matrix': lambda i: i.plot_confusion_matrix(), 'plot_top_losses': lambda i: i.plot_top_losses(16),
          'show_samples': lambda i: i.learn.dls.data.show_samples(), 'show_batch': lambda i: i.learn.dls.show_batch(max_n=16), 'valid.show_batch': lambda i: i.learn.dls.valid.show_batch(max_n=16),
          'show_results': lambda i: i.learn.show_results(max_n=16)}

@@ -23,7 +23,7 @@ from ..interpret.interpretation import save_plot
 from ..models.layers import NORMS
 from ..models.zoo import list_models
 from ..runs.config import build_model, configure
-from ..runs.folder import check_same, own_folder, settings_on
+from ..runs.folder import BESIDE, _is_run, check_same, own_folder, settings_on
 from ..runs.fused import alike, train_together
 from ..runs.report import drawn_svgs, write_study_report
 from ..runs.run import train_run
@@ -246,8 +246,10 @@ class Study:
         return _write(self.out, self.grid, *self._collected(), say)
 
 def _is_study(folder) -> bool:
-    "Has a study been begun in a folder? `_settle` looks into its study.json before anything is written"
-    return (Path(folder)/'study.json').exists()
+    "Is a folder that of a study, or of runs alone? `_settle` looks at them before anything is written"
+    inside = {f.name for f in Path(folder).iterdir()} - {*BESIDE}
+    if inside != {'runs'}: return 'study.json' in inside
+    return all(f.is_dir() and _is_run(f) for f in Path(folder, 'runs').iterdir())
 
 def _write_table(t, file, say):
     "Write a table that nothing depends on; a spreadsheet may hold it locked"
