@@ -11,7 +11,7 @@ from fastai.data.core import DataLoaders
 from safetensors.torch import save_file
 from torch import nn
 
-import fastcifar.state as state
+import fastcifar.train.checkpoint as state
 from fastcifar.basics import FastcifarError
 from fastcifar.data.load import Arrays
 from fastcifar.data.images import ImageData

@@ -269,12 +269,12 @@ data = load_data({str(tree)!r}); print(data.name, flush=True); sys.stdin.read()'
 
 def test_damaged_linked_and_former_sets(tree, tmp_path):
     "What is damaged is named; a link is not ours; the copy of a folder that has changed since is old"
-    import fastcifar.data as data
+    import fastcifar.data.cache as data
     copy = tmp_path/'pets'
     shutil.copytree(tree, copy)
-    first = data.load_data(copy).folder
+    first = load_data(copy).folder
     Image.new('RGB', (32, 32)).save(copy/'train/red/more.png')
-    data.load_data(copy)
+    load_data(copy)
     t = data.list_cache()
     assert sorted(t.what) == ['current', 'old'] and t.path[t.what == 'old'].tolist() == [str(first)]
     assert len(data.clear_cache('old')) == 0 and first.is_dir() # this process has it open

@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 import torch
 
-import fastcifar.runs as runs
-import fastcifar.study as study
+from fastcifar.runs import artifacts, config as configs, folder as folders, run as runs
+import fastcifar.study.study as study
+from fastcifar.study import pool, tables
 from fastcifar.basics import FastcifarError
 from fastcifar.data.load import Arrays
 from fastcifar.data.images import ImageData
@@ -45,7 +46,7 @@ def test_a_net_of_a_configuration():
     "With what is given; the rest is the net's own"
     seen = []
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(runs, 'create_model', lambda name, **kw: seen.append((name, kw)))
+        m.setattr(configs, 'create_model', lambda name, **kw: seen.append((name, kw)))
         build_model(Config(model='normnet48k', norm='gn', groups=4, dropout=.3, model_args=dict(mended=True)), 7)
         build_model(Config(model='normnet31k'), 10)
     assert seen == [('normnet48k', dict(n_out=7, norm='gn', groups=4, dropout=.3, mended=True)),
@@ -95,9 +96,9 @@ def test_a_configuration_is_settled_once(tmp_path):
 def test_what_makes_a_run_begun(tmp_path, name):
     for n in ('config.json', 'environment.json'): (tmp_path/n).write_text('{}')
     (tmp_path/'checkpoints').mkdir()
-    assert not runs._has_begun(tmp_path)
+    assert not folders._has_begun(tmp_path)
     (tmp_path/name).write_text('')
-    assert runs._has_begun(tmp_path)
+    assert folders._has_begun(tmp_path)
 
 def test_order_of_data_of_older_runs(tmp_path):
     "They noted none: files whose order is unsure have none that could be compared"
@@ -108,31 +109,31 @@ def test_order_of_data_of_older_runs(tmp_path):
         (dict(data_sha256=data.source, data_order=data.order), True, False),
         (dict(data_sha256=data.source, data_order='x'), False, True)):
         data.arranged = arranged
-        runs._check_data(saved, data, tmp_path, ordered=False)
-        if not refused: runs._check_data(saved, data, tmp_path, ordered=True)
+        folders._check_data(saved, data, tmp_path, ordered=False)
+        if not refused: folders._check_data(saved, data, tmp_path, ordered=True)
         else:
             with pytest.raises(FastcifarError, match='in another order: give another'):
-                runs._check_data(saved, data, tmp_path, True, 'give another')
+                folders._check_data(saved, data, tmp_path, True, 'give another')
 
 def test_names_of_folders_of_data():
     long = noise('/x/my birds, 2020/' + 'é b' * 40)
-    assert runs._called(long) == ('é_b' * 40)[:60] + f'-{long.source[:8]}'
-    assert runs._called(noise('/')).startswith('data-')
-    assert runs._called(noise('a/cats & dogs.tar')) == f'cats_dogs.tar-{noise().source[:8]}'
-    assert runs._called(noise('digits')) == 'digits'
-    assert str(runs.default_out(config(seed=3))) == 'runs/digits-normnet31k-bn-fast-2ep-seed3'
+    assert folders._called(long) == ('é_b' * 40)[:60] + f'-{long.source[:8]}'
+    assert folders._called(noise('/')).startswith('data-')
+    assert folders._called(noise('a/cats & dogs.tar')) == f'cats_dogs.tar-{noise().source[:8]}'
+    assert folders._called(noise('digits')) == 'digits'
+    assert str(folders.default_out(config(seed=3))) == 'runs/digits-normnet31k-bn-fast-2ep-seed3'
 
 def test_what_holds_a_run_or_its_plots(tmp_path):
     for content, ours in ((None, False), ('x', False), ('[]', False), ('{"data": 1, "model": 2, "epochs": 3}', False),
         ('{"data": 1, "model": 2, "epochs": 3, "seed": 4, "x": 5}', True)):
         if content: (tmp_path/'config.json').write_text(content)
-        assert runs._is_run(tmp_path) == runs._holds_plots(tmp_path) == ours
+        assert folders._is_run(tmp_path) == artifacts._holds_plots(tmp_path) == ours
     (tmp_path/'config.json').unlink()
     table = tmp_path/'wrong_predictions.csv'
     for content, ours in (('image,truth,prediction,probability\n1,a,b,.5\n', True),
         ('a\nimage,truth,prediction', False), ('', False)):
         table.write_text(content)
-        assert runs._holds_plots(tmp_path) == ours
+        assert artifacts._holds_plots(tmp_path) == ours
 
 # -- where and how a run was trained
 
@@ -140,16 +141,16 @@ CPU = 'processor : 0\nmodel name : A: fine one\nflags : fpu amx_bf16{} sse\n\npr
 
 def test_name_of_the_processor(monkeypatch):
     "Of the first one; matrix units decide how quick bfloat16 is"
-    monkeypatch.setattr(runs, 'read_text', lambda _: CPU.format(''))
-    assert runs._cpu_name() == 'A: fine one with AMX'
-    monkeypatch.setattr(runs, 'read_text', lambda _: CPU.format('_tile') + '')
-    assert runs._cpu_name() == 'A: fine one'
-    monkeypatch.setattr(runs.platform, 'processor', lambda: 'a processor')
-    monkeypatch.setattr(runs, 'read_text', lambda _: 'a line without anything\n')
-    assert runs._cpu_name() == 'a processor'
+    monkeypatch.setattr(folders, 'read_text', lambda _: CPU.format(''))
+    assert folders._cpu_name() == 'A: fine one with AMX'
+    monkeypatch.setattr(folders, 'read_text', lambda _: CPU.format('_tile') + '')
+    assert folders._cpu_name() == 'A: fine one'
+    monkeypatch.setattr(folders.platform, 'processor', lambda: 'a processor')
+    monkeypatch.setattr(folders, 'read_text', lambda _: 'a line without anything\n')
+    assert folders._cpu_name() == 'a processor'
     def none(_): raise FastcifarError('no such file')
-    monkeypatch.setattr(runs, 'read_text', none)
-    assert runs._cpu_name() == 'a processor'
+    monkeypatch.setattr(folders, 'read_text', none)
+    assert folders._cpu_name() == 'a processor'
 
 def test_commit_of_a_checkout(tmp_path, monkeypatch):
     "Of a checkout of fastcifar, with a word if the package was changed; of an installed one there is none"
@@ -158,22 +159,22 @@ def test_commit_of_a_checkout(tmp_path, monkeypatch):
     (tmp_path/'fastcifar').mkdir()
     code = tmp_path/'fastcifar/__init__.py'
     code.write_text('1')
-    monkeypatch.setattr(runs.fastcifar, '__file__', str(code))
-    assert runs._commit() is None
+    monkeypatch.setattr(folders.fastcifar, '__file__', str(code))
+    assert folders._commit() is None
     (tmp_path/'settings.ini').write_text('')
     def git(*args): return subprocess.run(['git', '-c', 'user.name=a', '-c', 'user.email=a@b', *args], cwd=tmp_path,
         capture_output=True, text=True, check=True).stdout.strip()
     git('init', '-q'), git('add', '.'), git('commit', '-qm', 'a')
     head = git('rev-parse', 'HEAD')
     (tmp_path/'results').write_text('beside the package')
-    assert runs._commit() == head
+    assert folders._commit() == head
     code.write_text('2')
-    assert runs._commit() == f'{head}-dirty'
+    assert folders._commit() == f'{head}-dirty'
     monkeypatch.setenv('FASTCIFAR_COMMIT', 'abc')
-    assert runs._commit() == 'abc'
+    assert folders._commit() == 'abc'
     monkeypatch.delenv('FASTCIFAR_COMMIT')
     monkeypatch.setenv('PATH', '/nowhere')
-    assert runs._commit() is None
+    assert folders._commit() is None
 
 def surroundings(folder): return json.loads((folder/'environment.json').read_text())
 
@@ -194,7 +195,7 @@ def test_every_start_is_listed(tmp_path):
     assert env['command'] == 'first, whole' and 'compile' not in env and env['device'] == 'cpu'
     said = [(s['command'], s['compile'], s['epoch']) for s in env['starts']]
     assert said == [('first', None, 0), ('second', True, 1)]
-    assert 'batch' not in env['starts'][1] and set(runs._KEPT) <= set(env['starts'][0])
+    assert 'batch' not in env['starts'][1] and set(folders._KEPT) <= set(env['starts'][0])
     note_start(tmp_path, write('third'), 0, 7)
     env = surroundings(tmp_path)
     assert (env['starts'][2]['epoch'], env['starts'][2]['batch'], env['command']) == (0, 7, 'first, whole')
@@ -276,12 +277,12 @@ def test_pictures_of_a_training():
     "The second split by its name; the range test where there was one"
     history = [dict(epoch=1, train_loss=1., valid_loss=2., train_accuracy=.1, accuracy=.2)]
     for valid, name in ((None, 'test'), (5, 'validation')):
-        plots = runs._training_plots((1e-3, 1e-2), config(valid=valid), history)
+        plots = artifacts._training_plots((1e-3, 1e-2), config(valid=valid), history)
         assert set(plots) == {'curves', 'schedule'}
         assert [l.get_label() for l in plots['curves']().axes[0].get_lines()][1] == name
         assert plots['schedule']().axes[0].get_lines()[0].get_ydata().max() == pytest.approx(1e-2, rel=.01)
     found = LRRange(1e-3, 1e-2, np.geomspace(1e-6, 1, 20).tolist(), np.linspace(2, 1, 20).tolist())
-    assert set(runs._training_plots(found, config(), history)) == {'curves', 'schedule', 'lr_range'}
+    assert set(artifacts._training_plots(found, config(), history)) == {'curves', 'schedule', 'lr_range'}
     plt.close('all')
 
 # -- the grid of a study
@@ -397,11 +398,11 @@ def test_rows_of_runs(tmp_path):
     ('epoch,train_loss,train_accuracy,valid_loss,accuracy\n1,1,.5,x,.5\n', 'is damaged')])
 def test_histories_that_are_damaged(tmp_path, text, says):
     (tmp_path/'history.csv').write_text(text)
-    with pytest.raises(FastcifarError, match=f'{says}.*so its curve is left out'): study._history(tmp_path)
+    with pytest.raises(FastcifarError, match=f'{says}.*so its curve is left out'): tables._history(tmp_path)
     (tmp_path/'history.csv').write_text('epoch,train_loss,train_accuracy,valid_loss,accuracy\n1,1,0,1,1\n2,1,1,1,0\n')
-    assert study._history(tmp_path).epoch.tolist() == [1, 2]
+    assert tables._history(tmp_path).epoch.tolist() == [1, 2]
     (tmp_path/'history.csv').unlink()
-    assert study._history(tmp_path).columns.tolist() == study._columns
+    assert tables._history(tmp_path).columns.tolist() == tables._columns
 
 @pytest.mark.parametrize('more, says',
     [(dict(test_accuracy=1.5), 'test_accuracy'), (dict(test_accuracy=None), 'test_accuracy'),
@@ -424,7 +425,7 @@ def test_tables_of_a_study(tmp_path, monkeypatch):
     for c, a in zip(s.grid, (.7, .6, .72)): written(s.out/'runs'/run_name(c), c, a)
     written(s.out/'runs'/run_name(s.grid[3]), s.grid[3], .9, status='')
     read, means = [], []
-    monkeypatch.setattr(study, '_read', lambda f, *a, f_=study._read: read.append(f.name) or f_(f, *a))
+    monkeypatch.setattr(tables, '_read', lambda f, *a, f_=tables._read: read.append(f.name) or f_(f, *a))
     monkeypatch.setattr(study, 'plot_study_curves', lambda whole,
         split: means.append((sorted(set(whole.seed[whole.norm == 'gn'])),
         split)) or plt.figure())
@@ -523,11 +524,12 @@ def test_a_run_does_not_outlive_its_study():
     if not middle:
         parent = os.getpid()
         if not os.fork():
-            study._die_with(parent)
-            time.sleep(.7)
-            os.write(write, b'alive')
-            time.sleep(60)
-            os._exit(0)
+            try:
+                pool._die_with(parent)
+                time.sleep(.7)
+                os.write(write, b'alive')
+                time.sleep(60)
+            finally: os._exit(0) # whatever happens: it is a copy of the process that runs the tests
         time.sleep(1.5)
         os._exit(0)
     os.close(write)

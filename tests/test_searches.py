@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import fastcifar.sweep as sweep
+import fastcifar.study.sweep as sweep
 from fastcifar.basics import FastcifarError
 from fastcifar.runs.recipes import create_recipe
 from fastcifar.study.sweep import STRENGTHS, TUNABLE, Sweep, plot_sweep, suggest_settings

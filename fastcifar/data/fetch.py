@@ -25,7 +25,7 @@ class Archive(NamedTuple):
     counts:tuple # (training, test) images of each class
     classes:int # Number of classes
     tree:str = None # URL of the same images as `train/<class>/*`, `test/<class>/*`, without a published sha256
-    content:str = None # `fastcifar.data.content_hash` of the set, if that is known
+    content:str = None # `fastcifar.data.images.content_hash` of the set, if that is known
     sums:tuple = None # Sums of all red, green and blue bytes of the (training, test) images, if `content` is not known
     order:str = None # File among the templates with the official order of the images, see `fastcifar.data`
 ARCHIVES = {

@@ -71,7 +71,7 @@ class CifarInterpretation(ClassificationInterpretation):
         learn:Learner, # A trained learner
         ds_idx:int=1, # Which of its loaders: 0 train, 1 validation, 2 test if there is a validation split
         dl=None, # Another loader instead
-        views:str=None, # Test-time views, one of `fastcifar.averages.VIEWS`; None: those of the learner, if it has any
+        views:str=None, # Test-time views, one of `fastcifar.train.tta.VIEWS`; None: those of the learner, if it has any
     ) -> 'CifarInterpretation':
         "Predict every image of a loader once, without augmentation"
         if dl is None: dl = learn.dls.evaluation(ds_idx) if hasattr(learn.dls, 'evaluation') else learn.dls[ds_idx].new(shuffle=False, drop_last=False)

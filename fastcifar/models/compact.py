@@ -35,7 +35,7 @@ class CompactNet(FeatureNet):
         stages:tuple, # For each stage: channels, expanded channels, and the dilation of each block
         n_out:int=10, # Classes
         n_in:int=3, # Input channels
-        norm:str='bn', # One of `fastcifar.layers.NORMS`
+        norm:str='bn', # One of `fastcifar.models.layers.NORMS`
         groups:int=8, # Groups of `gn`
         dropout:float=0., # In each block
         conv_groups:int=4, # Groups of the strided convolutions

@@ -33,7 +33,7 @@ class CustomResNet(nn.Module):
     def __init__(self,
         n_out:int=10, # Classes
         n_in:int=3, # Input channels
-        norm:str='bn', # One of `fastcifar.layers.NORMS`
+        norm:str='bn', # One of `fastcifar.models.layers.NORMS`
         groups:int=32, # Groups of `gn`
         bias:bool=False, # Give the convolutions a bias? (6,575,370 parameters)
         shared:bool=False, # One reference's variant with shared weights in each block (4,065,098 parameters)

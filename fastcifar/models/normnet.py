@@ -20,7 +20,7 @@ class NormNet31k(FeatureNet):
     def __init__(self,
         n_out:int=10, # Classes
         n_in:int=3, # Input channels
-        norm:str='bn', # One of `fastcifar.layers.NORMS`
+        norm:str='bn', # One of `fastcifar.models.layers.NORMS`
         groups:int=4, # Groups of `gn`
         dropout:float=0.01, # After each norm
         mended:bool=False, # Pool the whole map?
@@ -41,7 +41,7 @@ class NormNet41k(FeatureNet):
     def __init__(self,
         n_out:int=10, # Classes
         n_in:int=3, # Input channels
-        norm:str='bn', # One of `fastcifar.layers.NORMS`
+        norm:str='bn', # One of `fastcifar.models.layers.NORMS`
         groups:int=8, # Groups of `gn`
         dropout:float=0.05, # After each ReLU
         mended:bool=False, # No padding of 1x1 convolutions, no dropout on the logits?
@@ -60,7 +60,7 @@ class NormNet48k(FeatureNet):
     def __init__(self,
         n_out:int=10, # Classes
         n_in:int=3, # Input channels
-        norm:str='bn', # One of `fastcifar.layers.NORMS`
+        norm:str='bn', # One of `fastcifar.models.layers.NORMS`
         groups:int=4, # Groups of `gn`
         dropout:float=0.05, # After each norm but the first
     ):

@@ -34,7 +34,7 @@ class SepNet178k(FeatureNet):
     def __init__(self,
         n_out:int=10, # Classes
         n_in:int=3, # Input channels
-        norm:str='bn', # One of `fastcifar.layers.NORMS`
+        norm:str='bn', # One of `fastcifar.models.layers.NORMS`
         groups:int=4, # Groups of `gn`
         dropout:float=0.05, # At the end of the first three bottlenecks
     ):
@@ -57,7 +57,7 @@ class SepNet195k(FeatureNet):
     def __init__(self,
         n_out:int=10, # Classes
         n_in:int=3, # Input channels
-        norm:str='bn', # One of `fastcifar.layers.NORMS`
+        norm:str='bn', # One of `fastcifar.models.layers.NORMS`
         groups:int=32, # Groups of `gn`
         dropout:float=0.05, # After each norm
     ):
@@ -78,7 +78,7 @@ class SepNet200k(FeatureNet):
     def __init__(self,
         n_out:int=10, # Classes
         n_in:int=3, # Input channels
-        norm:str='bn', # One of `fastcifar.layers.NORMS`
+        norm:str='bn', # One of `fastcifar.models.layers.NORMS`
         groups:int=16, # Groups of `gn`
         dropout:float=0.05, # After each norm
     ):

@@ -30,7 +30,7 @@ class SpeedNet(nn.Module):
     def __init__(self,
         n_out:int=10, # Classes
         n_in:int=3, # Input channels
-        norm:str='bn', # One of `fastcifar.layers.NORMS`
+        norm:str='bn', # One of `fastcifar.models.layers.NORMS`
         groups:int=32, # Groups of `gn`
         dropout:float=0., # Before the head
         widths:tuple=(64, 256, 256), # Channels of the three groups

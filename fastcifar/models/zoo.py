@@ -85,7 +85,7 @@ def _build(name, pretrained=False, **args):
 def create_model(
     name:str, # One of `list_models()`
     n_out:int=10, # Classes
-    norm:str='bn', # One of `fastcifar.layers.NORMS`
+    norm:str='bn', # One of `fastcifar.models.layers.NORMS`
     pretrained:bool=False, # Start with the weights that come with the package? With other than 10 classes, the head is fresh
     **kwargs, # What else the model's class takes
 ) -> nn.Module: # (N, 3, 32, 32) -> logits (N, n_out)

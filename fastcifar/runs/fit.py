@@ -22,7 +22,7 @@ from ..train.optim import OPTIMIZERS, optimizer
 def recipe_learner(
     dls, # fastai DataLoaders
     model:nn.Module, # (N, 3, 32, 32) -> logits
-    recipe:Recipe, # What to train it with; its `dropout` and `model_args` are for who makes the net, see `fastcifar.runs.build_model`
+    recipe:Recipe, # What to train it with; its `dropout` and `model_args` are for who makes the net, see `fastcifar.runs.config.build_model`
     **kwargs, # What else `cifar_learner` takes
 ): # A `CifarLearner`
     "A learner with the loss, optimizer and penalties of a recipe"

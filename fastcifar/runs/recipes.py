@@ -116,7 +116,7 @@ def write_recipe(
 
 def read_recipe(
     path, # A file of `write_recipe`, as `fastcifar recipes --save` and `fastcifar sweep` write it
-) -> dict: # recipe, model, norm, groups, and fields of `Recipe`: what `fastcifar.runs.configure` takes
+) -> dict: # recipe, model, norm, groups, and fields of `Recipe`: what `fastcifar.runs.config.configure` takes
     "The recipe in a file"
     r = read_json(Path(path))
     if not isinstance(r, dict) or not isinstance(r.get('settings'), dict): raise FastcifarError(f'{path} holds no recipe: give one that fastcifar recipes --save or fastcifar sweep has written, or a name of {", ".join(RECIPES)}')

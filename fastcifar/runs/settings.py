@@ -50,7 +50,7 @@ class Recipe:
     dropout:float = None # Dropout of the net; None: its own
     freeze:tuple = () # Pairs (pattern of parameter names, epochs after which they are frozen)
     ema:float = 0. # Share of the averaged weights that stays at each step; 0: no average
-    views:str = 'none' # Test-time views of the final evaluation, one of `fastcifar.averages.VIEWS`
+    views:str = 'none' # Test-time views of the final evaluation, one of `fastcifar.train.tta.VIEWS`
     stats:tuple = None # (mean, std) to normalize with; None: those of the training pixels
     model_args:dict = None # What else the net's class takes, such as `mended` or `shared`
 
@@ -97,7 +97,7 @@ class Config(Recipe):
     "Everything that the result of a training depends on: a recipe, and what it is applied to"
     data:str = 'cifar10' # What `load_data` takes, as text
     model:str = 'custom_resnet' # One of `list_models()`
-    norm:str = 'bn' # One of `fastcifar.layers.NORMS`
+    norm:str = 'bn' # One of `fastcifar.models.layers.NORMS`
     groups:int = None # Groups of `gn`; None: the net's own
     recipe:str = 'one_cycle' # The recipe that the settings started from
     seed:int = 0 # Of everything random

@@ -28,7 +28,7 @@ class PixelNet(nn.Module):
         model:nn.Module, # (N, 3, 32, 32) -> logits (N, classes)
         mean, # Of each channel, in 0..1
         std, # Of each channel, in 0..1
-        views:str='none', # One of `fastcifar.averages.VIEWS`
+        views:str='none', # One of `fastcifar.train.tta.VIEWS`
     ):
         super().__init__()
         self.model, self.views = model, views

@@ -48,7 +48,7 @@ def run_name(c) -> str:
 
 def study_grid(
     models, # Names of `list_models()`
-    norms=('bn', 'ln', 'gn'), # Of `fastcifar.layers.NORMS`
+    norms=('bn', 'ln', 'gn'), # Of `fastcifar.models.layers.NORMS`
     recipes=('fast',), # Of `list_recipes()`
     seeds=3, # How many (0, 1, ...), or which
     batch_sizes=(None,), # One or several; None: that of the recipe
@@ -137,7 +137,7 @@ class Study:
         out, # Folder; a study that is in it already is continued
         models, # Names of `list_models()`
         data='cifar10', # What `load_data` takes, as text
-        norms=('bn', 'ln', 'gn'), # Of `fastcifar.layers.NORMS`
+        norms=('bn', 'ln', 'gn'), # Of `fastcifar.models.layers.NORMS`
         recipes=('fast',), # Of `list_recipes()`
         seeds=3, # How many, or which
         batch_sizes=(None,), # One or several; None: that of the recipe

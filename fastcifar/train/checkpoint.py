@@ -236,7 +236,7 @@ class Checkpoints(Callback):
 
     def before_fit(self):
         if self.every and not hasattr(self.dls.train, 'first_batch'): raise FastcifarError('these loaders cannot start within an epoch: make them with load_data(...).dataloaders(), or leave out `every`')
-        if not isinstance(self.opt, Optimizer) or isinstance(self.opt, Lookahead): raise FastcifarError(f'checkpoints do not keep the state of {type(self.opt).__name__}: use an optimizer of fastcifar.optim or of fastai.optimizer, without Lookahead')
+        if not isinstance(self.opt, Optimizer) or isinstance(self.opt, Lookahead): raise FastcifarError(f'checkpoints do not keep the state of {type(self.opt).__name__}: use an optimizer of fastcifar.train.optim or of fastai.optimizer, without Lookahead')
         if not isinstance(self.learn, LeanLearner): raise FastcifarError('checkpoints need a learner of cifar_learner')
         if self.recorder.train_metrics and self.every: self.say('checkpoints do not keep the sums behind the metrics on training batches: in a continued epoch they count from there')
 

@@ -126,7 +126,7 @@ def cifar_learner(
     cbs=(), # More callbacks
     opt_func=optimizer('adam'), # A fastai optimizer
     compile:bool=False, # Compile the net with torch.compile? The first steps then take up to a minute
-    capture:bool=True, # On a CUDA GPU: record training steps and launch them at once, where that changes nothing? See `fastcifar.graph`
+    capture:bool=True, # On a CUDA GPU: record training steps and launch them at once, where that changes nothing? See `fastcifar.train.graph`
     **kwargs, # What else fastai's `Learner` takes
 ) -> CifarLearner:
     "A fastai Learner for small nets on small images"

@@ -229,7 +229,7 @@ class LeanLearner(Learner):
     "fastai's `Learner`, with less time between the steps"
     _device = _n_inputs = None # known while an epoch runs
     first_epoch = first_batch = 0 # where a continued training goes on
-    step_graph = None # does a training step in fastai's place, where it can: see `fastcifar.graph`
+    step_graph = None # does a training step in fastai's place, where it can: see `fastcifar.train.graph`
     def __init__(self, *args, **kwargs):
         self._listeners = {}
         super().__init__(*args, **kwargs)

@@ -210,7 +210,7 @@ class Muon(ListAdam):
         least:int=10, # Fewest rows and columns that make a parameter a matrix
         spectral:float=0., # The norm of a matrix's update, in learning rates; 0: such that its numbers have a root mean square of 0.2, like Adam's
         decay:str='decoupled', # `'decoupled'`, or `'l2'`: added to the gradient
-        nets:int=1, # Matrices that lie below each other in a parameter, those of nets side by side, see `fastcifar.together`
+        nets:int=1, # Matrices that lie below each other in a parameter, those of nets side by side, see `fastcifar.runs.fused`
         bias_rate:float=1., # Learning rate of what Adam trains, biases above all, in learning rates
         unit_filters:bool=False, # Bring the filters of every convolution to a root mean square norm of 1 before each step?
         ns_steps:int=5, # Newton-Schulz steps towards an orthogonal update
