@@ -270,6 +270,7 @@ data = load_data({str(tree)!r}); print(data.name, flush=True); sys.stdin.read()'
 def test_damaged_linked_and_former_sets(tree, tmp_path):
     "What is damaged is named; a link is not ours; the copy of a folder that has changed since is old"
     import fastcifar.data.cache as data
+    from fastcifar.data.load import load_data
     copy = tmp_path/'pets'
     shutil.copytree(tree, copy)
     first = load_data(copy).folder

@@ -114,7 +114,7 @@ def test_a_training_that_begins_anew(main, broken_off, monkeypatch):
     import fastcifar.runs.run as runs
     out, first, _ = broken_off
     for f in (out/'checkpoints').iterdir(): f.unlink()
-    monkeypatch.setattr(runs, '_cpu_name', lambda: 'Another processor')
+    monkeypatch.setattr('fastcifar.runs.folder._cpu_name', lambda: 'Another processor')
     assert main('train', '--resume', 'r', '--threads', 2)[0] == 0
     env = read_json(out/'environment.json')
     assert env['command'].startswith(first) and env['device_name'] == 'Another processor' and env['threads'] == 2

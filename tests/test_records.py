@@ -425,7 +425,7 @@ def test_tables_of_a_study(tmp_path, monkeypatch):
     for c, a in zip(s.grid, (.7, .6, .72)): written(s.out/'runs'/run_name(c), c, a)
     written(s.out/'runs'/run_name(s.grid[3]), s.grid[3], .9, status='')
     read, means = [], []
-    monkeypatch.setattr(tables, '_read', lambda f, *a, f_=tables._read: read.append(f.name) or f_(f, *a))
+    monkeypatch.setattr(study, '_read', lambda f, *a, f_=tables._read: read.append(f.name) or f_(f, *a))
     monkeypatch.setattr(study, 'plot_study_curves', lambda whole,
         split: means.append((sorted(set(whole.seed[whole.norm == 'gn'])),
         split)) or plt.figure())

@@ -341,7 +341,7 @@ def locked(tree, tmp_path_factory):
     with pytest.MonkeyPatch.context() as mp, contextlib.chdir(out.parent):
         mp.setenv('FASTCIFAR_CACHE', str(out.parent/'cache'))
         mp.setattr(plt.Figure, 'savefig', broken)
-        mp.setattr('fastcifar.basics.check_folder', lambda out, *_: Path(out)) # as if it were ours
+        take_as_ours(mp)
         s = Study(out, 'normnet31k', str(tree), ('bn', 'gn'), seeds=2, batch_sizes=20, epochs=1)
         r = s.run(1, bars=False, pictures=False, say=said.append)
     return out, r, said
@@ -367,7 +367,7 @@ def test_report_of_a_study_after_that(locked, main):
     (out/'report.html').rmdir()
 
 def test_locked_history_does_not_stop_a_run(main, tree, tmp_path, monkeypatch):
-    monkeypatch.setattr('fastcifar.basics.check_folder', lambda out, *_: Path(out)) # as if it were ours
+    take_as_ours(monkeypatch)
     (tmp_path/'r/history.csv').mkdir(parents=True)
     code, said, _ = main('train', '--data', tree, *QUICK, '--out', 'r')
     assert code == 0 and 'history.csv is left out: cannot write' in said and (tmp_path/'r/metrics.json').exists()
@@ -375,7 +375,7 @@ def test_locked_history_does_not_stop_a_run(main, tree, tmp_path, monkeypatch):
     assert collect_runs(['r']).status.tolist() == ['finished'] and not len(collect_curves(['r']))
 
 def test_locked_tables_do_not_stop_a_sweep(main, tree, tmp_path, monkeypatch):
-    monkeypatch.setattr('fastcifar.basics.check_folder', lambda out, *_: Path(out)) # as if it were ours
+    take_as_ours(monkeypatch)
     (tmp_path/'s/trials.csv').mkdir(parents=True), (tmp_path/'s/sweep.png').mkdir()
     kept = ['--data', str(tree), '--seed', '3', '--device', 'cpu', '--threads', '1']
     code, said, err = main('sweep', *kept, *NET[:-2], '--valid', 12, '--trials', 2, '--out', 's')
