@@ -70,7 +70,7 @@ def train_command(args) -> dict:
     "Train a net into a run folder, or continue the run that is in it"
     import matplotlib; matplotlib.use('agg')
     from fastcifar.runs.recipes import override_recipe, read_recipe
-    from fastcifar.runs.folder import begun_with, data_place, run_config
+    from fastcifar.runs.folder import begun_with, data_source, run_config
     from fastcifar.runs.config import configure
     from fastcifar.runs.run import train_run
     how, typed = _options(args, *HOW), args.typed
@@ -78,7 +78,7 @@ def train_command(args) -> dict:
         other = _options(args, *SETTINGS, 'set', 'recipe', 'out', *OF_A_RUN)
         if other: raise FastcifarError(f'--resume goes on with the settings of the run: leave out {", ".join("--" + k.replace("_", "-") for k in other)}')
         c, args.out = run_config(args.resume), args.resume
-        c.data = args.data or data_place(args.resume)
+        c.data = args.data or data_source(args.resume)
         how = begun_with(args.resume) | how
     else:
         recipe = args.recipe or 'one_cycle'

@@ -33,7 +33,7 @@ def test_processes_share_every_batch(data, world, drop_last):
         dl.share(rank, world)
         assert dl.bs == 6 // world and len(dl) == len(whole)
         if rank == 0: assert not drop_last or len(dl) == 3
-        parts.append([dl.get_idxs(), [dl.share_weight(i) for i in range(len(dl))], labels(dl)])
+        parts.append([dl.get_idxs(), [dl.shard_weight(i) for i in range(len(dl))], labels(dl)])
         dl.share()
         assert labels(dl) and (dl.bs, dl.rank, dl.world) == (6, 0, 1)
     assert len(whole) == (3 if drop_last else 4)
@@ -52,7 +52,7 @@ def test_a_process_without_an_image_borrows_one(data):
         dl, valid = dls.train.new(), dls.evaluation(0)
         dl.share(rank, 7), valid.share(rank, 7)
         ys = labels(dl)
-        assert [len(y) for y in ys] == [1] * 4 and dl.share_weight(3) == (7 if rank == 0 else 0)
+        assert [len(y) for y in ys] == [1] * 4 and dl.shard_weight(3) == (7 if rank == 0 else 0)
         assert [len(y) for y in labels(valid)] == [1] * (4 if rank == 0 else 3)
         assert rank == 0 or ys[3][0] in range(4)
 

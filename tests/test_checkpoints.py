@@ -42,7 +42,7 @@ def names(folder): return [f.stem for f in Checkpoints(folder).files()]
 
 class Records(Callback):
     "Everything that a row of the history says, worked out by itself; and where a checkpoint was just written"
-    order, afresh = 71, True
+    order, stateless = 71, True
     def __init__(self, folder): self.folder, self.rows, self.files = folder, [], []
     def before_train(self): self.sums, self.began = [], time.perf_counter()
     def after_batch(self):
@@ -102,7 +102,7 @@ def test_a_checkpoint_says_where_it_stands(data, tmp_path):
 def test_sums_of_several_processes(data, tmp_path, monkeypatch):
     "The first writes the sum of all, and what each has"
     other = dict(loss=2., right=3, n=4, seconds=1.)
-    monkeypatch.setattr(state, 'everyones', lambda v: [copy.deepcopy(v), dict(v, sums=other)])
+    monkeypatch.setattr(state, 'all_gather', lambda v: [copy.deepcopy(v), dict(v, sums=other)])
     fit(learner(data), 1, cbs=Checkpoints(tmp_path, 3, keep=9, say=None))
     note = load_tensors(tmp_path/'epoch_0000_batch_000003.safetensors')[1]
     first, second = (r['sums'] for r in note['ranks'])
@@ -413,10 +413,10 @@ def test_processes_agree_on_a_stop(monkeypatch):
     assert not c._asked_to_stop() and not Checkpoints('nowhere')._asked_to_stop(10)
     told = []
     monkeypatch.setattr(state, 'world_size', lambda: 2)
-    monkeypatch.setattr(state, 'everyones', lambda v: told.append(v) or [v, 15])
+    monkeypatch.setattr(state, 'all_gather', lambda v: told.append(v) or [v, 15])
     assert c._asked_to_stop(3) is None and not told
     assert c._asked_to_stop(20) == 15 == c.request.number and told == [0]
-    monkeypatch.setattr(state, 'everyones', lambda v: [0, 0])
+    monkeypatch.setattr(state, 'all_gather', lambda v: [0, 0])
     assert c._asked_to_stop(0) is None and c.request.number is None
 
 def test_numbers_that_are_none(data, tmp_path):

@@ -18,7 +18,7 @@ def stop_after(n):
     "What raises an error in step `n` of a training"
     from fastai.callback.core import Callback
     class Stop(Callback):
-        order, afresh = 90, True
+        order, stateless = 90, True
         def after_batch(self):
             if self.training and self.learn.train_iter == n: raise Stopped('enough', 2)
     return Stop()

@@ -16,12 +16,12 @@ from fastai.optimizer import Adam
 from torch import nn
 from torch.nn import functional as F
 
-from fastcifar.train.tta import Views
+from fastcifar.train.tta import TTA
 from fastcifar.basics import FastcifarError
 from fastcifar.train.loop import LeanLearner
 from fastcifar.train.checkpoint import Checkpoints
 from fastcifar.device import PRECISIONS
-from fastcifar.train.precision import NumberFormat
+from fastcifar.train.precision import Autocast
 from fastcifar.train.learner import UnpicklingWarning, cifar_learner
 
 Pair = namedtuple('Pair', 'a b')
@@ -158,7 +158,7 @@ def test_inputs_and_targets_of_every_form(form):
     assert learn.recorder.values[-1] == plain.recorder.values[-1] # batches of 8, 8 and 4, weighted as they are
 
 def test_views_of_a_net_with_two_answers_are_refused():
-    with pytest.raises(FastcifarError, match='leave out Views'): fit(learner(net=Net('tuple'), cbs=Views()))
+    with pytest.raises(FastcifarError, match='leave out TTA'): fit(learner(net=Net('tuple'), cbs=TTA()))
 
 def test_a_net_with_more_rows_than_labels(capsys):
     class Twice(Loss):
@@ -198,7 +198,7 @@ def test_fastais_precision_and_memory_format():
     assert ran_in(learn) == (torch.bfloat16, True)
     assert ran_in(learn.to_fp32()) == (torch.float32, True)
     assert ran_in(learn.to_bf16()) == (torch.bfloat16, True)
-    assert ran_in(learn.to_fp16()) == (torch.float16, True) and len(learn._grab_cbs(NumberFormat)) == 1
+    assert ran_in(learn.to_fp16()) == (torch.float16, True) and len(learn._grab_cbs(Autocast)) == 1
     assert ran_in(learn.to_contiguous()) == (torch.float16, False) and learn.model.conv.weight.is_contiguous()
     learn.to_channelslast()
     assert ran_in(learn)[0] == torch.float16

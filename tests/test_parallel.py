@@ -97,7 +97,7 @@ def test_a_net_gets_its_own_batch_norm_back(monkeypatch):
     inner = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())
     net = nn.Sequential(nn.Conv2d(3, 8, 3), inner, nn.Flatten(), nn.Linear(7200, 10))
     learn = cifar_learner(load_data('digits').dataloaders(bs=128, device='cpu'), net)
-    own, cb = net[1][0], parallel.ShareTraining(sync_bn=True)
+    own, cb = net[1][0], parallel.DataParallelTraining(sync_bn=True)
     learn.add_cb(cb)
     with pytest.warns(UserWarning, match='that can be done on GPUs only'): cb._sync_norms()
     assert net[1][0] is own

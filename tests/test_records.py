@@ -19,7 +19,7 @@ from fastcifar.runs.run import RunHistory
 from fastcifar.runs.config import build_model, configure
 from fastcifar.runs.folder import check_settings, note_start
 from fastcifar.runs.artifacts import draw_interpretation
-from fastcifar.runs.folder import settle_config, write_surroundings
+from fastcifar.runs.folder import resolve_config, write_surroundings
 from fastcifar.train.schedule import LRRange
 from fastcifar.study.study import Study, run_name, study_grid
 from fastcifar.study.tables import collect_curves, collect_runs
@@ -58,7 +58,7 @@ def test_settings_of_a_folder(tmp_path):
     "Two runs are the same if every setting is; what is settled when one starts may be left open"
     c = dataclasses.replace(config(), precision='fp32', path='batch')
     data = noise()
-    c = settle_config(c, data, tmp_path, 'cpu')
+    c = resolve_config(c, data, tmp_path, 'cpu')
     saved = json.loads((tmp_path/'config.json').read_text())
     assert (saved['data'], saved['data_sha256'], saved['data_order']) == ('noise', data.source, data.order)
     check_settings(c, tmp_path)
@@ -70,24 +70,24 @@ def test_settings_of_a_folder(tmp_path):
 def test_a_configuration_is_settled_once(tmp_path):
     "Until the run has begun it may be another one; afterwards it stays, with its data in their order"
     data, first = noise(), config()
-    c = settle_config(first, data, tmp_path, 'cpu')
+    c = resolve_config(first, data, tmp_path, 'cpu')
     assert c.precision != 'auto' and c.path == 'batch' and dataclasses.replace(c, precision='auto',
         path='auto') == first
-    assert settle_config(config(epochs=5), data, tmp_path, 'cpu').epochs == 5
+    assert resolve_config(config(epochs=5), data, tmp_path, 'cpu').epochs == 5
     assert json.loads((tmp_path/'config.json').read_text())['epochs'] == 5
     (tmp_path/'history.csv').write_text('')
-    with pytest.raises(FastcifarError, match='epochs=5, not 2'): settle_config(first, data, tmp_path, 'cpu')
+    with pytest.raises(FastcifarError, match='epochs=5, not 2'): resolve_config(first, data, tmp_path, 'cpu')
     assert json.loads((tmp_path/'config.json').read_text())['epochs'] == 5
-    with pytest.raises(FastcifarError, match='noise is not the data set of'): settle_config(config(epochs=5),
+    with pytest.raises(FastcifarError, match='noise is not the data set of'): resolve_config(config(epochs=5),
         noise(seed=1), tmp_path, 'cpu')
     with pytest.raises(FastcifarError, match='begun=|epochs=5, not 4'):
-        settle_config(config(epochs=4), data, tmp_path, 'cpu')
+        resolve_config(config(epochs=4), data, tmp_path, 'cpu')
     turned = noise()
     turned.order = 'other'
-    with pytest.raises(FastcifarError, match='in another order'): settle_config(config(epochs=5), turned, tmp_path,
+    with pytest.raises(FastcifarError, match='in another order'): resolve_config(config(epochs=5), turned, tmp_path,
         'cpu')
     (tmp_path/'config.json').write_text('{"data": 1}')
-    with pytest.raises(FastcifarError, match='does not hold the configuration of a run'): settle_config(first, data,
+    with pytest.raises(FastcifarError, match='does not hold the configuration of a run'): resolve_config(first, data,
         tmp_path, 'cpu')
 
 @pytest.mark.parametrize('name',
@@ -228,7 +228,7 @@ def test_what_torch_says_in_many_lines(text, says):
     "What a user can do something about is said in one; a fault of ours stays what it is"
     error = FastcifarError if says else RuntimeError
     with pytest.raises(error, match=says
-        or '^shapes do not fit') as e, runs.explained('the/run'): raise RuntimeError(f'{text}\nmore')
+        or '^shapes do not fit') as e, runs.explain_errors('the/run'): raise RuntimeError(f'{text}\nmore')
     assert not says or 'more' not in str(e.value)
 
 def test_history_is_told_and_kept(tmp_path):

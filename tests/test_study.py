@@ -88,22 +88,22 @@ def test_process_that_the_system_ends():
 def test_other_runs_in_the_folder_are_refused(study, tmp_path):
     "Finished runs of another configuration are not taken for those of this study"
     from fastcifar.basics import FastcifarError
-    from fastcifar.runs.folder import data_place
+    from fastcifar.runs.folder import data_source
     from fastcifar.study.study import Study
     c = json.loads((study[0]/'study.json').read_text())['runs']['normnet31k-bn-fast-bs20-seed0']
     shutil.copytree(study[0]/'runs/normnet31k-bn-fast-bs20-seed0', tmp_path/'s/runs/normnet31k-bn-fast-bs20-seed0')
-    data = data_place(study[0]/'runs/normnet31k-bn-fast-bs20-seed0')
+    data = data_source(study[0]/'runs/normnet31k-bn-fast-bs20-seed0')
     with pytest.raises(FastcifarError, match='holds a run with epochs=2, not 1'):
         Study(tmp_path/'s', 'normnet31k', data, 'bn', seeds=1, batch_sizes=c['bs'], epochs=1).run(bars=False)
 
 def test_study_of_an_older_version_continues(study, tmp_path):
     "Settings that did not exist when it was begun are as they were then"
     from fastcifar.data.load import load_data
-    from fastcifar.runs.folder import data_place
+    from fastcifar.runs.folder import data_source
     from fastcifar.study.study import Study
     shutil.copytree(study[0], tmp_path/'s')
     saved = json.loads((tmp_path/'s/study.json').read_text())
-    data = data_place(study[0]/'runs/normnet31k-bn-fast-bs20-seed0')
+    data = data_source(study[0]/'runs/normnet31k-bn-fast-bs20-seed0')
     for c in saved['runs'].values():
         del c['views'], c['model_args'], c['path']
         c['data'] = load_data(data).order # the hash that it kept

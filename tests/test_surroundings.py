@@ -111,7 +111,7 @@ def test_folders_without_permission(main):
 def test_a_file_that_the_system_refuses_in_the_middle(main, tree, monkeypatch):
     import fastcifar.runs.run as runs
     def refuse(*args, **kw): raise PermissionError(13, 'Permission denied', '/a/file')
-    monkeypatch.setattr(runs, 'settle_config', refuse)
+    monkeypatch.setattr(runs, 'resolve_config', refuse)
     code, _, err = main('train', '--data', tree, *QUICK, '--out', 'r')
     assert code == 2 and one_line(err) and '/a/file cannot be used (Permission denied)' in err
 
@@ -252,7 +252,7 @@ def test_every_text_file_is_utf8():
 
 def test_texts_in_a_locale_of_its_own(chinese, main, tmp_path):
     "What is written as UTF-8 is read as UTF-8, where the system would read something else"
-    from fastcifar.runs.folder import data_place
+    from fastcifar.runs.folder import data_source
     from fastcifar.runs.reopen import evaluate_run
     from fastcifar.study.tables import collect_runs
     assert main(*chinese_commands(chinese)[0])[0] == 0
@@ -261,7 +261,7 @@ def test_texts_in_a_locale_of_its_own(chinese, main, tmp_path):
     (tmp_path/'failed/failure.txt').write_text('猫 is no number', encoding='utf-8')
     before = locale.setlocale(locale.LC_CTYPE)
     locale.setlocale(locale.LC_CTYPE, 'C')
-    try: got = data_place('出'), collect_runs(['failed']).reason[0], len(evaluate_run('出', bars=False).targs)
+    try: got = data_source('出'), collect_runs(['failed']).reason[0], len(evaluate_run('出', bars=False).targs)
     finally: locale.setlocale(locale.LC_CTYPE, before)
     assert got == (str(chinese), '猫 is no number', 8)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastcifar.train.callbacks import EMA
-from fastcifar.train.tta import Views, average_views
+from fastcifar.train.tta import TTA, tta_logits
 from fastcifar.basics import FastcifarError
 from fastcifar.data.load import Arrays
 from fastcifar.data.images import ImageData
@@ -175,13 +175,13 @@ def test_an_average_ends_in_the_net():
 def test_no_views():
     def net(x): return x.sum((2, 3))
     x, said = torch.rand(4, 3, 6, 6), torch.rand(4, 3).half()
-    assert torch.equal(average_views(net, x, 'none'), net(x))
-    assert torch.equal(average_views(net, x, 'none', said), said.float())
-    assert torch.allclose(average_views(lambda x: x[:, :, 0, 0], x, pred=said), (said.float() + x[:, :, 0, -1]) / 2)
+    assert torch.equal(tta_logits(net, x, 'none'), net(x))
+    assert torch.equal(tta_logits(net, x, 'none', said), said.float())
+    assert torch.allclose(tta_logits(lambda x: x[:, :, 0, 0], x, pred=said), (said.float() + x[:, :, 0, -1]) / 2)
 
 def test_views_are_seen_in_the_number_format_of_the_net():
-    from fastcifar.train.precision import NumberFormat
-    assert Views.order < NumberFormat.order
+    from fastcifar.train.precision import Autocast
+    assert TTA.order < Autocast.order
 
 # -- pictures of many runs
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 from torch import nn
 
-from fastcifar.train.tta import Views
+from fastcifar.train.tta import TTA
 from fastcifar.basics import seed_everything
 from fastcifar.data.load import load_data
 from fastcifar.data.images import stratified_holdout
@@ -64,7 +64,7 @@ def trial(data, settings, change, seed):
     with learn.no_bar(), learn.no_logging():
         fit_recipe(learn, r)
         seconds = time.perf_counter() - start
-        views = {k: 100 * float(learn.validate(cbs=[Views(k)])[1]) for k in (('none', 'flip', 'crops') if not settings and not change else ('none',))}
+        views = {k: 100 * float(learn.validate(cbs=[TTA(k)])[1]) for k in (('none', 'flip', 'crops') if not settings and not change else ('none',))}
     return dict(accuracy=views['none'], flip_views=views.get('flip'), six_views=views.get('crops'), seconds=round(seconds))
 
 if __name__ == '__main__':

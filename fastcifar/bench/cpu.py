@@ -40,7 +40,7 @@ from ..runs.recipes import create_recipe
 from ..train.checkpoint import Checkpoints
 from ..train.learner import cifar_learner
 from ..train.loop import LeanScheduler, piecewise
-from ..train.tta import Views
+from ..train.tta import TTA
 
 # %% ../../nbs/bench/01_cpu.ipynb #2bc1bd94
 class _Pictures(Dataset):
@@ -202,7 +202,7 @@ def bench_epoch(
 def _whole(name, recipe, k):
     "A function that gives the seconds of a whole training with one evaluation at its end, from `k` steps and the evaluation of some images"
     steps, _, learn = _our_steps(name, recipe, k, 'cpu')
-    views = [Views(recipe.views)] if recipe.views != 'none' else []
+    views = [TTA(recipe.views)] if recipe.views != 'none' else []
     def evaluation():
         with learn.no_bar(), learn.no_logging(): learn.validate(cbs=views)
     return lambda: steps() / k * recipe.epochs * -(-50_000 // recipe.bs) + seconds(evaluation) * 10_000 / len(learn.dls.valid_ds)

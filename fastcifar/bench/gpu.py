@@ -22,8 +22,8 @@ from ..models.zoo import create_model
 from ..runs.fit import fit_recipe, recipe_learner
 from ..runs.recipes import create_recipe
 from ..study.statistics import mean_interval
-from ..train.learner import some_images
-from ..train.tta import Views
+from ..train.learner import sample_images
+from ..train.tta import TTA
 
 # %% ../../nbs/bench/02_gpu.ipynb #7681b8a6
 def _timed_fit(name, recipe, data, seed, device):
@@ -31,10 +31,10 @@ def _timed_fit(name, recipe, data, seed, device):
     seed_everything(seed)
     dls = data.dataloaders(bs=recipe.bs, policy=recipe.policy, seed=seed, device=device)
     learn = recipe_learner(dls, create_model(name, n_out=len(data.classes)), recipe, compile=True)
-    views = [Views(recipe.views)] if recipe.views != 'none' else []
+    views = [TTA(recipe.views)] if recipe.views != 'none' else []
     make_resident(data, device)
     def run():
-        if hasattr(learn.model, 'prepare'): learn.model.prepare(some_images(dls))
+        if hasattr(learn.model, 'prepare'): learn.model.prepare(sample_images(dls))
         with learn.no_bar(), learn.no_logging(): fit_recipe(learn, recipe, cbs=[_NoValidation(last=True), *views])
     return seconds(run, device), float(learn.recorder.values[-1][-1])
 

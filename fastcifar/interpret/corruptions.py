@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from ..basics import FastcifarError, check_name, spread_evenly
-from .interpretation import CifarInterpretation, share_interval
+from .interpretation import CifarInterpretation, wilson_interval
 
 # %% ../../nbs/interpret/02_corruptions.ipynb #7f3b6517
 CORRUPTIONS = { # name -> (what it is, strengths of severities 1 to 5, strength -> transform)
@@ -59,7 +59,7 @@ def plot_corruptions(
 # %% ../../nbs/interpret/02_corruptions.ipynb #78919316
 def _row(interp, name, severity, right, n):
     "What is known of one corruption at one severity"
-    low, high = share_interval(right, n)
+    low, high = wilson_interval(right, n)
     return dict(corruption=name, severity=severity, images=n, right=right, accuracy=right / n, low=low[0], high=high[0],
         views=interp.views)
 

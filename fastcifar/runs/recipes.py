@@ -89,11 +89,11 @@ def override_recipe(
 ) -> Recipe: # Of the same class
     "A recipe with some settings overridden; what goes with a setting goes along"
     for k in settings: check_name(k, [f.name for f in dataclasses.fields(r)], 'setting of a recipe')
-    res = dataclasses.replace(r, **_along(r, settings)).checked()
+    res = dataclasses.replace(r, **_scale_dependents(r, settings)).checked()
     check_given(res, settings)
     return res
 
-def _along(r, settings):
+def _scale_dependents(r, settings):
     "What is given, and what has to change with it"
     more, lr_max = {}, settings.get('lr_max')
     if r.lr_max and isinstance(lr_max, (int, float)): more |= {k: getattr(r, k) * lr_max / r.lr_max for k in ('lr_min', 'lr_end') if getattr(r, k)} # the same parts of the peak

@@ -18,7 +18,7 @@ from ..models.weights import load_tensors, load_weights
 from .artifacts import _report
 from .config import build_model
 from .fit import recipe_learner
-from .folder import _check_data, _read_range, data_place, run_config, unfinished
+from .folder import _check_data, _read_range, data_source, run_config, unfinished
 from ..train.schedule import LRRange
 
 # %% ../../nbs/runs/08_reopen.ipynb #f7518ccb
@@ -28,7 +28,7 @@ def run_data(
     ordered=lambda data: False, # Says of an `ImageData` whether the order of its images and classes matters
 ): # An `ImageData`
     "The data set of a run, wherever it lies now; another one is an error"
-    d = load_data(data or data_place(out), run_config(out).convert)
+    d = load_data(data or data_source(out), run_config(out).convert)
     _check_data(read_json(Path(out)/'config.json'), d, out, ordered(d), 'give the right one with --data')
     return d
 

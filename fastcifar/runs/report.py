@@ -20,7 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from .. import __version__
 from ..basics import check_file, say, write_text
 from ..interpret.gradcam import overlay
-from ..interpret.interpretation import CifarInterpretation, attempt_plot, share_interval
+from ..interpret.interpretation import CifarInterpretation, attempt_plot, wilson_interval
 from ..models.summary import plot_field, plot_graph, summarize
 from .recipes import create_recipe
 
@@ -208,7 +208,7 @@ def write_run_report(
     t, labels = summarize(model), interp.label_errors()
     drawn = np.sort(np.random.default_rng(0).choice(len(interp.targs), min(24, len(interp.targs)), replace=False))
     right = metrics['test_images'] - metrics['wrong']
-    low, high = (100 * float(v[0]) for v in share_interval(right, metrics['test_images']))
+    low, high = (100 * float(v[0]) for v in wilson_interval(right, metrics['test_images']))
     cards = [('parameters', f'{metrics["parameters"]:,}'), ('epochs', metrics['epochs']),
         ('training time', f'{metrics["seconds"]:,.0f} s'), ('training accuracy',
         f'{metrics["train_accuracy"]:.2%} (test-time views: {metrics.get("train_views", "none")})'),

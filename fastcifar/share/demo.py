@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..basics import FastcifarError, as_markdown, optional, say
+from ..basics import FastcifarError, as_markdown, import_extra, say
 from ..data.formats import IMAGE_SUFFIXES, decode_image
 from ..interpret.gradcam import grad_cam, overlay
 from ..interpret.interpretation import CifarInterpretation
@@ -58,7 +58,7 @@ def demo_app(
 ): # A `gradio.Blocks`
     "The page of a trained net"
     os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')
-    gr = optional('gradio', 'demo', 'the demo')
+    gr = import_extra('gradio', 'demo', 'the demo')
     model = load_model(source)
     net, classes = pixel_net(model, source)
     def classify(path):

@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 from scipy.stats import binomtest
 
-from ..basics import FastcifarError, as_markdown, command_line, file_sha256, is_left, optional, read_json
+from ..basics import FastcifarError, as_markdown, command_line, file_sha256, is_left, import_extra, read_json
 from ..basics import spread_evenly, unfinished_name, user_path, write_atomic, write_json, write_text
 from ..data.formats import SIDE
 from ..models.zoo import load_model, save_model
@@ -32,8 +32,8 @@ def write_onnx(
     path, # Where to write
 ) -> Path:
     "Write a net as ONNX: `images`, uint8 (N, 32, 32, 3), to `probabilities`, float32 (N, classes)"
-    onnx = optional('onnx', 'onnx', 'writing ONNX')
-    optional('onnxscript', 'onnx', 'writing ONNX')
+    onnx = import_extra('onnx', 'onnx', 'writing ONNX')
+    import_extra('onnxscript', 'onnx', 'writing ONNX')
     with warnings.catch_warnings(action='ignore'):
         program = torch.onnx.export(net, (torch.zeros(2, SIDE, SIDE, 3, dtype=torch.uint8),), dynamo=True, dynamic_shapes=({0: torch.export.Dim('N')},), input_names=['images'],
                                     output_names=['probabilities'], opset_version=OPSET, verbose=False)

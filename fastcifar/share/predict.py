@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..basics import FastcifarError, optional
+from ..basics import FastcifarError, import_extra
 from ..data.archive import MAX_FILE, clean_name
 from ..data.formats import IMAGE_SUFFIXES, SIDE, decode_image
 from ..models.zoo import load_model
-from ..train.tta import VIEWS, average_views
+from ..train.tta import VIEWS, tta_logits
 
 # %% ../../nbs/share/00_predict.ipynb #4c0c6ab6
 class PixelNet(nn.Module):
@@ -38,7 +38,7 @@ class PixelNet(nn.Module):
     def forward(self,
         images:torch.Tensor, # uint8 (N, 32, 32, 3)
     ) -> torch.Tensor: # Probabilities (N, classes)
-        return average_views(self.model, (images.permute(0, 3, 1, 2).contiguous().float() / 255 - self.mean) / self.std, self.views).softmax(-1)
+        return tta_logits(self.model, (images.permute(0, 3, 1, 2).contiguous().float() / 255 - self.mean) / self.std, self.views).softmax(-1)
 
 def _class_names(classes):
     "The class names of a file in the form that loading gives them, which those of older versions may lack"
@@ -115,7 +115,7 @@ def checked_onnx(
     where, # Its name
 ) -> bytes: # The same
     "Refuse a program that an exported net would not be"
-    onnx = optional('onnx', 'onnx', 'reading ONNX')
+    onnx = import_extra('onnx', 'onnx', 'reading ONNX')
     try:
         model = onnx.load_model_from_string(data)
         graph = model.graph
@@ -137,7 +137,7 @@ def checked_onnx(
     return data
 
 def _from_onnx(path):
-    ort = optional('onnxruntime', 'onnx', 'running ONNX')
+    ort = import_extra('onnxruntime', 'onnx', 'running ONNX')
     if path.stat().st_size > MAX_FILE: raise FastcifarError(f'{path} has {path.stat().st_size:,} bytes, more than any net here: it is no exported net')
     data, options = checked_onnx(path.read_bytes(), path), ort.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 4, torch.get_num_threads()

@@ -9,7 +9,7 @@ __all__ = ['RayTasks', 'everywhere']
 import math, os
 from pathlib import Path
 
-from ..basics import FastcifarError, optional
+from ..basics import FastcifarError, import_extra
 from ..data.load import place_of
 
 # %% ../../nbs/study/01_cluster.ipynb #11933c30
@@ -25,7 +25,7 @@ class RayTasks:
             raise FastcifarError(f'a task with {cpus} processors and {gpus} GPUs: give at least 1 processor, '
                                  'and a fraction of a GPU or whole ones')
         os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
-        self.ray = optional('ray', 'ray', 'a study on Ray')
+        self.ray = import_extra('ray', 'ray', 'a study on Ray')
         self.cpus, self.gpus, self.retries = cpus, gpus, retries
         self._mine = not self.ray.is_initialized()
         try:

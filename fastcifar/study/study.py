@@ -24,7 +24,7 @@ from ..models.layers import NORMS
 from ..models.zoo import list_models
 from ..runs.config import build_model, configure
 from ..runs.folder import BESIDE, _is_run, check_same, own_folder, settings_on
-from ..runs.fused import alike, train_together
+from ..runs.fused import check_fusable, train_together
 from ..runs.report import drawn_svgs, write_study_report
 from ..runs.run import train_run
 from ..runs.settings import Config, list_recipes
@@ -185,7 +185,7 @@ class Study:
         jobs = jobs or (max(1, cpu_count() // threads) if device == 'cpu' else 3 * len(gpus))
         folder = self.out.resolve()/'runs'
         finished, todo = {run_name(c) for c in self.grid if (folder/run_name(c)/'metrics.json').exists()}, _passes(self.grid, folder, together)
-        for cs in todo: alike(cs)
+        for cs in todo: check_fusable(cs)
         load_data(self.data, self.grid[0].convert) # what cannot be read is to be said before there is a folder
         with own_folder(self.out, _is_study, 'a study'):
             self._settle()

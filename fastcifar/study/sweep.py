@@ -14,7 +14,7 @@ import pandas as pd
 from fastai.callback.core import Callback
 from tqdm.auto import tqdm
 
-from ..basics import FastcifarError, as_json, attempt, check_name, optional, read_json, say, seed_everything
+from ..basics import FastcifarError, as_json, attempt, check_name, import_extra, read_json, say, seed_everything
 from ..basics import user_path, write_atomic, write_json
 from ..data.load import load_data
 from ..device import checked_device, cpu_threads
@@ -97,7 +97,7 @@ class Sweep:
 
     def _storage(self):
         "The sweep as Optuna keeps it: a journal of JSON lines"
-        optuna = optional('optuna', 'sweep', 'a sweep')
+        optuna = import_extra('optuna', 'sweep', 'a sweep')
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
         if (self.out/'journal.log').is_symlink():
@@ -118,7 +118,7 @@ class Sweep:
         say=say, # Called with a line for each trial
     ) -> dict: # What is in recipe.json
         "Try settings and write the best as a recipe file"
-        optional('optuna', 'sweep', 'a sweep')
+        import_extra('optuna', 'sweep', 'a sweep')
         if trials < 1: raise FastcifarError(f'{trials} trials: give at least 1')
         device, data = checked_device(device), load_data(self.base.data, self.base.convert)
         _loaders(self.base, data, device) # what cannot work is to be said before anything is written

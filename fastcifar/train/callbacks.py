@@ -69,7 +69,7 @@ def _classifies(loss):
 
 class CheckOutputs(Callback):
     "Refuse a net that gives more or fewer outputs than there are classes"
-    order, afresh = 11, True # after `NumberFormat`; a checkpoint holds nothing of it
+    order, stateless = 11, True # after `Autocast`; a checkpoint holds nothing of it
     n, capturable = None, True # it looks at shapes alone
     def before_fit(self): self.n = get_c(self.dls) if _classifies(self.learn.loss_func) else None
     def after_pred(self):
@@ -127,7 +127,7 @@ class EMA(Callback):
 class L1(Callback):
     "Add a multiple of the sum of all parameters' absolute values to the loss"
     capturable = True
-    order = 5 # before NumberFormat scales the loss
+    order = 5 # before Autocast scales the loss
     def __init__(self, weight:float): self.weight = weight
     def after_loss(self):
         if self.training: self.learn.loss_grad = self.loss_grad + self.weight * sum(p.abs().sum() for p in self.model.parameters())

@@ -25,12 +25,12 @@ from fastai.torch_core import find_bs
 from ..basics import FastcifarError, remove_unfinished, rng_state, say, set_rng_state
 from ..models.weights import is_ours, load_tensors, load_weights, save_tensors
 from .callbacks import FreezeParts, StopOnNaN
-from .distributed import everyones, rank, total, world_size
+from .distributed import all_gather, rank, total, world_size
 from .loop import LeanLearner, LeanRecorder, LeanScheduler
 from .schedule import generators_of
 
 # %% ../../nbs/train/09_checkpoint.ipynb #9ee4e9ac
-_afresh = (TrainEvalCallback, CastToTensor, ProgressCallback, CSVLogger, MixHandler, FreezeParts, StopOnNaN) # they make what they hold anew in each fit, epoch or batch
+_STATELESS = (TrainEvalCallback, CastToTensor, ProgressCallback, CSVLogger, MixHandler, FreezeParts, StopOnNaN) # they make what they hold anew in each fit, epoch or batch
 _keepers = {ParamScheduler: LeanScheduler, Recorder: LeanRecorder} # of fastai's own objects
 
 def _keeper(cb):
@@ -44,7 +44,7 @@ class _Mark:
 
 def _own(cb):
     "What a callback holds, apart from its learner; numbers and texts as JSON has them"
-    return {} if isinstance(cb, _afresh) or getattr(cb, 'afresh', False) else {k: _copied(v) if _is_plain(v) else _Mark(v) for k, v in vars(cb).items() if k != 'learn'}
+    return {} if isinstance(cb, _STATELESS) or getattr(cb, 'stateless', False) else {k: _copied(v) if _is_plain(v) else _Mark(v) for k, v in vars(cb).items() if k != 'learn'}
 
 def _is_plain(v): return v is None or isinstance(v, (bool, int, float, str, np.generic)) or isinstance(v, (list, tuple)) and all(map(_is_plain, v))
 
@@ -277,7 +277,7 @@ class Checkpoints(Callback):
         "Has this process been asked to stop, or, which they agree on at every tenth batch, any of them?"
         if world_size() == 1: return self.request and self.request.number
         if self.request is None or i % 10: return None
-        self.request.number = int(max(everyones(int(self.request.number or 0)))) or None
+        self.request.number = int(max(all_gather(int(self.request.number or 0)))) or None
         return self.request.number
 
     def after_epoch(self):
@@ -303,7 +303,7 @@ class Checkpoints(Callback):
         if not whole: self._refuse(f'after batch {batch} of epoch {done + 1}' if batch else f'after epoch {done}')
         self._name_lost()
         sums = dict(loss=float(self._loss), right=int(self._right), n=self._n, seconds=time.perf_counter() - self._start) if batch else dict(loss=0., right=0, n=0, seconds=0.)
-        ranks = everyones(dict(rng=rng_state(), sums=sums))
+        ranks = all_gather(dict(rng=rng_state(), sums=sums))
         if rank(): return
         sums |= {k: sum(r['sums'][k] for r in ranks) for k in ('loss', 'right', 'n')}
         tensors, note = checkpoint_state(self.learn, self._before)

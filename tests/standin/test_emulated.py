@@ -169,7 +169,7 @@ def test_nets_in_one_pass_are_recorded_where_they_have_no_dropout():
 def stop_after(n):
     from fastai.callback.core import Callback
     class Stop(Callback):
-        order, afresh = 90, True
+        order, stateless = 90, True
         def after_batch(self):
             if self.training and self.learn.train_iter == n: raise Stopped('enough', 2)
     return Stop()
