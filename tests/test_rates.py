@@ -121,12 +121,12 @@ def test_an_uncertain_test_says_so_and_leaves_no_trace():
 # --- every image as one class
 
 def test_train_warns_of_one_class(main, tree, tmp_path, monkeypatch):
-    import fastcifar.runs.run
+    from fastcifar.runs import reopen, run
     def stuck(c, n_out):
         net = build_model(c, n_out)
         net.register_forward_hook(lambda net, x, y: y + 100 * torch.nn.functional.one_hot(torch.tensor(1), n_out))
         return net
-    monkeypatch.setattr(fastcifar.runs.run, 'build_model', stuck)
+    for room in (run, reopen): monkeypatch.setattr(room, 'build_model', stuck)
     said = 'all 24 images are predicted as one class, green'
     common = '--data', tree, '--model', 'normnet31k', '--epochs', 1, '--bs', 20, '--out', 'stuck'
     code, out, err = main('train', *common, '--lr-max', '1e-9')
