@@ -1,30 +1,71 @@
-"What the README tells people to type works."
-import json, re, shlex, shutil
+"What the README and the page of commands tell people to type works, and prints what they show."
+import contextlib, io, json, re, shlex, shutil
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
-from fastcifar.models.zoo import list_models
+from fastcifar.models.zoo import count_parameters, create_model, list_models
+from fastcifar.study.statistics import study_summary
 
 ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT/'README.md').read_text()
+ABOUT = 'must', 'goal', 'missed', 'asked', 'hope', 'hoped' # words of a plan, not of a description
 
-def commands():
-    "The lines of the README's shell blocks"
-    blocks = re.findall(r'^```sh\n(.*?)^```', (ROOT/'README.md').read_text(), re.M | re.S)
-    return [shlex.split(l, comments=True) for b in blocks for l in b.splitlines() if l.strip()]
+def page(name):
+    "The prose of a notebook"
+    cells = json.loads((ROOT/f'nbs/{name}.ipynb').read_text())['cells']
+    return '\n\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
+
+def blocks(text, language): return re.findall(rf'^```{language}\n(.*?)^```', text, re.M | re.S)
+
+def commands(text):
+    "The lines of the shell blocks"
+    return [shlex.split(l, comments=True) for b in blocks(text, 'sh') for l in b.splitlines() if l.strip()]
+
+def session():
+    "Commands of the README's terminal, each with the lines it prints"
+    [text] = blocks(README, 'console')
+    parts = re.split(r'^\$ ', text, flags=re.M)[1:]
+    return [(p.splitlines()[0], [l for l in p.splitlines()[1:] if l]) for p in parts]
+
+def alike(shown, printed, within):
+    "The same text, with numbers that are nearly the same: another processor rounds otherwise"
+    number = r'\d+(?:,\d{3})*(?:\.\d+)?'
+    if re.sub(number, '#', ' '.join(shown.split())) != re.sub(number, '#', ' '.join(printed.split())): return False
+    pairs = zip(re.findall(number, shown), re.findall(number, printed))
+    return all(abs(float(a.replace(',', '')) - float(b.replace(',', ''))) <= within for a, b in pairs)
 
 def test_first_two_commands_are_make():
-    assert commands()[:2] == [['make', 'demo'], ['make', 'test']]
+    assert commands(README)[:2] == [['make', 'demo'], ['make', 'test']]
     assert re.search(r'^make test$', (ROOT/'.ci/run').read_text(), re.M)
     assert {'demo', 'test', 'test-latest'} <= set(re.findall(r'^([\w-]+):', (ROOT/'Makefile').read_text(), re.M))
 
-def test_fastcifar_commands(main, tmp_path):
+def test_it_is_short_and_describes():
+    assert len(README.splitlines()) <= 130
+    assert not re.search(rf'\b({"|".join(ABOUT)})\b', README, re.I)
+    assert not re.search('jpeg', README, re.I)
+    for link in re.findall(r'\]\((?!https?:|#)([^)]+)\)', README): assert (ROOT/link).exists(), link
+
+def test_commands_of_the_page(main, tmp_path):
     shutil.copytree(ROOT/'nbs/images', tmp_path/'nbs/images')
-    typed = [c for c in commands() if c[0] == 'fastcifar']
-    assert {c[1] for c in typed} == {'train', 'compare', 'find-lr', 'evaluate', 'report', 'predict', 'export', 'sweep', 'models', 'recipes', 'summary', 'bench'}
+    typed = [c for c in commands(page('pages/commands')) if c[0] == 'fastcifar']
+    assert {c[1] for c in typed} == {'train', 'compare', 'find-lr', 'evaluate', 'report', 'predict', 'export', 'sweep',
+                                     'models', 'recipes', 'summary', 'bench'}
     for c in typed:
         code, out, err = main(*c[1:])
         assert code == 0 and out, (c, err)
+
+def test_the_terminal_shows_what_is_printed(main, tmp_path):
+    shutil.copytree(ROOT/'nbs/images', tmp_path/'nbs/images')
+    for command, shown in session():
+        code, out, err = main(*shlex.split(command)[1:])
+        assert code == 0, err
+        printed = [l for l in out.splitlines() if l]
+        for line in shown:
+            if line == '...': continue
+            progress, near = re.match(r'\d+/\d+ ', line), [l for l in printed if alike(line, l, 30)]
+            assert progress or near, (command, line)
 
 def test_demo(main):
     "The command of `make demo`: at least 97 % of the held-out digits"
@@ -35,51 +76,58 @@ def test_demo(main):
     assert m['data'] == 'digits' and m['test_images'] == 300 and m['test_accuracy'] >= 0.97
     assert 'run folder: runs/demo' in err
 
+def test_the_lines_of_python_print_what_is_shown():
+    lines, whole = blocks(README, 'python')
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said): exec(lines, {})
+    wrong = int(re.search(r'(\d+) of 300 are wrong', README)[1])
+    assert abs(int(re.search(r'(\d+) of 300 are wrong', said.getvalue())[1]) - wrong) <= 15
+    assert 'learn.fit_one_cycle(24, **one_cycle(lrs, epochs=24, peak_epoch=5))' in whole # run by tests/test_library.py
+
 def cells(line): return [c.strip() for c in line.strip().strip('|').split('|')]
 
-def table(head):
-    "The rows of the README's table whose head begins so, as dicts"
-    lines = (ROOT/'README.md').read_text().splitlines()
+def table(text, head):
+    "The rows of a table whose head begins so, as dicts"
+    lines = text.splitlines()
     start = next(i for i, l in enumerate(lines) if l.startswith(f'| {head} |'))
-    rows = [l for l in lines[start + 2:start + 60] if l]
-    end = next((i for i, l in enumerate(lines[start + 2:]) if not l.startswith('|')), None)
+    rows = lines[start + 2:]
+    end = next((i for i, l in enumerate(rows) if not l.startswith('|')), len(rows))
     return [dict(zip(cells(lines[start]), cells(l))) for l in rows[:end]]
 
-def test_accuracies_of_nets_come_from_their_runs():
-    "What a net's row says of a recipe is the mean of its own runs of that recipe, with their number and epochs"
-    study, curves = (pd.read_csv(ROOT/f'results/norms/{n}.csv') for n in ('results', 'curves'))
-    nets = table('net')
-    assert {r['net'].strip('`') for r in nets} == set(list_models())
-    for r in nets:
+def test_accuracies_come_from_their_runs():
+    "Mean, interval and number of the runs of each net and norm"
+    runs = pd.concat(map(pd.read_csv, sorted(ROOT.glob('results/lossless/reference_*.csv')))).assign(status='finished')
+    assert set(runs.data) == {'cifar10'} and set(runs.views) == {'none'} and set(runs.test_images) == {10_000}
+    summary, rows = study_summary(runs, ['model', 'norm']), table(README, 'net')
+    assert len(rows) == len(summary)
+    for r in rows:
         net = r['net'].strip('`')
-        for head in (k for k in r if 'batch norm' in k):
-            recipe = 'speedrun' if net == 'speednet' and 'speedrun' in head else re.match('`(\\w+)`', head)[1]
-            of = [t[(t.model == net) & (t.norm == 'bn') & (t.recipe == recipe)] for t in (study, curves)]
-            if r[head] == '-': continue
-            runs, last = of[0], of[1][of[1].epoch == of[1].epoch.max()]
-            assert f'(n = {len(runs)}, {runs.epochs.iloc[0]} epochs)' in r[head], (net, recipe)
-            expected = [f'{100 * runs.test_accuracy.mean():.2f}']
-            if runs.views.iloc[0] != 'none': expected.append(f'{100 * last.accuracy.mean():.2f}') # and without
-            assert re.findall(r'([\d.]+) %', r[head]) == expected, (net, recipe)
+        s = summary.loc[(net, r['norm'])]
+        assert r['test accuracy'] == f'{s["mean"]:.2f} ± {s["high"] - s["mean"]:.2f} % (n = {s.n:.0f})'
+        assert r['parameters'] == f'{count_parameters(create_model(net)):,}'
 
-def test_runs_of_the_main_job_come_from_their_folders():
-    folders = [f.parent for f in ROOT.glob('results/*/metrics.json')]
+def outputs(name):
+    "What the cells of a notebook show, as text"
+    found = json.loads((ROOT/f'nbs/{name}.ipynb').read_text())['cells']
+    shown = [o.get('data', {}) for c in found for o in c.get('outputs', [])]
+    return '\n\n'.join(''.join(d.get('text/markdown', '')) for d in shown)
+
+def test_tables_of_the_nets_come_from_the_nets_and_runs():
+    text = outputs('pages/nets')
+    assert [r['net'].strip('`') for r in table(text.split('\n\n')[0], 'net')] == list(list_models())
+    folders = [f.parent for f in ROOT.glob('results/digits-*/metrics.json')]
     runs = [json.loads((f/'metrics.json').read_text()) for f in folders]
-    rows = table('data')
+    rows = table(text.strip().split('\n\n')[-1], 'net')
     assert len(rows) == len(runs)
     for r in rows:
-        [m] = [m for m in runs if (m['data'], str(m['epochs']), str(m['seed'])) == (r['data'], r['epochs'], r['seed'])]
-        assert r['net'] == f'{m["model"]} {m["norm"]}' and r['precision'] == m['precision']
+        [m] = [m for m in runs if str(m['seed']) == r['seed']]
+        assert (r['net'], r['epochs'], r['precision']) == (f'{m["model"]} {m["norm"]}', str(m['epochs']), m['precision'])
         assert (r['train accuracy'], r['test accuracy']) == (f'{m["train_accuracy"]:.2%}', f'{m["test_accuracy"]:.2%}')
         assert (r['LRMIN'], r['LRMAX']) == (f'{m["lr_min"]:.1e}', f'{m["lr_max"]:.1e}')
 
-def test_ratios_come_from_benchmarks():
-    "Every row of the table of speed is one of `benchmarks/`, as a whole"
-    known = [r for f in ROOT.glob('benchmarks/*.json') for r in json.loads(f.read_text())['rows']]
-    shown = {'x': lambda v: f'{v:.2f} x', 'us': lambda v: f'{v:.0f} µs', 'share': lambda v: f'{v:.1%}', 's': lambda v: f'{v:.1f} s'}
-    def row(r):
-        f = shown[r['unit']]
-        return f(r['ratio']), f'{f(r["low"])} to {f(r["high"])}', *('-' if r[k] is None else f(r[k]) for k in ('must', 'goal'))
-    wholes = {row(r) for r in known if r['ratio'] is not None}
-    for r in table('what'):
-        assert (r['median'], r['lowest and highest round'], r['must'], r['goal']) in wholes, r
+def test_the_sentence_of_speed_comes_from_benchmarks():
+    files = (ROOT/f'benchmarks/{n}.json' for n in ('data', 'step'))
+    ratio = {r['name']: r['ratio'] for f in files for r in json.loads(f.read_text())['rows']}
+    times, ours, theirs = re.search(r'ready (\d+) times .*? takes (\d+) µs .*? fastai takes (\d+)', README, re.S).groups()
+    assert int(times) == round(ratio['batch/item'] * ratio['item/datablock'])
+    assert (int(ours), int(theirs)) == (round(ratio['step/overhead_us']), round(ratio['step/fastai_overhead_us']))
