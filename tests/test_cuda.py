@@ -10,7 +10,7 @@ if not torch.cuda.is_available(): pytest.skip('these tests need a CUDA GPU', all
 
 from fastcifar.all import Arrays, ImageData, Stopped, Study, cifar_learner, configure, create_model, create_recipe, fit_recipe, load_data, recipe_learner, seed_everything, train_run
 from fastcifar.bench.run import run_bench
-from fastcifar.runs.fused import together_learner
+from fastcifar.runs.fused import fused_learner
 
 GPU = 'cuda'
 
@@ -73,7 +73,7 @@ def test_continues_exactly(precision, tmp_path):
 
 def test_nets_in_one_pass():
     configs = [configure('fast', 'normnet31k', seed=s, bs=64, epochs=3, dropout=.05) for s in range(4)]
-    learn = together_learner(load_data('digits'), configs, torch.device(GPU))
+    learn = fused_learner(load_data('digits'), configs, torch.device(GPU))
     with learn.no_bar(), learn.no_logging(): fit_recipe(learn, configs[0])
     assert (learn.each_net.history[-1, :, -1] > .6).all()
 

@@ -73,11 +73,11 @@ def test_checkpoints_of_somebody(main, tree, tmp_path):
 
 def test_a_pass_removes_its_own_checkpoints_alone(tree, tmp_path):
     from fastcifar.runs.config import configure
-    from fastcifar.runs.fused import train_together
+    from fastcifar.runs.fused import train_fused
     configs = [configure('fast', 'normnet31k', data=str(tree), epochs=1, bs=20, seed=s) for s in range(2)]
     def go(work):
         outs = [tmp_path/f'{work.name}{s}' for s in range(2)]
-        train_together(configs, outs, work, pictures=False, say=lambda *_: None)
+        train_fused(configs, outs, work, pictures=False, say=lambda *_: None)
     (tmp_path/'w/checkpoints').mkdir(parents=True)
     for name in ('.draft.backup01.tmp', 'epoch_notes.txt'): (tmp_path/'w/checkpoints'/name).touch()
     go(tmp_path/'w')

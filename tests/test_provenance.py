@@ -68,7 +68,7 @@ def test_a_start_on_another_machine_is_told(main, broken_off, monkeypatch):
 def test_a_refused_or_unbegun_start_is_no_start(main, tree, tmp_path, monkeypatch):
     import fastcifar.runs.run as runs
     with monkeypatch.context() as m:
-        m.setattr(runs, '_fit', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+        m.setattr(runs.Training, 'fit', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
         assert main('train', '--data', tree, *SIZE, '--threads', 1, '--out', 'r')[0] == 130
     assert main('train', '--data', tree, *SIZE, '--threads', 1, '--no-pictures', '--out', 'r')[0] == 0
     env = read_json(tmp_path/'r/environment.json')
@@ -76,21 +76,20 @@ def test_a_refused_or_unbegun_start_is_no_start(main, tree, tmp_path, monkeypatc
 
 def killed_in(m, step):
     "From now on, a training dies in a step of it"
-    import fastcifar.runs.run as runs
     def die(*args, **more): raise KeyboardInterrupt
-    m.setattr(runs, step, die)
+    m.setattr(f'fastcifar.runs.run.{step}', die)
 
 def test_resumed_before_anything_was_trained(main, tree, tmp_path, monkeypatch):
     "Killed in the range test: --resume goes on as the run was begun, and what began it stays"
     began = ('train', '--data', tree, *SIZE, '--path', 'item', '--workers', 1, '--device', 'cpu')
     with monkeypatch.context() as m:
-        killed_in(m, '_find_lrs')
+        killed_in(m, 'Training.find_rates')
         assert main(*began, '--checkpoint-every', 2, '--deterministic', '--threads', 1, '--out', 'r')[0] == 130
     before = read_json(tmp_path/'r/environment.json')
     assert before['starts'] == [] and before['command'].startswith('fastcifar train --data')
     import fastcifar.runs.run as runs
-    real, used = runs._commands, []
-    monkeypatch.setattr(runs, '_commands', lambda *a: used.append(a[4]) or real(*a))
+    real, used = runs.Training.commands, []
+    monkeypatch.setattr(runs.Training, 'commands', lambda t, c: used.append(t.options) or real(t, c))
     assert main('train', '--resume', 'r', '--no-pictures')[0] == 0
     env = read_json(tmp_path/'r/environment.json')
     assert env['command'] == before['command'] and env['deterministic'] is True
@@ -147,15 +146,15 @@ def test_a_run_of_python_and_one_of_a_study(tree, tmp_path):
 def test_seeds_in_one_pass_say_so_and_a_finished_one_stays(tree, tmp_path):
     from fastcifar.runs.settings import Config
     from fastcifar.runs.config import configure
-    from fastcifar.runs.fused import train_together
+    from fastcifar.runs.fused import train_fused
     cs = [configure('fast', 'normnet31k', epochs=1, bs=20, data=str(tree), seed=s) for s in (0, 1)]
     outs, work = [tmp_path/'0', tmp_path/'1'], tmp_path/'w'
-    def train(): train_together(cs, outs, work, threads=1, pictures=False, say=lambda *_: None)
+    def train(): train_fused(cs, outs, work, threads=1, pictures=False, say=lambda *_: None)
     train()
     was = {f: f.read_bytes() for f in outs[0].glob('*.json')}
     env = read_json(outs[0]/'environment.json')
     called = []
-    eval(env['command'], dict(train_together=lambda *a, **kw: called.append((a, kw)), Config=Config))
+    eval(env['command'], dict(train_fused=lambda *a, **kw: called.append((a, kw)), Config=Config))
     [((configs, folders, folder), kw)] = called
     assert [c.seed for c in configs] == [0, 1] and folders == list(map(str, outs)) and folder == str(work)
     assert kw == dict(device=env['device'], threads=1, pictures=False)
@@ -178,22 +177,26 @@ def test_what_is_left_to_the_machine_is_said(tree, tmp_path):
     "Data of the environment, precision, device and threads stand in the command; what was given stands as it was"
     import torch
     from fastcifar.runs.settings import Config
-    from fastcifar.runs.run import _commands
-    c, how = Config(precision='bf16', path='batch'), dict(threads=3)
-    typed, again = _commands(Config(), c, tmp_path, 'cpu', how, True, ['train', '--threads', '3'])
+    from fastcifar.runs.folder import RunFolder
+    from fastcifar.runs.run import Training
+    c = Config(precision='bf16', path='batch')
+    def commands(asked, words, **more):
+        t = Training(asked, None, None, RunFolder(tmp_path), 'cpu', dict(threads=3), words, **more)
+        return t.commands(c)
+    typed, again = commands(Config(), ['train', '--threads', '3'])
     assert typed == 'fastcifar train --threads 3' and again == f'{typed} --device cpu --precision bf16'
-    typed, again = _commands(c, c, tmp_path, 'cpu', how, True, ['train', '--resume', 'r'])
+    typed, again = commands(c, ['train', '--resume', 'r'])
     assert typed == 'fastcifar train --resume r' # alone it would begin nothing
     assert again == f"train_run(Config(precision='bf16', path='batch'), out={str(tmp_path)!r}, threads=3, device='cpu')"
     torch.use_deterministic_algorithms(True)
-    try: again = _commands(Config(), c, tmp_path, 'cpu', how, False, None)[1]
+    try: again = commands(Config(), None, pictures=False)[1]
     finally: torch.use_deterministic_algorithms(False)
     assert again.endswith("threads=3, device='cpu', deterministic=True, pictures=False)")
 
 def test_data_of_the_environment_are_part_of_the_command(main, tree, tmp_path, monkeypatch):
     monkeypatch.setenv('FASTCIFAR_DATA', str(tree))
     with monkeypatch.context() as m:
-        killed_in(m, '_find_lrs')
+        killed_in(m, 'Training.find_rates')
         assert main('train', *SIZE, '--out', 'r')[0] == 130
     words = shlex.split(read_json(tmp_path/'r/environment.json')['command'])
     assert words[words.index('--data') + 1] == str(tree)

@@ -17,7 +17,7 @@ from fastcifar.data.images import ImageData
 from fastcifar.runs.settings import Config
 from fastcifar.runs.run import RunHistory
 from fastcifar.runs.config import build_model, configure
-from fastcifar.runs.folder import check_settings, note_start
+from fastcifar.runs.folder import RunFolder, check_settings, note_start
 from fastcifar.runs.artifacts import draw_interpretation
 from fastcifar.runs.folder import resolve_config, write_surroundings
 from fastcifar.train.schedule import LRRange
@@ -96,9 +96,9 @@ def test_a_configuration_is_settled_once(tmp_path):
 def test_what_makes_a_run_begun(tmp_path, name):
     for n in ('config.json', 'environment.json'): (tmp_path/n).write_text('{}')
     (tmp_path/'checkpoints').mkdir()
-    assert not folders._has_begun(tmp_path)
+    assert not RunFolder(tmp_path).has_begun
     (tmp_path/name).write_text('')
-    assert folders._has_begun(tmp_path)
+    assert RunFolder(tmp_path).has_begun
 
 def test_order_of_data_of_older_runs(tmp_path):
     "They noted none: files whose order is unsure have none that could be compared"
@@ -210,9 +210,7 @@ def test_every_start_is_listed(tmp_path):
 def test_command_of_a_run_from_python(monkeypatch, tmp_path):
     "All that differs from what would be taken without it"
     seen = []
-    def train(c, net, data, out, device, bars, how, say, pictures, words):
-        seen.append(runs._commands(c, c, out, device, how, pictures, words)[0])
-    monkeypatch.setattr(runs, '_train', train)
+    monkeypatch.setattr(runs.Training, 'train', lambda t: seen.append(t.commands(t.asked)[0]))
     monkeypatch.setattr(runs, 'load_data', lambda *_: noise())
     c, out = config(), tmp_path/'r'
     runs.train_run(c, out, device=torch.device('cpu'), workers=2, threads=1, log=('tensorboard',))

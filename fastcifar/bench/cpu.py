@@ -35,7 +35,7 @@ from ..device import best_precision, checked_device, cpu_threads
 from ..models.zoo import create_model
 from ..runs.config import build_model, configure
 from ..runs.fit import recipe_learner
-from ..runs.fused import together_learner
+from ..runs.fused import fused_learner
 from ..runs.recipes import create_recipe
 from ..train.checkpoint import Checkpoints
 from ..train.learner import cifar_learner
@@ -335,7 +335,7 @@ def bench_together(
             for learn in learners:
                 with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=_NoValidation())
         with cpu_threads(1):
-            all_of_them = together_learner(data, configs, device)
+            all_of_them = fused_learner(data, configs, device)
             pairs = take_turns(lambda: seconds(lambda: fit(all_of_them), device), lambda: seconds(lambda: fit(*alone), device), rounds)
         rows.append(speed_row(f'together/{name}', pairs, per=f'{steps} steps of {configs[0].bs} for {n} seeds', images=n * len(data.y['train']), note=f'{n} seeds in one pass against one after another, on {device.type}'))
     return rows

@@ -10,18 +10,17 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..basics import FastcifarError, attempt, check_folder, read_json, say, user_path, write_atomic
-from ..basics import write_json
+from ..basics import FastcifarError, attempt, check_folder, say, user_path, write_atomic
 from ..interpret.interpretation import CifarInterpretation, plot_curves, plot_schedule, save_plot
 from ..models.zoo import count_parameters, save_model
 from .config import build_model
 from .fit import recipe_rates
-from .folder import _again, _is_run, read_surroundings
+from .folder import RunFolder, _is_run
 from .report import drawn_svgs, write_run_report
 from .settings import Config
 from ..train.schedule import plot_range
 
-# %% ../../nbs/runs/06_artifacts.ipynb #d249c023
+# %% ../../nbs/runs/06_artifacts.ipynb #ddf90e30
 def _holds_plots(folder) -> bool:
     "Does a folder hold what `draw_interpretation` has written, or a run?"
     table = Path(folder)/'wrong_predictions.csv'
@@ -29,6 +28,16 @@ def _holds_plots(folder) -> bool:
     if not table.is_file(): return False
     with open(table, 'rb') as f: return f.readline().startswith(b'image,truth,prediction')
 
+def _prediction_plots(interp, layer):
+    "Name -> function that draws it, of all that needs no history of the training"
+    n = min(16, len(interp.targs))
+    return dict(misclassified=interp.plot_wrong, predictions=interp.plot_predictions,
+                class_accuracy=interp.plot_class_accuracy, calibration=interp.plot_calibration,
+                grad_cam=lambda: interp.plot_grad_cam(layer=layer), label_errors=interp.plot_label_errors,
+                confusion_matrix=interp.plot_confusion_matrix,
+                top_losses=lambda: interp.plot_top_losses(n, figsize=(9, 9)))
+
+# %% ../../nbs/runs/06_artifacts.ipynb #d249c023
 def draw_interpretation(
     interp:CifarInterpretation, # Predictions of a split
     out, # Folder, made if need be
@@ -40,17 +49,19 @@ def draw_interpretation(
     if layer: interp.grad_cam([0], layer) # a wrong name is an error before anything is written
     check_folder(out, _holds_plots, 'plots of a run')
     try: out.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise FastcifarError(f'cannot write {out}: {e.strerror}; choose a folder you can write to') from e
-    plots = dict(misclassified=interp.plot_wrong, predictions=interp.plot_predictions, class_accuracy=interp.plot_class_accuracy, calibration=interp.plot_calibration,
-                 grad_cam=lambda: interp.plot_grad_cam(layer=layer), label_errors=interp.plot_label_errors,
-                 confusion_matrix=interp.plot_confusion_matrix,
-                 top_losses=lambda: interp.plot_top_losses(min(16, len(interp.targs)), figsize=(9, 9)))
-    for name, table in (('wrong_predictions', interp.wrong()), ('class_accuracy', interp.class_accuracy().reset_index())):
+    except OSError as e:
+        raise FastcifarError(f'cannot write {out}: {e.strerror}; choose a folder you can write to') from e
+    tables = dict(wrong_predictions=interp.wrong(), class_accuracy=interp.class_accuracy().reset_index())
+    for name, table in tables.items():
         with attempt(f'{name}.csv', say): write_atomic(out/f'{name}.csv', lambda tmp: table.to_csv(tmp, index=False))
-    for name, plot in plots.items(): save_plot(plot, out/f'{name}.png', say)
+    for name, plot in _prediction_plots(interp, layer).items(): save_plot(plot, out/f'{name}.png', say)
 
+# %% ../../nbs/runs/06_artifacts.ipynb #6d8577ef
 def _training_plots(lrs, c, history):
-    plots = dict(curves=lambda: plot_curves(pd.DataFrame(history), 'validation' if c.valid else 'test'), schedule=lambda: plot_schedule(recipe_rates(c, lrs[:2]), c.epochs))
+    "Name -> function that draws it, of what a run tells by its history"
+    split = 'validation' if c.valid else 'test'
+    plots = dict(curves=lambda: plot_curves(pd.DataFrame(history), split),
+                 schedule=lambda: plot_schedule(recipe_rates(c, lrs[:2]), c.epochs))
     return plots | (dict(lr_range=lambda: plot_range(lrs)) if getattr(lrs, 'losses', ()) else {})
 
 def draw_run(
@@ -68,33 +79,66 @@ def draw_run(
     for name, plot in plots.items(): save_plot(plot, out/f'{name}.png', say)
     draw_interpretation(interp, out, say=say)
 
+# %% ../../nbs/runs/06_artifacts.ipynb #5555d8af
 def _report(interp, out, lrs, c, history, metrics, say):
     "The page of a run, from what is known when it ends"
-    plots = dict(_training_plots(lrs, c, history), class_accuracy=interp.plot_class_accuracy, calibration=interp.plot_calibration)
+    run = RunFolder(out)
+    plots = dict(_training_plots(lrs, c, history), class_accuracy=interp.plot_class_accuracy,
+                 calibration=interp.plot_calibration)
     model = build_model(c, len(interp.vocab))
     model.load_state_dict({k: v.detach().cpu() for k, v in interp.learn.model.state_dict().items()})
-    return write_run_report(out, interp, model, read_json(out/'config.json'), metrics, pd.DataFrame(history),
-                            dict(read_surroundings(out), command=_again(out, c)),
+    return write_run_report(out, interp, model, run.saved_config(), metrics, pd.DataFrame(history),
+                            dict(run.surroundings(), command=run.command(c)),
                             drawn_svgs(plots, ('curves', 'schedule'), say), say)
 
-def finish_run(learn, c:Config, out:Path, lrs, history:list, say=say, pictures:bool=True) -> dict:
+# %% ../../nbs/runs/06_artifacts.ipynb #cd322304
+def _save_weights(run, learn, c):
+    "Write the net of a run, with what it takes to predict with it"
+    data, (mean, std) = learn.dls.data, learn.dls.stats[:2]
+    save_model(learn.model, run.weights_file, classes=list(data.classes), mean=mean, std=std, data=data.name,
+               data_sha256=data.source, views=c.views)
+
+def _metrics(learn, c, lrs, history, test, train, valid):
+    "What metrics.json says, from the predictions of test and training split and the accuracy of the held-out images"
+    data = learn.dls.data
+    return dict(test_accuracy=test.accuracy, test_loss=test.loss, test_images=len(test.targs), wrong=len(test.wrong()),
+                train_accuracy=train.accuracy, train_loss=train.loss, valid_accuracy=valid, valid_images=c.valid,
+                epochs=c.epochs, seed=c.seed, lr_min=lrs.lr_min, lr_max=lrs.lr_max, lr_note=lrs.note,
+                one_class=test.one_class(), model=c.model, norm=c.norm, recipe=c.recipe, bs=c.bs,
+                views=test.views, train_views=train.views, parameters=count_parameters(learn.model),
+                data=data.name, data_sha256=data.source, precision=c.precision,
+                seconds=round(sum(h['seconds'] for h in history), 1))
+
+# %% ../../nbs/runs/06_artifacts.ipynb #e24756f4
+def _conclusion(m, out, page):
+    "The last lines of a run"
+    right = m['test_images'] - m['wrong']
+    said = (f'test accuracy {m["test_accuracy"]:.2%} ({right:,} of {m["test_images"]:,} images of {m["data"]}, '
+            f'last epoch, seed {m["seed"]}, test-time views: {m["views"]})\nrun folder: {out}')
+    return said + (f'\nto read: {page}' if page else '')
+
+def finish_run(
+    learn, # A `CifarLearner` after its training
+    c:Config, # What was trained
+    out:Path, # Run folder
+    lrs, # `LRRange`
+    history:list, # A dict an epoch
+    say=say, # Called with each line of the report
+    pictures:bool=True, # Draw pictures and write report.html?
+) -> dict: # The metrics
     "Evaluate the last epoch, write weights, then `metrics.json`, with which the run is finished, and then draw"
     say('evaluating')
-    def predicted(i): return CifarInterpretation.from_learner(learn, i, views=c.views) # every accuracy in the same way
-    test, train, data = predicted(len(learn.dls.loaders) - 1), predicted(0), learn.dls.data
-    save_model(learn.model, out/'model.safetensors', classes=list(data.classes), mean=learn.dls.stats[0], std=learn.dls.stats[1], data=data.name, data_sha256=data.source, views=c.views)
-    m = dict(test_accuracy=test.accuracy, test_loss=test.loss, test_images=len(test.targs), wrong=len(test.wrong()), train_accuracy=train.accuracy, train_loss=train.loss,
-             valid_accuracy=predicted(1).accuracy if c.valid else None, valid_images=c.valid, epochs=c.epochs,
-                 seed=c.seed, lr_min=lrs.lr_min, lr_max=lrs.lr_max, lr_note=lrs.note, one_class=test.one_class(),
-             model=c.model, norm=c.norm, recipe=c.recipe, bs=c.bs, views=test.views, train_views=train.views,
-                 parameters=count_parameters(learn.model), data=data.name, data_sha256=data.source,
-                 precision=c.precision,
-             seconds=round(sum(h['seconds'] for h in history), 1))
-    write_json(out/'metrics.json', m)
+    run = RunFolder(out)
+    def predicted(i): return CifarInterpretation.from_learner(learn, i, views=c.views) # each accuracy in the same way
+    test, train = predicted(len(learn.dls.loaders) - 1), predicted(0)
+    _save_weights(run, learn, c)
+    valid = predicted(1).accuracy if c.valid else None
+    m = _metrics(learn, c, lrs, history, test, train, valid)
+    run.write_metrics(m)
     page = None
     if pictures:
         draw_run(test, out, lrs, c, history, say)
-        with attempt('report.html', say): page = _report(test, out, lrs, c, history, m, say)
+        with attempt(RunFolder.page_file, say): page = _report(test, out, lrs, c, history, m, say)
     if m['one_class']: say(f'warning: {m["one_class"]}')
-    say(f'test accuracy {m["test_accuracy"]:.2%} ({m["test_images"] - m["wrong"]:,} of {m["test_images"]:,} images of {data.name}, last epoch, seed {c.seed}, test-time views: {test.views})\nrun folder: {out}' + (f'\nto read: {page}' if page else ''))
+    say(_conclusion(m, out, page))
     return m

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..basics import FastcifarError, read_json, say, user_path
+from ..basics import FastcifarError, say
 from ..data.load import load_data
 from ..interpret.interpretation import CifarInterpretation
 from ..models.weights import load_tensors, load_weights
 from .artifacts import _report
 from .config import build_model
 from .fit import recipe_learner
-from .folder import _check_data, _read_range, data_source, run_config, unfinished
+from .folder import RunFolder, _check_data, data_source, run_config
 from ..train.schedule import LRRange
 
 # %% ../../nbs/runs/08_reopen.ipynb #f7518ccb
@@ -28,8 +28,9 @@ def run_data(
     ordered=lambda data: False, # Says of an `ImageData` whether the order of its images and classes matters
 ): # An `ImageData`
     "The data set of a run, wherever it lies now; another one is an error"
-    d = load_data(data or data_source(out), run_config(out).convert)
-    _check_data(read_json(Path(out)/'config.json'), d, out, ordered(d), 'give the right one with --data')
+    run = RunFolder(out)
+    d = load_data(data or data_source(out), run.config().convert)
+    _check_data(run.saved_config(), d, out, ordered(d), 'give the right one with --data')
     return d
 
 # %% ../../nbs/runs/08_reopen.ipynb #6c4ace84
@@ -39,15 +40,18 @@ def load_run(
     device=None, # fastai's default device if None
 ): # A `CifarLearner`
     "The learner of a finished run; its last loader is the test split"
-    out, c = user_path(out), run_config(out)
-    if not (out/'model.safetensors').is_file(): raise unfinished(out)
-    tensors, note = load_tensors(out/'model.safetensors')
-    data = run_data(out, data, lambda d: c.valid is not None or note.get('classes', d.classes) != d.classes)
-    dls = data.dataloaders(bs=c.bs, policy=c.policy, seed=c.seed, valid=c.valid, device=device, stats=c.stats, path=c.path)
+    run = RunFolder(out)
+    c, weights = run.config(), run.weights_file
+    if not weights.is_file(): raise run.unfinished()
+    tensors, note = load_tensors(weights)
+    data = run_data(run.path, data, lambda d: c.valid is not None or note.get('classes', d.classes) != d.classes)
+    dls = data.dataloaders(bs=c.bs, policy=c.policy, seed=c.seed, valid=c.valid, device=device, stats=c.stats,
+                           path=c.path)
     learn = recipe_learner(dls, build_model(c, len(data.classes)), c, precision=c.precision)
-    load_weights(learn.model, tensors, out/'model.safetensors')
+    load_weights(learn.model, tensors, weights)
     return learn
 
+# %% ../../nbs/runs/08_reopen.ipynb #4d272c72
 def evaluate_run(
     out, # A finished run folder
     data=None, # Where its data lies, if it has moved
@@ -60,6 +64,18 @@ def evaluate_run(
     with contextlib.nullcontext() if bars else learn.no_bar():
         return CifarInterpretation.from_learner(learn, len(learn.dls.loaders) - 1, views=run_config(out).views)
 
+# %% ../../nbs/runs/08_reopen.ipynb #ad4d59cc
+def _rates_of(run, metrics):
+    "The learning rates of a finished run, with its range test where there was one"
+    if run.lr_range_file.exists(): return run.lr_range()
+    return LRRange(metrics['lr_min'], metrics['lr_max'])
+
+def _read_history(run):
+    "history.csv of a finished run"
+    t = pd.read_csv(run.history_file)
+    if {'epoch', 'train_loss', 'train_accuracy', 'valid_loss', 'accuracy'} <= set(t): return t
+    raise KeyError(RunFolder.history_file)
+
 def report_run(
     out, # A finished run folder
     data=None, # Where its data lies, if it has moved
@@ -68,13 +84,12 @@ def report_run(
     say=say, # Called with a line for each picture that cannot be drawn
 ) -> Path: # out/report.html
     "Write the page of a finished run again, from its folder and one pass over the test split"
-    out, c = user_path(out), run_config(out)
-    if not (out/'metrics.json').is_file(): raise unfinished(out)
-    m = read_json(out/'metrics.json')
+    run = RunFolder(out)
+    out, c = run.path, run.config()
+    if not run.metrics_file.is_file(): raise run.unfinished()
+    m = run.metrics()
     try:
-        lrs = _read_range(out/'lr_range.json') if (out/'lr_range.json').exists() else LRRange(m['lr_min'], m['lr_max'])
-        history = pd.read_csv(out/'history.csv')
-        if not {'epoch', 'train_loss', 'train_accuracy', 'valid_loss', 'accuracy'} <= set(history): raise KeyError('history.csv')
-        return _report(evaluate_run(out, data, device, bars), out, lrs, c, history.to_dict('records'), m, say)
+        lrs, history = _rates_of(run, m), _read_history(run).to_dict('records')
+        return _report(evaluate_run(out, data, device, bars), out, lrs, c, history, m, say)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError) as e:
         raise FastcifarError(f'the tables of {out} are damaged ({type(e).__name__}: {e}): nothing was written') from e

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from fastai.torch_core import default_device
+from fastcore.basics import patch
 from joblib import cpu_count
 from tqdm.auto import tqdm
 
@@ -23,8 +24,8 @@ from ..interpret.interpretation import save_plot
 from ..models.layers import NORMS
 from ..models.zoo import list_models
 from ..runs.config import build_model, configure
-from ..runs.folder import BESIDE, _is_run, check_same, own_folder, settings_on
-from ..runs.fused import check_fusable, train_together
+from ..runs.folder import BESIDE, RunFolder, _is_run, check_same, own_folder, settings_on
+from ..runs.fused import check_fusable, train_fused
 from ..runs.report import drawn_svgs, write_study_report
 from ..runs.run import train_run
 from ..runs.settings import Config, list_recipes
@@ -39,12 +40,53 @@ from ..train.checkpoint import Stopped
 def _scaled(c, bs, given):
     "The configuration with another batch size and the learning rates that go with it, but for those that were given"
     k = bs / c.bs if c.optimizer == 'sgd' else math.sqrt(bs / c.bs)
-    rates = [] if 'lr_max' in given else [f for f in ('lr_max', 'lr_min', 'lr_end') if f not in given and getattr(c, f) is not None]
+    def goes_along(f): return f not in given and getattr(c, f) is not None
+    rates = [] if 'lr_max' in given else list(filter(goes_along, ('lr_max', 'lr_min', 'lr_end')))
     return dataclasses.replace(c, bs=bs, **{f: getattr(c, f) * k for f in rates})
 
 def run_name(c) -> str:
     "Name of a run's folder within a study"
     return f'{c.model}-{c.norm}-{c.recipe}-bs{c.bs}-seed{c.seed}'
+
+# %% ../../nbs/study/04_study.ipynb #6ff05545
+def _as_list(v): return [v] if v is None or isinstance(v, (str, int)) else list(v)
+
+def _check_sizes(batch_sizes):
+    "Refuse batch sizes that are none"
+    for bs in batch_sizes:
+        if bs is not None and (not isinstance(bs, int) or bs < 1):
+            raise FastcifarError(f'the batch size is {bs!r}: give whole numbers of at least 1')
+    if not batch_sizes:
+        raise FastcifarError('the study has no batch size: leave them out for that of the recipe, or give at least one')
+
+def _check_factors(models, norms, recipes):
+    "Refuse names that are not known, and a factor without any"
+    factors = (models, list_models(), 'model'), (norms, NORMS, 'norm'), (recipes, list_recipes(), 'recipe')
+    for values, known, kind in factors:
+        if not values: raise FastcifarError(f'the study has no {kind}: give at least one')
+        for v in values: check_name(v, known, kind)
+
+def _check_given(settings, norms):
+    "Refuse settings that a study takes by another name, or cannot use"
+    plural = dict(model='models', norm='norms', recipe='recipes', seed='seeds', bs='batch_sizes')
+    for k, instead in plural.items():
+        if k in settings: raise FastcifarError(f'a study takes {instead}, not {k}: give {instead}=...')
+    if settings.get('groups') is not None and 'gn' not in norms:
+        raise FastcifarError('groups are for group norm, which the study does not have: leave them out, '
+                             'or add the norm gn')
+
+# %% ../../nbs/study/04_study.ipynb #dd4fce3f
+def _cell_config(model, norm, recipe, bs, seed, settings):
+    "The configuration of one run"
+    own = {k: v for k, v in settings.items() if k != 'groups' or norm == 'gn'}
+    try: c = configure(recipe, model, norm=norm, seed=seed, **own)
+    except FastcifarError as e: raise FastcifarError(f'{model}, {recipe}: {e}') from e # others may take it
+    return (c if bs is None else _scaled(c, bs, settings)).checked()
+
+def _check_built(grid):
+    "Build each net once, without memory: what cannot be built is to be said now"
+    with torch.device('meta'):
+        for c in {(c.model, c.norm, c.recipe): c for c in grid}.values(): build_model(c, 10)
 
 def study_grid(
     models, # Names of `list_models()`
@@ -55,62 +97,64 @@ def study_grid(
     **settings, # Any other fields of `Config` and `Recipe`, the same for all
 ) -> list: # A `Config` for each run, ordered by seed, so that an interrupted study has every cell first
     "All configurations of a study; whatever cannot be built is an error now, not after hours"
-    one = lambda v: [v] if v is None or isinstance(v, (str, int)) else list(v)
-    for k, instead in dict(model='models', norm='norms', recipe='recipes', seed='seeds', bs='batch_sizes').items():
-        if k in settings: raise FastcifarError(f'a study takes {instead}, not {k}: give {instead}=...')
-    for bs in one(batch_sizes):
-        if bs is not None and (not isinstance(bs, int) or bs < 1): raise FastcifarError(f'the batch size is {bs!r}: give whole numbers of at least 1')
-    if not one(batch_sizes): raise FastcifarError('the study has no batch size: leave them out for that of the recipe, or give at least one')
-    for values, known, kind in ((one(models), list_models(), 'model'), (one(norms), NORMS, 'norm'), (one(recipes), list_recipes(), 'recipe')):
-        if not values: raise FastcifarError(f'the study has no {kind}: give at least one')
-        for v in values: check_name(v, known, kind)
-    if settings.get('groups') is not None and 'gn' not in one(norms): raise FastcifarError('groups are for group norm, which the study does not have: leave them out, or add the norm gn')
+    models, norms, recipes, batch_sizes = map(_as_list, (models, norms, recipes, batch_sizes))
+    _check_sizes(batch_sizes)
+    _check_factors(models, norms, recipes)
+    _check_given(settings, norms)
     seeds = range(seeds) if isinstance(seeds, int) else seeds
     if not len(seeds): raise FastcifarError('the study has no seeds: give at least 1')
-    res = []
-    for seed, model, recipe, bs, norm in itertools.product(seeds, one(models), one(recipes), one(batch_sizes), one(norms)):
-        own = {k: v for k, v in settings.items() if k != 'groups' or norm == 'gn'}
-        try: c = configure(recipe, model, norm=norm, seed=seed, **own)
-        except FastcifarError as e: raise FastcifarError(f'{model}, {recipe}: {e}') from e # others may take it
-        res.append((c if bs is None else _scaled(c, bs, settings)).checked())
-    with torch.device('meta'):
-        for c in {(c.model, c.norm, c.recipe): c for c in res}.values(): build_model(c, 10)
-    if len({run_name(c) for c in res}) < len(res): raise FastcifarError('the study has the same run twice: give every model, norm, recipe, batch size and seed once')
-    return res
+    cells = itertools.product(seeds, models, recipes, batch_sizes, norms)
+    grid = [_cell_config(model, norm, recipe, bs, seed, settings) for seed, model, recipe, bs, norm in cells]
+    _check_built(grid)
+    if len({run_name(c) for c in grid}) < len(grid):
+        raise FastcifarError('the study has the same run twice: give every model, norm, recipe, batch size '
+                             'and seed once')
+    return grid
 
 # %% ../../nbs/study/04_study.ipynb #f35ab1a3
-def _one_run(c, out, threads, device, wait, pictures):
-    "Train one configuration; returns None, or why it failed"
-    try:
-        (out/'failure.txt').unlink(missing_ok=True)
-        with _log(out) as say:
-            train_run(c, out, threads=threads, device=device, bars=False, wait=wait, pictures=pictures, say=say)
-    except Stopped: raise
-    except Exception as e: return in_a_line(e)
-
 @contextlib.contextmanager
 def _log(out):
     "A function that adds a line to the log of a run"
     out.mkdir(parents=True, exist_ok=True)
-    file = out/'log.txt'
+    file = RunFolder(out).log_file
     try: fd = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o666)
     except OSError as e:
         raise FastcifarError(f'cannot write {file} ({e.strerror}): it has to be a file, or not there') from e
     with open(fd, 'a', encoding='utf-8', errors='replace') as f:
         yield lambda s: print(harmless(str(s)), file=f, flush=True)
 
+def _one_run(c, out, threads, device, wait, pictures):
+    "Train one configuration; returns None, or why it failed"
+    try:
+        RunFolder(out).failure_file.unlink(missing_ok=True)
+        with _log(out) as say:
+            train_run(c, out, threads=threads, device=device, bars=False, wait=wait, pictures=pictures, say=say)
+    except Stopped: raise
+    except Exception as e: return in_a_line(e)
+
+# %% ../../nbs/study/04_study.ipynb #69e3c04b
+def _fused(cs, outs, work, threads, device, wait, pictures):
+    "Train several seeds in one pass; where that fails, the log says why"
+    with contextlib.suppress(OSError), _log(outs[0]) as say: # each by itself will name it
+        try: train_fused(cs, outs, work, threads, device, pictures=pictures, wait=wait, say=say)
+        except Stopped: raise
+        except Exception as e:
+            # one of them may be at fault, which is then said of that one; checkpoints stay, they may be another
+            # process's
+            say(f'{type(e).__name__}: {e}; now each by itself')
+
 def _one_pass(cs, folder, threads, device, parent=None, wait=0, pictures=True):
-    "Train configurations that differ in their seeds alone, together if there are several; returns None for each, or why it failed"
+    "Train configurations that differ in their seeds alone, together if there are several; None for each, or why it failed"
     if os.getpid() != parent: # a single one needs no process of its own
         import matplotlib; matplotlib.use('agg')
         if parent: _die_with(parent)
-    outs, work = [folder/run_name(c) for c in cs], _work(cs, folder)
-    if len(cs) > 1:
-        with contextlib.suppress(OSError), _log(outs[0]) as say: # each by itself will name it
-            try: train_together(cs, outs, work, threads, device, pictures=pictures, wait=wait, say=say)
-            except Stopped: raise
-            except Exception as e: say(f'{type(e).__name__}: {e}; now each by itself') # one of them may be at fault, which is then said of that one; checkpoints stay, they may be another process's
-    return [None if (out/'metrics.json').exists() else _one_run(c, out, threads, device, wait, pictures) for c, out in zip(cs, outs)]
+    outs = [folder/run_name(c) for c in cs]
+    if len(cs) > 1: _fused(cs, outs, _work(cs, folder), threads, device, wait, pictures)
+    def single(c, out): return _one_run(c, out, threads, device, wait, pictures)
+    return [None if RunFolder(out).is_finished else single(c, out) for c, out in zip(cs, outs)]
+
+# %% ../../nbs/study/04_study.ipynb #eef809ce
+def _is_finished(c, folder): return RunFolder(folder/run_name(c)).is_finished
 
 def _cell(c): return run_name(c).rpartition('-seed')[0]
 
@@ -118,15 +162,21 @@ def _work(cs, folder):
     "Where a pass keeps its checkpoints; its name says which seeds it has"
     return folder.parent/'together'/f'{_cell(cs[0])}-seeds{"_".join(str(c.seed) for c in cs)}'
 
+def _begun_passes(cell, cs, folder):
+    "The passes over seeds of a cell that were begun"
+    places = (folder.parent/'together').glob(f'{cell}-seeds*')
+    seeds = [d.name.rpartition('-seeds')[2].split('_') for d in places]
+    return [[c for c in cs if str(c.seed) in some] for some in seeds]
+
 def _passes(grid, folder, together):
     "The unfinished runs in passes of up to `together` seeds of a cell; a pass that was begun is gone on with"
-    finished, cells, res = lambda c: (folder/run_name(c)/'metrics.json').exists(), {}, []
+    cells, res = {}, []
     for c in grid: cells.setdefault(_cell(c), []).append(c)
     for cell, cs in cells.items():
-        begun = [d.name.rpartition('-seeds')[2].split('_') for d in (folder.parent/'together').glob(f'{cell}-seeds*')] if together > 1 else []
-        begun = [[c for c in cs if str(c.seed) in seeds] for seeds in begun]
-        left = [c for c in cs if not finished(c) and not any(c in b for b in begun)]
-        res += [b for b in begun if not all(map(finished, b))] + [left[i:i + together] for i in range(0, len(left), together)]
+        begun = _begun_passes(cell, cs, folder) if together > 1 else []
+        left = [c for c in cs if not _is_finished(c, folder) and not any(c in b for b in begun)]
+        res += [b for b in begun if not all(_is_finished(c, folder) for c in b)]
+        res += [left[i:i + together] for i in range(0, len(left), together)]
     place = {run_name(c): i for i, c in enumerate(grid)}
     return sorted(res, key=lambda cs: place[run_name(cs[0])])
 
@@ -147,131 +197,227 @@ class Study:
         self._finished = {} # name -> row of `results` and curve, read once
         self.grid = study_grid(models, norms, recipes, seeds, batch_sizes, data=self.data, **settings)
 
-    def _settle(self):
-        "Write what the study is, or compare with what is there; only seeds may be added"
-        f = self.out/'study.json'
-        data = load_data(self.data, self.grid[0].convert) # prepares the cache once, before many processes need it
-        new = as_json({run_name(c): {**dataclasses.asdict(c), 'data': data.source} for c in self.grid})
-        if f.exists():
-            old = read_json(f)
-            if not isinstance(old, dict) or not isinstance(old.get('runs'), dict): raise FastcifarError(f'{f} does not hold a study: choose another --out')
-            cells = lambda runs: {k.rpartition('-seed')[0] for k in runs}
-            same = cells(old['runs']) == cells(new) and set(old['runs']) <= set(new)
-            apart = [f'{len(old["runs"])} runs'] if not same else [f'{k} has {f}={was.get(f)!r}, not {new[k][f]!r}' for k, c in old['runs'].items() for was in [settings_on(c, data) if isinstance(c, dict) else {}] for f in new[k] if was.get(f) != new[k][f]]
-            if apart: raise FastcifarError(f'{self.out} holds a study of another configuration ({apart[0]}): give the same one (seeds may be added), or choose another --out')
-        for c in self.grid:
-            folder = self.out/'runs'/run_name(c)
-            if (folder/'metrics.json').exists(): check_same(c, folder, data)
-        write_json(f, dict(runs=new))
-
-    def run(self,
-        jobs:int=None, # Runs at a time on this machine; None: a run for each core, or three for each GPU
-        threads:int=1, # CPU threads of each run
-        device=None, # fastai's default device if None; several GPUs are used in turn
-        pictures:bool=True, # Draw pictures and write report.html of each run?
-        tasks:RayTasks=None, # A Ray cluster to run on, instead of this machine; it needs a shared file system
-        together:int=1, # Seeds that are trained in one pass, where nets are too small for a GPU
-        bars:bool=None, # A progress bar? None: if this is a terminal
-        say=say, # Called with a line for each run
-    ) -> pd.DataFrame: # `results()`
-        "Run what is not finished yet, and write tables and plots"
-        for n, v in (('jobs', jobs), ('threads', threads), ('together', together)):
-            if v is not None and v < 1: raise FastcifarError(f'{n} is {v}: give at least 1')
-        if not tasks and not (torch.cuda.is_available() and str(device or default_device()).startswith('cuda')): checked_device(device) # a context on a GPU would take its memory
-        if tasks and (jobs or device):
-            raise FastcifarError('jobs and device are for runs on this machine, and Ray places its own: leave them out')
-        device = default_device().type if device is None else str(device)
-        gpus = [f'cuda:{i}' for i in range(torch.cuda.device_count())] if device == 'cuda' or device.startswith('cuda') and ':' not in device else [device]
-        jobs = jobs or (max(1, cpu_count() // threads) if device == 'cpu' else 3 * len(gpus))
-        folder = self.out.resolve()/'runs'
-        finished, todo = {run_name(c) for c in self.grid if (folder/run_name(c)/'metrics.json').exists()}, _passes(self.grid, folder, together)
-        for cs in todo: check_fusable(cs)
-        load_data(self.data, self.grid[0].convert) # what cannot be read is to be said before there is a folder
-        with own_folder(self.out, _is_study, 'a study'):
-            self._settle()
-            return self._run(todo, finished, jobs, threads, device, gpus, pictures, tasks, together, bars, say)
-
-    def _run(self, todo, finished, jobs, threads, device, gpus, pictures, tasks, together, bars, say):
-        "What `run` does while the folder is its own"
-        folder = self.out.resolve()/'runs'
-        if tasks: gpus = ['cuda' if tasks.gpus else 'cpu'] # Ray says which
-        say(f'{len(self.grid)} runs, {len(finished)} finished; {min(tasks.at_a_time() if tasks else jobs, len(todo))} at a time{"" if together == 1 else f", each up to {together} seeds in one pass,"} on {"a Ray cluster" if tasks else ", ".join(gpus)}')
-        work = self._on_ray(tasks, todo, threads, gpus[0], pictures) if tasks else None
-        work = work or _on_pool(_one_pass, {i: (cs, folder, threads, gpus[i % len(gpus)], os.getpid(), 0, pictures) for i, cs in enumerate(todo)}, jobs, say)
-        bars = sys.stdout.isatty() if bars is None else bars
-        try:
-            with tqdm(total=len(self.grid) - len(finished), disable=not bars, unit='run') as bar:
-                for i, back in work:
-                    back = [back] * len(todo[i]) if isinstance(back, str) else back
-                    for name, failed in [(run_name(c), failed) for c, failed in zip(todo[i], back) if run_name(c) not in finished]:
-                        failed = failed if not (folder/name/'metrics.json').exists() else None # the others of its pass may be finished
-                        if failed:
-                            with attempt(f'{name}/failure.txt', say): write_text(folder/name/'failure.txt', failed)
-                        said = f'failed: {failed}' if failed else f'{read_json(folder/name/"metrics.json")["test_accuracy"]:.2%}'
-                        bar.n += 1
-                        (tqdm.write if bars else say)(f'{bar.n}/{bar.total} {name}: {said}')
-                    bar.refresh()
-                    _write_table(self.results(), self.out/'results.csv', say)
-        except Stopped as e: raise Stopped('stopped; the same command continues the study from the last checkpoints', e.exit_code - 128) from None
-        with contextlib.suppress(OSError): (self.out/'together').rmdir() # if nothing is left in it
-        return self.write(say)
-
-    def _on_ray(self, tasks, todo, threads, device, pictures):
-        "(position, what `_one_pass` gives) of each pass, in the order in which they are ready"
-        folder = self.out.resolve()/'runs'
-        calls = [([dataclasses.replace(c, data=everywhere(c.data)) for c in cs], folder, threads, device, None, LOST_WAIT, pictures) for cs in todo]
-        for i, back in tasks(_one_pass, calls):
-            yield i, [in_a_line(back)] * len(todo[i]) if isinstance(back, Exception) else back # it died each time
-
-    def results(self) -> pd.DataFrame:
-        "A row for each run: what it is, whether it is finished, failed (and why) or missing, and its numbers"
-        return self._collected()[0]
-
-    def _collected(self):
-        "(table of runs, list of their curves); what is finished stays as it is, and is read once"
-        folder, rows, parts = self.out/'runs', [], []
-        for c in self.grid:
-            name = run_name(c)
-            known = self._finished.get(name) or _read(folder/name, c, True)
-            if known[0]['status'] == 'finished': self._finished[name] = known
-            rows.append(known[0]), parts.append(known[1])
-        return _runs_table(rows), parts
-
-    def curves(self) -> pd.DataFrame:
-        "A row for each epoch of each run"
-        return _curves_table(self._collected()[1])
-
-    def write(self, say=say) -> pd.DataFrame: # `results()`
-        "Write tables (CSV), plots, the answer in words and the page (report.html), and say in a line what fails"
-        return _write(self.out, self.grid, *self._collected(), say)
+def _runs(out): return out/'runs'
 
 def _is_study(folder) -> bool:
     "Is a folder that of a study, or of runs alone? `_settle` looks at them before anything is written"
     inside = {f.name for f in Path(folder).iterdir()} - {*BESIDE}
     if inside != {'runs'}: return 'study.json' in inside
-    return all(f.is_dir() and _is_run(f) for f in Path(folder, 'runs').iterdir())
+    return all(f.is_dir() and _is_run(f) for f in _runs(Path(folder)).iterdir())
 
+# %% ../../nbs/study/04_study.ipynb #05a28a19
+def _first_difference(old, new, data):
+    "In words, what the runs of a study have in another way than those that are asked for; None if seeds were added alone"
+    def cells(runs): return {k.rpartition('-seed')[0] for k in runs}
+    if cells(old) != cells(new) or not set(old) <= set(new): return f'{len(old)} runs'
+    for k, c in old.items():
+        was = settings_on(c, data) if isinstance(c, dict) else {}
+        for f, now in new[k].items():
+            if was.get(f) != now: return f'{k} has {f}={was.get(f)!r}, not {now!r}'
+
+@patch
+def _settle(self:Study):
+    "Write what the study is, or compare with what is there; only seeds may be added"
+    f = self.out/'study.json'
+    data = load_data(self.data, self.grid[0].convert) # prepares the cache once, before many processes need it
+    new = as_json({run_name(c): {**dataclasses.asdict(c), 'data': data.source} for c in self.grid})
+    if f.exists():
+        old = read_json(f)
+        if not isinstance(old, dict) or not isinstance(old.get('runs'), dict):
+            raise FastcifarError(f'{f} does not hold a study: choose another --out')
+        apart = _first_difference(old['runs'], new, data)
+        if apart:
+            raise FastcifarError(f'{self.out} holds a study of another configuration ({apart}): give the same one '
+                                 '(seeds may be added), or choose another --out')
+    for c in self.grid:
+        folder = _runs(self.out)/run_name(c)
+        if RunFolder(folder).is_finished: check_same(c, folder, data)
+    write_json(f, dict(runs=new))
+
+# %% ../../nbs/study/04_study.ipynb #0271fb40
+@patch
+def _collected(self:Study):
+    "(table of runs, list of their curves); what is finished stays as it is, and is read once"
+    rows, parts = [], []
+    for c in self.grid:
+        name = run_name(c)
+        known = self._finished.get(name) or _read(_runs(self.out)/name, c, True)
+        if known[0]['status'] == 'finished': self._finished[name] = known
+        rows.append(known[0])
+        parts.append(known[1])
+    return _runs_table(rows), parts
+
+@patch
+def results(self:Study) -> pd.DataFrame:
+    "A row for each run: what it is, whether it is finished, failed (and why) or missing, and its numbers"
+    return self._collected()[0]
+
+@patch
+def curves(self:Study) -> pd.DataFrame:
+    "A row for each epoch of each run"
+    return _curves_table(self._collected()[1])
+
+# %% ../../nbs/study/04_study.ipynb #377a73c7
 def _write_table(t, file, say):
     "Write a table that nothing depends on; a spreadsheet may hold it locked"
     with attempt(file.name, say): write_atomic(file, lambda tmp: t.to_csv(tmp, index=False))
 
+def _study_plots(r, parts, differences, split):
+    "Name -> function that draws it"
+    # a curve that ends early would move the means
+    whole = _curves_table([p for p, s in zip(parts, r.status) if s == 'finished'])
+    plots = dict(curves=lambda: plot_study_curves(whole, split)) if len(whole) else {}
+    return plots | (dict(differences=lambda: plot_differences(differences)) if len(differences) else {})
+
+def _pages(out, grid):
+    "The folder of each run that has a page, from that of the study"
+    folders = [RunFolder(_runs(out)/run_name(c)) for c in grid]
+    return [f'runs/{f.path.name}' if f.page_file.exists() else None for f in folders]
+
 def _write(out, grid, r, parts, say, page=attempt): # `page` is the context in which the page is written
-    folders, curves = [out/'runs'/run_name(c) for c in grid], _curves_table(parts)
-    differences = paired_differences(r)
-    tables = dict(results=r, curves=curves, summary=study_summary(r).reset_index(), differences=differences)
+    "Write all that a study says of its runs; returns the path of its page"
+    differences, summary = paired_differences(r), study_summary(r).reset_index()
+    tables = dict(results=r, curves=_curves_table(parts), summary=summary, differences=differences)
     for name, t in tables.items(): _write_table(t, out/f'{name}.csv', say)
     answer = study_answer(r)
     with attempt('answer.txt', say): write_text(out/'answer.txt', '\n'.join(answer) + '\n')
-    # a curve that ends early would move the means
-    whole = _curves_table([p for p, s in zip(parts, r.status) if s == 'finished'])
-    split = 'validation' if grid[0].valid else 'test'
-    plots = dict(curves=lambda: plot_study_curves(whole, split)) if len(whole) else {}
-    plots |= dict(differences=lambda: plot_differences(differences)) if len(differences) else {}
+    plots = _study_plots(r, parts, differences, 'validation' if grid[0].valid else 'test')
     for name, plot in plots.items(): save_plot(plot, out/f'{name}.png', say)
-    pages = [f'runs/{f.name}' if (f/'report.html').exists() else None for f in folders]
-    svgs, r_pages = drawn_svgs(plots, plots, say), r.assign(folder=pages)
-    with page('report.html', say): write_study_report(out, r_pages, tables['summary'], differences, answer, svgs)
+    r, svgs = r.assign(folder=_pages(out, grid)), drawn_svgs(plots, plots, say)
+    with page(RunFolder.page_file, say): return write_study_report(out, r, summary, differences, answer, svgs)
+
+# %% ../../nbs/study/04_study.ipynb #af588de8
+@patch
+def write(self:Study,
+    say=say, # Called with a line for what fails
+) -> pd.DataFrame: # `results()`
+    "Write tables (CSV), plots, the answer in words and the page (report.html), and say in a line what fails"
+    r, parts = self._collected()
+    _write(self.out, self.grid, r, parts, say)
     return r
+
+# %% ../../nbs/study/04_study.ipynb #f3b9ef5c
+@dataclasses.dataclass
+class _Plan:
+    "What is left of a study, and where it runs"
+    todo:list # Passes: the configurations of one or several seeds each
+    finished:set # Names of the runs that are finished
+    folder:Path # Of the runs, as an absolute path
+    places:list # Devices that passes are put on in turn
+    jobs:int # Passes at a time on this machine
+    threads:int # CPU threads of each
+    tasks:RayTasks # A cluster to run on instead
+    together:int # Seeds of a pass at most
+    pictures:bool # Draw pictures of each run?
+
+    def at_a_time(self): return min(self.tasks.at_a_time() if self.tasks else self.jobs, len(self.todo))
+    def where(self): return 'a Ray cluster' if self.tasks else ', '.join(self.places)
+
+def _gpus(device):
+    "The devices that runs are put on in turn"
+    every = device == 'cuda' or device.startswith('cuda') and ':' not in device
+    return [f'cuda:{i}' for i in range(torch.cuda.device_count())] if every else [device]
+
+# %% ../../nbs/study/04_study.ipynb #609913d1
+def _on_this_machine(plan, say):
+    "(position, what `_one_pass` gives) of each pass, in the order in which they are ready"
+    def where(i): return plan.places[i % len(plan.places)]
+    calls = {i: (cs, plan.folder, plan.threads, where(i), os.getpid(), 0, plan.pictures)
+             for i, cs in enumerate(plan.todo)}
+    return _on_pool(_one_pass, calls, plan.jobs, say)
+
+def _on_ray(plan):
+    "(position, what `_one_pass` gives) of each pass, in the order in which they are ready"
+    device = 'cuda' if plan.tasks.gpus else 'cpu' # Ray says which
+    calls = []
+    for cs in plan.todo:
+        cs = [dataclasses.replace(c, data=everywhere(c.data)) for c in cs]
+        calls.append((cs, plan.folder, plan.threads, device, None, LOST_WAIT, plan.pictures))
+    for i, back in plan.tasks(_one_pass, calls):
+        yield i, in_a_line(back) if isinstance(back, Exception) else back # it died each time
+
+# %% ../../nbs/study/04_study.ipynb #e212319b
+def _say_pass(plan, cs, back, bar, tell, say):
+    "Say how each run of a pass ended, and leave the reason of those that failed"
+    failures = [back] * len(cs) if isinstance(back, str) else back
+    for name, failed in zip(map(run_name, cs), failures):
+        if name in plan.finished: continue
+        run = RunFolder(plan.folder/name)
+        if run.is_finished: failed = None # the others of its pass may be finished
+        if failed:
+            with attempt(f'{name}/{RunFolder.failure_file}', say): write_text(run.failure_file, failed)
+        said = f'failed: {failed}' if failed else f'{run.metrics()["test_accuracy"]:.2%}'
+        bar.n += 1
+        tell(f'{bar.n}/{bar.total} {name}: {said}')
+    bar.refresh()
+
+@patch
+def _run(self:Study, plan, bars, say):
+    "What `run` does while the folder is its own"
+    seeds = '' if plan.together == 1 else f', each up to {plan.together} seeds in one pass,'
+    say(f'{len(self.grid)} runs, {len(plan.finished)} finished; {plan.at_a_time()} at a time{seeds} on {plan.where()}')
+    work = _on_ray(plan) if plan.tasks else _on_this_machine(plan, say)
+    bars = sys.stdout.isatty() if bars is None else bars
+    try:
+        with tqdm(total=len(self.grid) - len(plan.finished), disable=not bars, unit='run') as bar:
+            for i, back in work:
+                _say_pass(plan, plan.todo[i], back, bar, tqdm.write if bars else say, say)
+                _write_table(self.results(), self.out/'results.csv', say)
+    except Stopped as e:
+        raise Stopped('stopped; the same command continues the study from the last checkpoints',
+                      e.exit_code - 128) from None
+    with contextlib.suppress(OSError): (self.out/'together').rmdir() # if nothing is left in it
+    return self.write(say)
+
+# %% ../../nbs/study/04_study.ipynb #ba6fd5e1
+def _check_run_options(jobs, threads, together, device, tasks):
+    "Refuse options of `Study.run` that cannot work"
+    for n, v in (('jobs', jobs), ('threads', threads), ('together', together)):
+        if v is not None and v < 1: raise FastcifarError(f'{n} is {v}: give at least 1')
+    on_gpu = torch.cuda.is_available() and str(device or default_device()).startswith('cuda')
+    if not tasks and not on_gpu: checked_device(device) # a context on a GPU would take its memory
+    if tasks and (jobs or device):
+        raise FastcifarError('jobs and device are for runs on this machine, and Ray places its own: leave them out')
+
+@patch
+def run(self:Study,
+    jobs:int=None, # Runs at a time on this machine; None: a run for each core, or three for each GPU
+    threads:int=1, # CPU threads of each run
+    device=None, # fastai's default device if None; several GPUs are used in turn
+    pictures:bool=True, # Draw pictures and write report.html of each run?
+    tasks:RayTasks=None, # A Ray cluster to run on, instead of this machine; it needs a shared file system
+    together:int=1, # Seeds that are trained in one pass, where nets are too small for a GPU
+    bars:bool=None, # A progress bar? None: if this is a terminal
+    say=say, # Called with a line for each run
+) -> pd.DataFrame: # `results()`
+    "Run what is not finished yet, and write tables and plots"
+    _check_run_options(jobs, threads, together, device, tasks)
+    device = default_device().type if device is None else str(device)
+    places, folder = _gpus(device), _runs(self.out.resolve())
+    jobs = jobs or (max(1, cpu_count() // threads) if device == 'cpu' else 3 * len(places))
+    finished = {run_name(c) for c in self.grid if _is_finished(c, folder)}
+    todo = _passes(self.grid, folder, together)
+    for cs in todo: check_fusable(cs)
+    load_data(self.data, self.grid[0].convert) # what cannot be read is to be said before there is a folder
+    plan = _Plan(todo, finished, folder, places, jobs, threads, tasks, together, pictures)
+    with own_folder(self.out, _is_study, 'a study'):
+        self._settle()
+        return self._run(plan, bars, say)
+
+# %% ../../nbs/study/04_study.ipynb #d5337a7b
+def _saved_grid(out):
+    "The configurations of a study folder"
+    f = out/'study.json'
+    saved = read_json(f) if f.is_file() else None
+    try: grid = {k: Config(**c).checked() for k, c in saved['runs'].items()}
+    except (TypeError, KeyError, AttributeError):
+        raise FastcifarError(f'{out} is not a study folder: it holds no study.json of this version') from None
+    except FastcifarError as e: raise FastcifarError(f'{f} is damaged: {e}') from e
+    odd = [k for k, c in grid.items() if k != run_name(c)]
+    if odd or not grid:
+        why = f'its run {odd[0]!r} is another' if odd else 'it holds no run'
+        raise FastcifarError(f'{f} is damaged: {why}')
+    return list(grid.values())
 
 def report_study(
     out, # A study folder
@@ -279,16 +425,7 @@ def report_study(
 ) -> Path: # out/report.html
     "Write tables, plots and page of a study again, from its run folders"
     out = user_path(out)
-    f = out/'study.json'
-    saved = read_json(f) if f.is_file() else None
-    try: grid = {k: Config(**c).checked() for k, c in saved['runs'].items()}
-    except (TypeError, KeyError, AttributeError): raise FastcifarError(f'{out} is not a study folder: it holds no study.json of this version') from None
-    except FastcifarError as e: raise FastcifarError(f'{f} is damaged: {e}') from e
-    odd = [k for k, c in grid.items() if k != run_name(c)]
-    if odd or not grid:
-        raise FastcifarError(f'{f} is damaged: {f"its run {odd[0]!r} is another" if odd else "it holds no run"}')
-    grid = list(grid.values())
-    rows, parts = zip(*[_read(out/'runs'/run_name(c), c, True) for c in grid])
+    grid = _saved_grid(out)
+    rows, parts = zip(*[_read(_runs(out)/run_name(c), c, True) for c in grid])
     # without its page this has failed
-    _write(out, grid, _runs_table(rows), parts, say, lambda *_: contextlib.nullcontext())
-    return out/'report.html'
+    return _write(out, grid, _runs_table(rows), parts, say, lambda *_: contextlib.nullcontext())

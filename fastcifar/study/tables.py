@@ -11,105 +11,133 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..basics import FastcifarError, in_a_line, is_count, is_number, read_json, read_text
-from ..runs.folder import check_settings, run_config
+from ..basics import FastcifarError, in_a_line, is_count, is_number, read_text
+from ..runs.folder import RunFolder, check_settings, run_config
 from .statistics import CELL
 
 # %% ../../nbs/study/03_tables.ipynb #95f68a70
-def _epochs_to(history, accuracy):
-    reached = history.epoch[history.accuracy >= accuracy]
-    return int(reached.iloc[0]) if len(reached) else None
 _columns = ['epoch', 'train_loss', 'train_accuracy', 'valid_loss', 'accuracy']
+
+def _no_history(): return pd.DataFrame({k: [] for k in _columns})
+
+def _checked_history(text):
+    "The table in a history.csv; an error if it is no history"
+    if not text.endswith('\n'): raise ValueError('it is cut off')
+    t = pd.read_csv(io.StringIO(text))[_columns].apply(pd.to_numeric)
+    if t.epoch.tolist() != list(range(1, len(t) + 1)): raise ValueError('its epochs are not 1, 2, ...')
+    possible = [t[k].between(0, 1).all() for k in ('train_accuracy', 'accuracy')]
+    if not all(possible): raise ValueError('an accuracy is none')
+    return t
 
 def _history(folder):
     "The epochs of a run; none where the table could not be written"
-    f = folder/'history.csv'
-    if not f.exists(): return pd.DataFrame({k: [] for k in _columns})
-    try:
-        text = read_text(f)
-        if not text.endswith('\n'): raise ValueError('it is cut off')
-        t = pd.read_csv(io.StringIO(text))[_columns].apply(pd.to_numeric)
-        if t.epoch.tolist() != list(range(1, len(t) + 1)): raise ValueError('its epochs are not 1, 2, ...')
-        shares = [t[k].between(0, 1).all() for k in ('train_accuracy', 'accuracy')]
-        if not all(shares): raise ValueError('an accuracy is none')
-        return t
+    f = RunFolder(folder).history_file
+    if not f.exists(): return _no_history()
+    try: return _checked_history(read_text(f))
     except (FastcifarError, LookupError, TypeError, ValueError, ArithmeticError) as e:
         raise FastcifarError(f'{f} is damaged ({in_a_line(e)[:150]}), so its curve is left out') from e
 
+# %% ../../nbs/study/03_tables.ipynb #cb8c5807
 def _share(v): return is_number(v) and 0 <= v <= 1
 
 def _text(v): return isinstance(v, str)
-_metrics = dict(test_accuracy=_share, train_accuracy=_share, test_loss=is_number, test_images=is_count,
-    parameters=is_count, precision=_text, seconds=is_number, data=_text) # what each has to be
 
-def _read_metrics(folder, c):
+# what the numbers of a run have to be
+_metrics = dict(test_accuracy=_share, train_accuracy=_share, test_loss=is_number, test_images=is_count,
+                parameters=is_count, precision=_text, seconds=is_number, data=_text)
+
+def _odd_metric(m, c):
+    "The name of a number that cannot be right, or is of another run; None if there is none"
+    if not isinstance(m, dict): return 'all of it'
+    for k, fits in _metrics.items():
+        if not fits(m.get(k)): return k
+    for k in (*CELL, 'seed', 'epochs'):
+        if m.get(k, getattr(c, k)) != getattr(c, k): return k
+    wrong = round(m['test_images'] * (1 - m['test_accuracy']))
+    return 'test_accuracy' if m.get('wrong', wrong) != wrong else None
+
+def _read_metrics(run, c):
     "The metrics of a finished run; what cannot be right is an error"
-    f = folder/'metrics.json'
-    m = read_json(f)
-    odd = ['all of it'] if not isinstance(m, dict) else [k for k, fits in _metrics.items() if not fits(m.get(k))]
-    odd = odd or [k for k in (*CELL, 'seed', 'epochs') if m.get(k, getattr(c, k)) != getattr(c, k)]
-    wrong = None if odd else round(m['test_images'] * (1 - m['test_accuracy']))
-    if not odd and m.get('wrong', wrong) != wrong: odd = ['test_accuracy']
-    if odd: raise FastcifarError(f'{f} is damaged ({odd[0]}): remove it, and the command of the study evaluates again')
-    return m
+    m = run.metrics()
+    odd = _odd_metric(m, c)
+    if not odd: return m
+    raise FastcifarError(f'{run.metrics_file} is damaged ({odd}): remove it, '
+                         'and the command of the study evaluates again')
+
+# %% ../../nbs/study/03_tables.ipynb #9e2a099b
+def _epochs_to(history, accuracy):
+    "The first epoch that reached an accuracy, if one did"
+    reached = history.epoch[history.accuracy >= accuracy]
+    return int(reached.iloc[0]) if len(reached) else None
 
 def _plain(text):
     "The text of a file as one line that can be shown and written anywhere"
     return ' '.join(''.join(c if c.isprintable() else ' ' for c in text[:1000]).split())
 
-def _finished(folder, c, given, h, reason):
+def _finished(run, c, given, h, reason):
     "What a row says of a finished run"
-    if given: check_settings(c, folder)
-    settled = run_config(folder)
-    m = _read_metrics(folder, settled)
-    if 0 < len(h) < settled.epochs: h, reason = h[:0], f'{folder}/history.csv has {len(h)} of {settled.epochs} epochs'
-    return dict(status='finished', reason=_plain(reason), **{k: m[k] for k in ('test_accuracy', 'test_loss', 'train_accuracy',
-        'test_images', 'parameters', 'precision', 'seconds', 'data')}, path=settled.path, views=settled.views,
-        train_views=m.get('train_views', 'none'), epochs_to_60=_epochs_to(h, .6), epochs_to_70=_epochs_to(h, .7))
+    if given: check_settings(c, run.path)
+    settled = run.config()
+    m = _read_metrics(run, settled)
+    if 0 < len(h) < settled.epochs:
+        reason = f'{run.history_file} has {len(h)} of {settled.epochs} epochs'
+        h = h[:0]
+    numbers = ('test_accuracy', 'test_loss', 'train_accuracy', 'test_images', 'parameters', 'precision', 'seconds', 'data')
+    return dict(status='finished', reason=_plain(reason), **{k: m[k] for k in numbers}, path=settled.path,
+                views=settled.views, train_views=m.get('train_views', 'none'),
+                epochs_to_60=_epochs_to(h, .6), epochs_to_70=_epochs_to(h, .7))
 
-def _state_of(folder, c, given, h, fault):
+def _failed(reason): return dict(status='failed', reason=_plain(reason))
+
+def _state_of(run, c, given, h, fault):
     "What a row says of a run, however far it has come; a folder that is damaged is a failure"
     try:
-        if (folder/'metrics.json').exists(): return _finished(folder, c, given, h, fault)
-        if (folder/'failure.txt').exists(): return dict(status='failed', reason=_plain(read_text(folder/'failure.txt')))
-        if folder.exists() and not folder.is_dir(): return dict(status='failed', reason=f'{folder} is not a folder')
-    except FastcifarError as e: return dict(status='failed', reason=_plain(str(e)))
-    return dict(status='interrupted') if (folder/'checkpoints').exists() else {}
+        if run.is_finished: return _finished(run, c, given, h, fault)
+        if run.failure_file.exists(): return _failed(read_text(run.failure_file))
+        if run.path.exists() and not run.path.is_dir(): return _failed(f'{run.path} is not a folder')
+    except FastcifarError as e: return _failed(str(e))
+    return dict(status='interrupted') if run.checkpoints.exists() else {}
+
+# %% ../../nbs/study/03_tables.ipynb #4ffd70ae
+def _curve(c, h):
+    "The epochs of a run as rows of `collect_curves`"
+    if not len(h): return pd.DataFrame()
+    h = h.copy()
+    for i, k in enumerate((*CELL, 'seed')): h.insert(i, k, getattr(c, k))
+    return h
+
+def _read(f, c, given):
+    "What is known of a run: (its row of `collect_runs`, its part of `collect_curves`)"
+    try: h, fault = _history(f), ''
+    except FastcifarError as e:
+        h, fault = _no_history(), str(e)
+        warnings.warn(fault)
+    row = {**{k: getattr(c, k) for k in (*CELL, 'seed', 'epochs')}, 'status': 'missing', 'reason': ''}
+    return row | _state_of(RunFolder(f), c, given, h, fault), _curve(c, h)
+
+# %% ../../nbs/study/03_tables.ipynb #56898bb8
+def _runs_table(rows):
+    return pd.DataFrame(rows, columns=None if rows else [*CELL, 'seed', 'epochs', 'status', 'reason'])
+
+def _curves_table(parts):
+    parts = [p for p in parts if len(p)]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+def _read_all(folders, configs):
+    "(row, curve) of each run"
+    folders = [Path(f) for f in folders]
+    return [_read(f, c, bool(configs)) for f, c in zip(folders, configs or map(run_config, folders))]
 
 def collect_runs(
     folders, # Run folders
     configs=None, # Their configurations, for those that have not begun; None: as in the folders
 ) -> pd.DataFrame: # model, norm, recipe, bs, seed, status, reason, test_accuracy, ...
     "The numbers of many runs, a row each"
-    folders = [Path(f) for f in folders]
-    return _runs_table([_read(f, c, bool(configs))[0] for f, c in zip(folders, configs or map(run_config, folders))])
-
-def _read(f, c, given):
-    "What is known of a run: (its row of `collect_runs`, its part of `collect_curves`)"
-    try: h, fault = _history(f), ''
-    except FastcifarError as e:
-        h, fault = pd.DataFrame({k: [] for k in _columns}), str(e)
-        warnings.warn(fault)
-    row = {**{k: getattr(c, k) for k in (*CELL, 'seed', 'epochs')}, 'status': 'missing', 'reason': ''}
-    return row | _state_of(f, c, given, h, fault), _curve(c, h)
-
-def _runs_table(rows):
-    return pd.DataFrame(rows, columns=None if rows else [*CELL, 'seed', 'epochs', 'status', 'reason'])
+    return _runs_table([row for row, _ in _read_all(folders, configs)])
 
 def collect_curves(
     folders, # Run folders
     configs=None, # Their configurations; None: as in the folders
 ) -> pd.DataFrame: # model, norm, recipe, bs, seed, epoch, train_loss, train_accuracy, valid_loss, accuracy
     "The histories of many runs, a row an epoch"
-    folders = [Path(f) for f in folders]
-    return _curves_table([_read(f, c, bool(configs))[1] for f, c in zip(folders, configs or map(run_config, folders))])
-
-def _curve(c, h):
-    if not len(h): return pd.DataFrame()
-    h = h.copy()
-    for i, k in enumerate((*CELL, 'seed')): h.insert(i, k, getattr(c, k))
-    return h
-
-def _curves_table(parts):
-    parts = [p for p in parts if len(p)]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    return _curves_table([curve for _, curve in _read_all(folders, configs)])

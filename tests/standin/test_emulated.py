@@ -10,7 +10,7 @@ if 'STANDIN' not in os.environ:
 
 from fastcifar.all import L1, Arrays, Callback, CrossEntropy, ImageData, MixUp, Stopped, configure, create_model, create_recipe, fit_recipe, list_models, recipe_learner, seed_everything, train_run
 from fastcifar.data.policies import POLICIES
-from fastcifar.runs.fused import together_learner
+from fastcifar.runs.fused import fused_learner
 
 def noise(n=16 * 7 + 5, test=16):
     rng = np.random.default_rng(0)
@@ -162,7 +162,7 @@ def test_every_net_is_trained_and_recorded(name):
 def test_nets_in_one_pass_are_recorded_where_they_have_no_dropout():
     for dropout, recorded in ((0., True), (.1, False)):
         configs = [configure('fast', 'normnet31k', seed=s, bs=16, epochs=1, dropout=dropout) for s in range(3)]
-        learn = together_learner(noise(), configs, torch.device('cuda'))
+        learn = fused_learner(noise(), configs, torch.device('cuda'))
         with quietly(learn): fit_recipe(learn, configs[0])
         assert bool(learn.step_graph.recordings) == recorded and torch.isfinite(learn.each_net.history).all()
 
