@@ -2,10 +2,8 @@
 import contextlib, io, json, re, shlex, shutil
 from pathlib import Path
 
-import pandas as pd
-import pytest
-
 from fastcifar.models.zoo import count_parameters, create_model, list_models
+from fastcifar.runs.replay import records_table
 from fastcifar.study.statistics import study_summary
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,7 +94,7 @@ def table(text, head):
 
 def test_accuracies_come_from_their_runs():
     "Mean, interval and number of the runs of each net and norm"
-    runs = pd.concat(map(pd.read_csv, sorted(ROOT.glob('results/lossless/reference_*.csv')))).assign(status='finished')
+    runs = records_table(*ROOT.glob('results/lossless/reference_*.jsonl'))
     assert set(runs.data) == {'cifar10'} and set(runs.views) == {'none'} and set(runs.test_images) == {10_000}
     summary, rows = study_summary(runs, ['model', 'norm']), table(README, 'net')
     assert len(rows) == len(summary)
