@@ -7,22 +7,50 @@ import pytest
 import fastcifar
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ('data', 'models', 'train', 'interpret', 'runs', 'share', 'study', 'bench') # in the order of imports
+sys.path.insert(0, str(ROOT/'tools'))
+import density # noqa: E402
+from density import FOLDERS # noqa: E402, in the order of imports
 
 def rooms_of(folder):
     "Modules of a folder in the order of their notebooks"
     return [f'{folder}.{p.stem[3:]}' for p in sorted((ROOT/'nbs'/folder).glob('[0-9][0-9]_*.ipynb'))]
 
-def imported_rooms(room, text):
-    "Modules of the library that the text of one imports, at its top or within a function"
+def rooms():
+    "All modules in the order of imports"
+    return ['basics', 'device', *(m for folder in FOLDERS for m in rooms_of(folder)), 'cli', 'all', '__main__']
+
+def source_of(room): return (ROOT/'fastcifar'/f'{room.replace(".", "/")}.py').read_text(encoding='utf-8')
+
+def library_imports(room, text):
+    "(module, name, name it has here) of what the text of a module imports from the library, at its top or within"
     package = ['fastcifar', *room.split('.')[:-1]]
     for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from ((a.name, None, a.asname or a.name) for a in node.names if a.name.startswith('fastcifar'))
         if not isinstance(node, ast.ImportFrom): continue
         above = package[:len(package) - node.level + 1] if node.level else []
-        full = '.'.join([*above, *([node.module] if node.module else [])])
-        if full.startswith('fastcifar.'):
-            yield full.removeprefix('fastcifar.')
-            yield from (f'{full}.{a.name}'.removeprefix('fastcifar.') for a in node.names)
+        module = '.'.join([*above, *([node.module] if node.module else [])])
+        if module.split('.')[0] == 'fastcifar':
+            yield from ((module, a.name, a.asname or a.name) for a in node.names)
+
+def wrong_imports(room, text, order):
+    "What a module imports from modules that are not before it, or from a folder that is not below its own"
+    allowed, wrong = order[:order.index(room)], []
+    folders_below = {r.split('.')[0] for r in allowed} - {room.split('.')[0]}
+    for module, name, _ in library_imports(room, text):
+        used = module.removeprefix('fastcifar').removeprefix('.')
+        inner = f'{used}.{name}'.removeprefix('.') # `from fastcifar.data import images` is an import of data.images
+        used = inner if inner in order else used
+        if used and used not in allowed and used not in folders_below: wrong.append(f'{room} imports {used}')
+    return wrong
+
+def unused_imports(room, text):
+    "Modules of the library that a module imports without using a name of theirs"
+    tree, used = ast.parse(text), {}
+    read = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} | {'*'}
+    for module, _, name in library_imports(room, text):
+        used[module] = used.get(module, False) or name.split('.')[0] in read
+    return [f'{room} uses nothing of {module}' for module, is_used in used.items() if not is_used]
 
 def ini(name):
     c = configparser.ConfigParser(interpolation=None)
@@ -42,7 +70,8 @@ def test_pyproject_is_the_build_system_alone():
     assert re.findall(r'^\[.*\]$', (ROOT/'pyproject.toml').read_text(), re.M) == ['[build-system]']
 
 def test_exported_code_never_imports_nbdev():
-    assert not [p for p in (ROOT/'fastcifar').rglob('*.py') if re.search(r'^\s*(import|from) nbdev', p.read_text(), re.M)]
+    texts = {p: p.read_text() for p in (ROOT/'fastcifar').rglob('*.py')}
+    assert not [p for p, text in texts.items() if re.search(r'^\s*(import|from) nbdev', text, re.M)]
 
 def test_drift_check_notices_an_edit(tmp_path):
     pytest.importorskip('nbdev', reason='the dev extra is not installed')
@@ -55,7 +84,6 @@ def test_drift_check_notices_an_edit(tmp_path):
 
 def test_readme_is_the_index():
     pytest.importorskip('nbconvert', reason='the dev extra is not installed')
-    sys.path.insert(0, str(ROOT/'tools'))
     from readme import render
     assert (ROOT/'README.md').read_text() == render(ROOT/'nbs/index.ipynb'), 'run `make readme`'
 
@@ -65,20 +93,59 @@ def test_notebooks_ran_without_error_leak_no_paths_and_are_clean():
         outputs = json.dumps([c.get('outputs') for c in nb['cells']])
         assert not re.search(r'"/(home|root|Users)/', outputs), p
         assert '"output_type": "error"' not in outputs, p
-        assert not any(c['metadata'].keys() - {'tags'} or c.get('execution_count') for c in nb['cells']), f'{p.name}: run nbdev_clean'
+        dirty = any(c['metadata'].keys() - {'tags'} or c.get('execution_count') for c in nb['cells'])
+        assert not dirty, f'{p.name}: run nbdev_clean'
 
-def test_every_room_imports_only_from_rooms_before_it():
-    "Data flows one way: the folders in their order, in a folder the numbers of the notebooks"
-    rooms = ['basics', 'device', *(m for folder in FOLDERS for m in rooms_of(folder)), 'cli', 'all', '__main__']
-    for room in rooms:
-        text = (ROOT/'fastcifar'/f'{room.replace(".", "/")}.py').read_text()
-        for used in imported_rooms(room, text):
-            if used == room.split('.')[0] or used not in rooms: continue
-            assert rooms.index(used) < rooms.index(room), f'{room} imports {used}'
+def test_every_module_imports_only_from_modules_before_it():
+    "Data flows one way: the folders in their order, in a folder the numbers of the notebooks; so there is no circle"
+    order = rooms()
+    assert [w for room in order for w in wrong_imports(room, source_of(room), order)] == []
+
+@pytest.mark.parametrize('line, wrong', [
+    ('from fastcifar.basics import FastcifarError', 0), ('from ..data.formats import Arrays', 0),
+    ('from fastcifar.data import Arrays', 0), ('from fastcifar.train.loop import piecewise', 1),
+    ('def f(): from fastcifar.train.loop import piecewise', 1), ('import fastcifar.train.loop', 1),
+    ('from ..train import loop', 1), ('from fastcifar.models.zoo import create_model', 1),
+    ('from fastcifar.models import zoo', 1), ('from fastcifar.runs import load_run', 1), ('from . import layers', 0)])
+def test_a_wrong_import_is_noticed(line, wrong):
+    "Seen from a module of the nets that stands before the zoo"
+    assert len(wrong_imports('models.sepnet', line, rooms())) == wrong
+
+@pytest.mark.parametrize('text, unused', [
+    ('from fastcifar.data.loaders import CifarDataLoaders', 1), ('import fastcifar.data.loaders', 1),
+    ('from ..data.loaders import CifarDataLoaders as C', 1), ('from ..data.loaders import CifarDataLoaders as C\nC', 0),
+    ('import fastcifar.data.loaders as l\nl.x', 0), ('from fastcifar.data.loaders import *', 0),
+    ('from fastcifar.basics import check_name, read_json\nread_json', 0)])
+def test_an_unused_import_is_noticed(text, unused): assert len(unused_imports('runs.run', text)) == unused
 
 def test_every_module_has_a_notebook_in_the_folder_of_its_name():
     named = {re.search(r'default_exp ([\w.]+)', p.read_text())[1]: p for p in ROOT.glob('nbs/**/*.ipynb')
              if 'default_exp ' in p.read_text()}
-    written = {'.'.join(p.relative_to(ROOT/'fastcifar').with_suffix('').parts) for p in (ROOT/'fastcifar').rglob('*.py')}
+    files = (p.relative_to(ROOT/'fastcifar').with_suffix('') for p in (ROOT/'fastcifar').rglob('*.py'))
+    written = {'.'.join(p.parts) for p in files}
     assert written - {'__init__', '_modidx'} == named.keys()
     for name, path in named.items(): assert path.parent == ROOT.joinpath('nbs', *name.split('.')[:-1]), name
+
+# How densely the library is written: the table of CONTRIBUTING.md, and lines and cells that stay within bounds
+
+def test_density_of_a_module(tmp_path):
+    (tmp_path/'m.py').write_text('def f(x):\n    return x\n\n\nclass A:\n    def g(self): return 1\n')
+    assert density.functions(tmp_path/'m.py') == [(2, 6), (1, 5)]
+    assert density.line_lengths(tmp_path/'m.py') == [9, 12, 8, 25]
+
+def test_density_of_a_notebook(tmp_path):
+    sources = ['#| export\nimport os',
+               '#| export\ndef f(): pass\ndef g(): pass', 'f()', '#| export\nclass A: pass', '#| export\nx = 1']
+    cells = [dict(cell_type='code', source=s.splitlines(True)) for s in sources]
+    cells.append(dict(cell_type='markdown', source=['prose']))
+    (tmp_path/'n.ipynb').write_text(json.dumps(dict(cells=cells)))
+    assert density.defining_cells(tmp_path/'n.ipynb') == [(2, True), (1, False)]
+
+def test_density_finds_its_place():
+    page = f'before\n{density.BEGIN}\nold\n{density.END}\nafter\n'
+    made = density.written(page, '| a |\n')
+    assert made == f'before\n{density.BEGIN}\n| a |\n{density.END}\nafter\n' == density.written(made, '| a |\n')
+    with pytest.raises(SystemExit, match='no place for the table'): density.written('before', '| a |\n')
+
+def test_density_counts_every_folder():
+    assert {p.parent.name for p in (ROOT/'fastcifar').glob('*/__init__.py')} == set(FOLDERS)
