@@ -26,39 +26,63 @@ class Archive(NamedTuple):
     classes:int # Number of classes
     tree:str = None # URL of the same images as `train/<class>/*`, `test/<class>/*`, without a published sha256
     content:str = None # `fastcifar.data.images.content_hash` of the set, if that is known
-    sums:tuple = None # Sums of all red, green and blue bytes of the (training, test) images, if `content` is not known
+    sums:tuple = None # Sums of all red, green and blue bytes of (training, test) images, if `content` is not known
     order:str = None # File among the templates with the official order of the images, see `fastcifar.data`
+
+# %% ../../nbs/data/04_fetch.ipynb #41a66922
 ARCHIVES = {
-    'cifar10': Archive('cifar-10-binary.tar.gz', 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz',
-                       'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd', (5000, 1000), 10, 'https://s3.amazonaws.com/fast-ai-sample/cifar10.tgz',
-                       '6c1458f614e0a3e895a30c20c167e64e4ad10d929298d98b5f7b453db355a407', order='cifar10_order.npz'),
-    'cifar100': Archive('cifar-100-binary.tar.gz', 'https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz',
-                        '58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec', (500, 100), 100,
-                        sums=((6620373279, 6352382090, 5756623363), (1328830313, 1272680636, 1153999502)))}
+    'cifar10': Archive(
+        'cifar-10-binary.tar.gz', 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz',
+        sha256='c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd',
+        counts=(5000, 1000), classes=10, tree='https://s3.amazonaws.com/fast-ai-sample/cifar10.tgz',
+        content='6c1458f614e0a3e895a30c20c167e64e4ad10d929298d98b5f7b453db355a407', order='cifar10_order.npz'),
+    'cifar100': Archive(
+        'cifar-100-binary.tar.gz', 'https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz',
+        sha256='58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec', counts=(500, 100), classes=100,
+        sums=((6620373279, 6352382090, 5756623363), (1328830313, 1272680636, 1153999502)))}
 
 # %% ../../nbs/data/04_fetch.ipynb #4b37ef42
 class _Unfit(Exception): "This server cannot give the file; the next may"
 
+_MAX_BYTES = 2**30 # No archive here is a fifth of this
+
+def _save_body(response, file, bar):
+    "Write what a server sends, chunk by chunk"
+    while chunk := response.read1(2**18):
+        file.write(chunk)
+        bar.update(len(chunk))
+        if file.tell() > _MAX_BYTES: raise _Unfit(f'it sends more than {_MAX_BYTES:,} bytes')
+
+def _append(response, part, have, progress):
+    "Write an answer behind the `have` bytes of `part`, or over them if it is the whole file; is that all?"
+    says = response.headers.get
+    resumed = response.status == 206 and (says('Content-Range') or '').startswith(f'bytes {have}-')
+    start = have if resumed else 0
+    total = start + int(says('Content-Length')) if says('Content-Length') else None
+    shown = dict(unit='B', unit_scale=True, leave=False, disable=None if progress else True)
+    name = part.name.removesuffix('.part')
+    with (open(part, 'ab' if resumed else 'wb') as f,
+          tqdm(total=total, initial=start, desc=name, **shown) as bar): _save_body(response, f, bar)
+    return total is None or part.stat().st_size >= total
+
 def _stream(url, part, timeout, progress):
     "Append to `part` what is missing of `url`; True when the server says that is all"
     have = part.stat().st_size if part.exists() else 0
-    req = urllib.request.Request(url, headers={'Range': f'bytes={have}-', 'User-Agent': 'fastcifar'} if have else {'User-Agent': 'fastcifar'})
-    try: r = urllib.request.urlopen(req, timeout=timeout)
+    headers = ({'Range': f'bytes={have}-'} if have else {}) | {'User-Agent': 'fastcifar'}
+    try: response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
     except urllib.error.HTTPError as e:
         if e.code == 416 and have: return True # nothing beyond what we have
         raise
-    with r:
-        resumed = r.status == 206 and (r.headers.get('Content-Range') or '').startswith(f'bytes {have}-')
-        start = have if resumed else 0
-        total = start + int(r.headers['Content-Length']) if r.headers.get('Content-Length') else None
-        with open(part, 'ab' if resumed else 'wb') as f, tqdm(total=total, initial=start, unit='B', unit_scale=True, desc=part.name.removesuffix('.part'),
-                                                              disable=None if progress else True, leave=False) as bar:
-            while chunk := r.read1(2**18):
-                f.write(chunk)
-                bar.update(len(chunk))
-                if f.tell() > _MAX_BYTES: raise _Unfit(f'it sends more than {_MAX_BYTES:,} bytes')
-    return total is None or part.stat().st_size >= total
-_MAX_BYTES = 2**30 # No archive here is a fifth of this
+    with response: return _append(response, part, have, progress)
+
+# %% ../../nbs/data/04_fetch.ipynb #d39c8383
+def _attempt(url, part, timeout, progress):
+    "(what kept `part` from being whole, or None; may another attempt help?)"
+    try: return (None if _stream(url, part, timeout, progress) else 'the connection ended early'), True
+    except _Unfit as e: return str(e), False
+    except urllib.error.HTTPError as e: return str(e), e.code >= 500
+    except (OSError, ValueError, EOFError) as e: return str(getattr(e, 'reason', None) or e) or type(e).__name__, True
+    except Exception as e: return f'{type(e).__name__}: {e}', True # http.client's own errors, such as IncompleteRead
 
 def download(
     url:str, # What to get (http, https or file)
@@ -75,25 +99,16 @@ def download(
     part, why, lies = path.with_name(path.name + '.part'), 'no answer', 0
     for attempt in range(attempts):
         if attempt: time.sleep(min(2**attempt / 4, 5))
-        try:
-            if not _stream(url, part, timeout, progress):
-                why = 'the connection ended early'
-                continue
-        except (OSError, ValueError, urllib.error.URLError, _Unfit, EOFError) as e:
-            http = isinstance(e, urllib.error.HTTPError)
-            why = str(e if http else getattr(e, 'reason', None) or e) or type(e).__name__
-            if isinstance(e, _Unfit) or (http and e.code < 500): break
-            continue
-        except Exception as e: # http.client's own errors: IncompleteRead and the like
-            why = f'{type(e).__name__}: {e}'
-            continue
-        got = file_sha256(part)
-        if sha256 in (None, got):
-            os.replace(part, path)
-            return path
-        part.unlink()
-        why, lies = f'sha256 is {got[:12]}..., not {sha256[:12]}...', lies + 1
-        if lies > 1: break # once may be an old half file; twice is the server
+        why, go_on = _attempt(url, part, timeout, progress)
+        if why is None:
+            got = file_sha256(part)
+            if sha256 in (None, got):
+                os.replace(part, path)
+                return path
+            part.unlink()
+            why, lies = f'sha256 is {got[:12]}..., not {sha256[:12]}...', lies + 1
+            go_on = lies < 2 # once may be an old half file; twice is the server
+        if not go_on: break
     raise FastcifarError(f'{url} could not be used: {why}')
 
 # %% ../../nbs/data/04_fetch.ipynb #d3073295
@@ -103,18 +118,22 @@ def _sources(a:Archive):
     for base in os.environ.get('FASTCIFAR_MIRRORS', '').split(): yield f'{base.rstrip("/")}/{a.file}', a.sha256
     if a.tree: yield a.tree, None
 
-def check_counts(arrays:Arrays, a:Archive, where) -> Arrays:
+def check_counts(
+    arrays:Arrays, # What an archive held
+    a:Archive, # What it should hold
+    where, # Its name, for error messages
+) -> Arrays: # `arrays`
     "Return `arrays` if they hold the official number of images of each class"
     for s, n in zip(('train', 'test'), a.counts):
         got = np.bincount(arrays.y[s], minlength=a.classes)
-        if len(got) != a.classes or (got != n).any(): raise FastcifarError(f'{where} does not hold {n} {s} images of each of {a.classes} classes: it is not the official set')
+        if len(got) != a.classes or (got != n).any():
+            raise FastcifarError(f'{where} does not hold {n} {s} images of each of {a.classes} classes: '
+                                 'it is not the official set')
     return arrays
 
-def _downloads(
-    name, # A key of `ARCHIVES`
-    folder, # What `fetch_archive` was given
-):
-    "The files that a download of a set may have left, and no others"
+# %% ../../nbs/data/04_fetch.ipynb #50e1fe2d
+def _downloads(name, folder):
+    "The files that a download of a set may have left below what `fetch_archive` was given, and no others"
     a, place = ARCHIVES[name], Path(folder)/'downloads'/name
     files = [place/f'{f}{end}' for f in (a.file, f'tree-{name}.tgz') for end in ('', '.part')]
     return [f for f in files if f.is_file()]
@@ -128,6 +147,7 @@ def clear_download(
     for place in (Path(folder)/'downloads'/name, Path(folder)/'downloads'):
         with contextlib.suppress(OSError): place.rmdir() # if it is empty
 
+# %% ../../nbs/data/04_fetch.ipynb #d9b4048c
 def fetch_archive(
     name:str, # A key of `ARCHIVES`
     folder, # Where to keep the download until it is decoded
@@ -137,13 +157,13 @@ def fetch_archive(
 ) -> tuple: # (decoded and verified `Arrays`, sha256 of the file they came from)
     "Download, verify and decode an official data set from the first place that can give it"
     a, tried = ARCHIVES[name], []
-    for i, (url, sha) in enumerate(_sources(a)):
+    for url, sha in _sources(a):
         path = Path(folder)/'downloads'/name/(a.file if sha else f'tree-{name}.tgz')
         try:
-            arrays = check_counts(read_images(download(url, path, sha, attempts, timeout, progress)), a, url)
-            return arrays, file_sha256(path)
+            arrays = read_images(download(url, path, sha, attempts, timeout, progress))
+            return check_counts(arrays, a, url), file_sha256(path)
         except FastcifarError as e:
             tried.append(str(e))
             if not sha: path.unlink(missing_ok=True)
-    raise FastcifarError(f'{name} could not be downloaded; tried: {"; ".join(tried)}. Check the network, name mirrors in FASTCIFAR_MIRRORS, or give an archive '
-                         'that you have: --data FILE, load_data("FILE")')
+    raise FastcifarError(f'{name} could not be downloaded; tried: {"; ".join(tried)}. Check the network, name mirrors in '
+                         'FASTCIFAR_MIRRORS, or give an archive that you have: --data FILE, load_data("FILE")')

@@ -7,7 +7,7 @@ __all__ = ['SIDE', 'IMAGE_SUFFIXES', 'MAX_PIXELS', 'BACKGROUND', 'Arrays', 'chec
            'read_pickle', 'read_images']
 
 # %% ../../nbs/data/02_formats.ipynb #1d15b2cf
-import contextlib, io, pickle, warnings
+import contextlib, io, itertools, pickle, warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,22 +29,47 @@ class Arrays(NamedTuple):
     coarse:dict = None # CIFAR-100's 20 superclasses: split -> int64 array (N,), else None
     coarse_classes:list = None # Their names
 
-def check_arrays(a:Arrays, where) -> Arrays:
-    "Return `a`, its class names in their normal form, or say which class, label or split is wrong"
-    for s in ('train', 'test'):
-        x, y = a.x[s], a.y[s]
-        if x.ndim != 4 or x.shape[1:] != (SIDE, SIDE, 3) or x.dtype != np.uint8:
-            raise FastcifarError(f'{where}: the {s} images are {x.dtype} of shape {x.shape}: give uint8 of shape (N, {SIDE}, {SIDE}, 3)')
-        if len(x) == 0: raise FastcifarError(f'{where}: the {s} split holds no image')
-        if y.shape != (len(x),): raise FastcifarError(f'{where}: {len(x)} {s} images but labels of shape {y.shape}: give one label an image')
-        if y.min() < 0 or y.max() >= len(a.classes):
-            raise FastcifarError(f'{where}: {s} labels run from {y.min()} to {y.max()}, but there are {len(a.classes)} classes: labels must lie in 0..{len(a.classes) - 1}')
-        empty = np.flatnonzero(np.bincount(y, minlength=len(a.classes)) == 0)
-        if len(empty):
-            what = f'class {a.classes[empty[0]]!r} has no {s} image'
-            raise FastcifarError(f'{where}: {what}: add some, or remove the class from both splits')
-        if a.coarse and (a.coarse[s].shape != y.shape or not (0 <= a.coarse[s].min() and a.coarse[s].max() < len(a.coarse_classes))):
-            raise FastcifarError(f'{where}: the coarse {s} labels do not fit {len(a.coarse_classes)} superclasses: get it again')
+# %% ../../nbs/data/02_formats.ipynb #9843b3ae
+def _check_pixels(x, s, where):
+    "Refuse images of a split that are not uint8 of shape (N, 32, 32, 3), or none at all"
+    if x.ndim != 4 or x.shape[1:] != (SIDE, SIDE, 3) or x.dtype != np.uint8:
+        raise FastcifarError(f'{where}: the {s} images are {x.dtype} of shape {x.shape}: '
+                             f'give uint8 of shape (N, {SIDE}, {SIDE}, 3)')
+    if len(x) == 0: raise FastcifarError(f'{where}: the {s} split holds no image')
+
+def _check_labels(y, n, classes, s, where):
+    "Refuse labels of a split that do not fit its `n` images and the classes"
+    if y.shape != (n,):
+        raise FastcifarError(f'{where}: {n} {s} images but labels of shape {y.shape}: give one label an image')
+    if y.min() < 0 or y.max() >= len(classes):
+        raise FastcifarError(f'{where}: {s} labels run from {y.min()} to {y.max()}, but there are {len(classes)} '
+                             f'classes: labels must lie in 0..{len(classes) - 1}')
+
+def _check_none_empty(y, classes, s, where):
+    "Refuse a split that has no image of some class"
+    empty = np.flatnonzero(np.bincount(y, minlength=len(classes)) == 0)
+    if len(empty):
+        what = f'class {classes[empty[0]]!r} has no {s} image'
+        raise FastcifarError(f'{where}: {what}: add some, or remove the class from both splits')
+
+def _check_coarse(coarse, y, classes, s, where):
+    "Refuse labels of superclasses that do not fit the labels and the names of a split"
+    if coarse.shape == y.shape and 0 <= coarse.min() and coarse.max() < len(classes): return
+    raise FastcifarError(f'{where}: the coarse {s} labels do not fit {len(classes)} superclasses: get it again')
+def _check_split(a, s, where):
+    "Refuse a split whose images, labels and superclasses do not fit together"
+    _check_pixels(a.x[s], s, where)
+    _check_labels(a.y[s], len(a.x[s]), a.classes, s, where)
+    _check_none_empty(a.y[s], a.classes, s, where)
+    if a.coarse: _check_coarse(a.coarse[s], a.y[s], a.coarse_classes, s, where)
+
+# %% ../../nbs/data/02_formats.ipynb #c00d6888
+def check_arrays(
+    a:Arrays, # A set as it was read or given
+    where, # Its name, for error messages
+) -> Arrays: # The same, its class names in their normal form
+    "Return `a` if its images, labels and names fit together, or say which class, label or split is wrong"
+    for s in ('train', 'test'): _check_split(a, s, where)
     if len(a.classes) < 2:
         what = f'all images are of one class, {a.classes[0]!r}'
         raise FastcifarError(f'{where}: {what}: give at least two, such as train/cat/* and train/dog/*')
@@ -58,29 +83,41 @@ IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.jfif', '.bmp', '.pbm', '.pgm', '.pp
 MAX_PIXELS = 50_000_000 # Larger pictures are refused before they are decoded (a decompression bomb)
 BACKGROUND = (255, 255, 255) # What shows through transparent pixels: white, as on a page
 
-def _numbers(im, file):
-    "Numbers of more than 8 bits as an array, and which of them is white if the file says so"
+# %% ../../nbs/data/02_formats.ipynb #ad6d7c4f
+def _grey_numbers(im, file):
+    "Grey of more than 8 bits as an array, and which number is white if the file says so"
     v, tags = np.asarray(im), getattr(file, 'tag_v2', {}) # tags of a TIFF file
     bits, unsigned = tags.get(258, (16,))[0], tags.get(339, (1,)) == (1,)
     if im.mode == 'F': return v, None
     if im.mode != 'I': return v, 2**min(bits, 16) - 1
     return (v.view(np.uint32) if bits == 32 and unsigned else v), 65535 if file.format == 'PPM' else None
 
-def _grey(im, file, where):
-    "Grey of more than 8 bits as grey of 8 bits, scaled"
-    v, white = _numbers(im, file)
+def _black_and_white(v, white, mode, where):
+    "Which numbers become 0 and 255; `white` is what the file says, if it does"
     low, high = float(v.min()), float(v.max())
     if not np.isfinite((low, high)).all():
         raise FastcifarError(f'{where} holds numbers that are not finite: save it as 8-bit grey')
-    usual = (1, 255, 65535) if im.mode == 'F' else (255, 65535)
-    black, white = (low, high) if low < 0 else (0, white or next((w for w in usual if high <= w), high))
+    if low < 0: return low, high
+    usual = (1, 255, 65535) if mode == 'F' else (255, 65535)
+    return 0, white or next((w for w in usual if high <= w), high)
+
+def _as_bytes(v, black, white):
+    "Numbers from `black` to `white` as bytes from 0 to 255"
     scaled = v.astype(np.float64)
     scaled -= black
     scaled *= 255 / (white - black or 1)
-    grey = Image.fromarray(np.rint(scaled, out=scaled).clip(0, 255, out=scaled).astype(np.uint8))
-    if 'transparency' in im.info: grey.putalpha(Image.fromarray(255 * (v != im.info['transparency']).astype(np.uint8)))
+    return np.rint(scaled, out=scaled).clip(0, 255, out=scaled).astype(np.uint8)
+
+def _grey(im, file, where):
+    "Grey of more than 8 bits as grey of 8 bits, scaled"
+    v, white = _grey_numbers(im, file)
+    grey = Image.fromarray(_as_bytes(v, *_black_and_white(v, white, im.mode, where)))
+    if 'transparency' in im.info:
+        seen = 255 * (v != im.info['transparency']).astype(np.uint8)
+        grey.putalpha(Image.fromarray(seen))
     return grey
 
+# %% ../../nbs/data/02_formats.ipynb #a8ba5d88
 def _upright(im):
     "A picture as the camera was held; where EXIF data are damaged it stays as it is, as in other programs"
     try: return ImageOps.exif_transpose(im)
@@ -94,8 +131,10 @@ def _rgb(file, where):
         im = Image.alpha_composite(Image.new('RGBA', im.size, BACKGROUND), im.convert('RGBA'))
     return im.convert('RGB')
 
+# %% ../../nbs/data/02_formats.ipynb #eacd18f1
 def _opened(data):
-    if isinstance(data, Image.Image): return contextlib.nullcontext(data) # it stays open
+    "A context that gives the PIL image of a file, a path or bytes; an image that is one already stays open"
+    if isinstance(data, Image.Image): return contextlib.nullcontext(data)
     return Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=_FORMATS)
 
 def _check_picture(im, where, side):
@@ -110,10 +149,11 @@ def _check_picture(im, where, side):
     if side and im.size != (side, side):
         raise FastcifarError(f'{where} is {size}, not {side}x{side}: resize it, or ask for it {ask}')
 
+# %% ../../nbs/data/02_formats.ipynb #1c9e6cc1
 def decode_image(
     data, # Bytes of an image file, a path, an open file, or a PIL image
     where='image', # Name for error messages
-    convert:bool=False, # Resize to 32x32 (bilinear, antialiased) and convert to RGB, instead of refusing other sizes and modes?
+    convert:bool=False, # Resize (bilinear, antialiased) and convert to RGB, instead of refusing other sizes and modes?
     side:int=SIDE, # Another height and width to resize to
 ) -> np.ndarray: # uint8 (32, 32, 3)
     "Decode one image to an array, upright, the first of several frames; refuse what is not 32x32 RGB unless `convert`"
@@ -146,32 +186,73 @@ def _several(where, places):
     else: how = 'take all but one of them out'
     return FastcifarError(f'{where} holds {len(places)} data sets, in {shown}: {how}')
 
+# %% ../../nbs/data/02_formats.ipynb #99b006f1
+def _decode_tree(files, where, convert):
+    "split -> [(path below the split, image)], and split -> the folders around it"
+    images, roots = {'train': [], 'test': []}, {'train': set(), 'test': set()}
+    title = f'decoding {harmless(Path(where).name)}'
+    for m in tqdm(files, desc=title, unit=' images', leave=False, disable=None): # silent where there is no terminal
+        place = _tree_place(m.name)
+        if place is None: continue
+        root, split, path = place
+        roots[split].add(root)
+        if len(roots[split]) > 1: continue # refused later, when all of them are known
+        images[split].append((path, decode_image(m.read(), f'{where}: {m.name}', convert)))
+    return images, roots
+
+def _check_one_tree(images, roots, where):
+    "Refuse several trees, and a tree that lacks a split"
+    if max(map(len, roots.values())) > 1: raise _several(where, sorted(set.union(*roots.values())))
+    links = ' (links to folders are not followed)' if Path(where).is_dir() else ''
+    for s in images:
+        if images[s]: continue
+        what = f'{where} holds no {s}/<class>/<image> files'
+        raise FastcifarError(f'{what}: give a folder or archive with train/<class>/* and test/<class>/*{links}')
+
+# %% ../../nbs/data/02_formats.ipynb #c81e99d4
 def _wrappers(paths):
     "How many folders lie around all classes of a split: 1 for `train/images/<class>/*`, mostly 0"
     n = 0
     while len({p[n] for p in paths}) == 1 and all(len(p) > n + 2 for p in paths): n += 1
     return n
 
-def _by_class(images, folders):
+def _folders_below(folders, split, roots):
+    "The paths below a split of those of `folders` that lie in it"
+    places = [place for f in folders if (place := _tree_place(f'{f}/image'))]
+    return {path[:-1] for root, s, path in places if s == split and root in roots}
+
+def _by_class(images, folders, where):
     "class -> [(path below it, image), ...], without any for an empty one of the class `folders`"
     n = _wrappers([p for p, _ in images])
     around = images[0][0][:n]
     res = {p[n]: [] for p in sorted(folders) if len(p) == n + 1 and p[:n] == around}
     for p, im in images: res.setdefault(p[n], []).append(('/'.join(p[n+1:]), im))
-    return res
+    return dict(zip(clean_names(res, where), res.values()))
+
+# %% ../../nbs/data/02_formats.ipynb #08228dc4
+def _check_same_classes(train, test, where):
+    "Refuse a class that is in one split alone"
+    only = sorted(train ^ test)
+    if not only: return
+    has, lacks = ('train', 'test') if only[0] in train else ('test', 'train')
+    raise FastcifarError(f'{where}: class {only[0]!r} is in {has}/ but not in {lacks}/: both need the same classes')
 
 def _agreed(found, where):
     "The classes of both splits, sorted, if they are the same and none is empty"
     full = {s: {c for c in found[s] if found[s][c]} for s in found}
-    only = sorted(full['train'] ^ full['test'])
-    if only:
-        has, lacks = ('train', 'test') if only[0] in full['train'] else ('test', 'train')
-        raise FastcifarError(f'{where}: class {only[0]!r} is in {has}/ but not in {lacks}/: both need the same classes')
+    _check_same_classes(full['train'], full['test'], where)
     empty = sorted({*found['train'], *found['test']} - full['train'])
     if empty:
         more = f', nor do {len(empty) - 1} more' if len(empty) > 1 else ''
         raise FastcifarError(f'{where}: the class folder {empty[0]!r} holds no image{more}: add some, or remove it')
     return sorted(full['train'])
+
+# %% ../../nbs/data/02_formats.ipynb #9bb40a2b
+def _stacked(found, classes):
+    "(images, labels) of one split, class by class, each sorted by the names of its files"
+    rows = []
+    for i, c in enumerate(classes): rows += [(im, i) for _, im in sorted(found[c], key=lambda o: o[0])]
+    return np.stack([im for im, _ in rows]), np.array([i for _, i in rows])
 
 def read_tree(
     files, # Stream of `Member`
@@ -180,71 +261,84 @@ def read_tree(
     folders=(), # Names of folders, as `members` finds them; an empty one among the classes is refused
 ) -> Arrays:
     "Decode `train/<class>/*` and `test/<class>/*` images; files elsewhere are ignored"
-    images, roots = {'train': [], 'test': []}, {'train': set(), 'test': set()}
-    for m in tqdm(files, desc=f'decoding {harmless(Path(where).name)}', unit=' images', leave=False,
-                  disable=None): # silent where there is no terminal
-        place = _tree_place(m.name)
-        if place is None: continue
-        root, split, path = place
-        roots[split].add(root)
-        if len(roots[split]) > 1: continue # refused below, where all of them are known
-        images[split].append((path, decode_image(m.read(), f'{where}: {m.name}', convert)))
-    if max(map(len, roots.values())) > 1: raise _several(where, sorted(set.union(*roots.values())))
-    links = ' (links to folders are not followed)' if Path(where).is_dir() else ''
-    for s in images:
-        if images[s]: continue
-        what = f'{where} holds no {s}/<class>/<image> files'
-        raise FastcifarError(f'{what}: give a folder or archive with train/<class>/* and test/<class>/*{links}')
-    places = [place for f in folders if (place := _tree_place(f'{f}/image'))]
-    inside = {s: {path[:-1] for root, split, path in places if split == s and root in roots[s]} for s in images}
-    found = {s: _by_class(images[s], inside[s]) for s in images}
-    found = {s: dict(zip(clean_names(found[s], f'{where}: {s}'), found[s].values())) for s in found}
+    images, roots = _decode_tree(files, where, convert)
+    _check_one_tree(images, roots, where)
+    found = {s: _by_class(images[s], _folders_below(folders, s, roots[s]), f'{where}: {s}') for s in images}
     classes = _agreed(found, where)
-    rows = {s: [(im, i) for i, c in enumerate(classes) for _, im in sorted(found[s][c], key=lambda o: o[0])] for s in found}
-    x = {s: np.stack([im for im, _ in r]) for s, r in rows.items()}
-    return check_arrays(Arrays(x, {s: np.array([i for _, i in r]) for s, r in rows.items()}, classes), where)
+    x, y = {}, {}
+    for s in found: x[s], y[s] = _stacked(found[s], classes)
+    return check_arrays(Arrays(x, y, classes), where)
 
 # %% ../../nbs/data/02_formats.ipynb #e0b4e2b4
 _NAMES10 = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
+_BATCHES10 = {'train': [f'data_batch_{i}' for i in range(1, 6)], 'test': ['test_batch']}
 
-def _planes(x): return np.ascontiguousarray(x.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1))
-
-def _records(data, n_labels, where):
-    size = n_labels + 3 * SIDE * SIDE
-    if len(data) == 0 or len(data) % size: raise FastcifarError(f'{where} has {len(data):,} bytes, not a multiple of {size}: it is damaged or incomplete; get it again')
-    rows = np.frombuffer(data, np.uint8).reshape(-1, size)
-    return _planes(rows[:, n_labels:]), rows[:, :n_labels].astype(np.int64)
+def _from_planes(x): return np.ascontiguousarray(x.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1))
 
 def _lines(data): return [l for l in data.decode('utf-8', 'replace').split('\n') if l.strip()]
 
-def _equal_parts(parts, where):
-    "The batches of CIFAR-10 are equally long; one that is not was cut off"
-    sizes = {len(x) for p in parts.values() for x, _ in p}
-    if len(sizes) > 1: raise FastcifarError(f'{where}: its batches hold {min(sizes)} to {max(sizes)} images, but all should be equal: it is incomplete; get it again')
-    return parts
+def _records(data, n_labels, where):
+    "(images, labels of shape (N, n_labels)) of a file in the binary form"
+    size = n_labels + 3 * SIDE * SIDE
+    if len(data) == 0 or len(data) % size:
+        raise FastcifarError(f'{where} has {len(data):,} bytes, not a multiple of {size}: '
+                             'it is damaged or incomplete; get it again')
+    rows = np.frombuffer(data, np.uint8).reshape(-1, size)
+    return _from_planes(rows[:, n_labels:]), rows[:, :n_labels].astype(np.int64)
 
+# %% ../../nbs/data/02_formats.ipynb #2f8638e8
+def _check_equally_long(batches, where):
+    "The batches of CIFAR-10 are equally long; one that is not was cut off"
+    sizes = {len(x) for x, _ in batches}
+    if len(sizes) > 1:
+        raise FastcifarError(f'{where}: its batches hold {min(sizes)} to {max(sizes)} images, but all should be '
+                             'equal: it is incomplete; get it again')
+
+def _join10(read, where):
+    "Images and labels of both splits of CIFAR-10; `read` gives (images, labels) of the batch of a name"
+    batches = {s: [read(name) for name in names] for s, names in _BATCHES10.items()}
+    _check_equally_long(sum(batches.values(), []), where)
+    x = {s: np.concatenate([x for x, _ in b]) for s, b in batches.items()}
+    return x, {s: np.concatenate([y for _, y in b]) for s, b in batches.items()}
+
+def _join100(read):
+    "Images, fine and coarse labels of both splits of CIFAR-100; `read` gives the three of a split"
+    splits = {s: read(s) for s in ('train', 'test')}
+    return [{s: parts[i] for s, parts in splits.items()} for i in range(3)]
+
+# %% ../../nbs/data/02_formats.ipynb #8afb0352
 def _binary10(files, where):
-    parts = {s: [_records(files[n], 1, f'{where}: {n}') for n in names] for s, names in
-             {'train': [f'data_batch_{i}.bin' for i in range(1, 6)], 'test': ['test_batch.bin']}.items()}
-    _equal_parts(parts, where)
-    return Arrays({s: np.concatenate([x for x, _ in p]) for s, p in parts.items()}, {s: np.concatenate([y[:, 0] for _, y in p]) for s, p in parts.items()},
-                  _lines(files['batches.meta.txt']) if 'batches.meta.txt' in files else _NAMES10)
+    def read(name):
+        x, y = _records(files[f'{name}.bin'], 1, f'{where}: {name}.bin')
+        return x, y[:, 0]
+    x, y = _join10(read, where)
+    names = files.get('batches.meta.txt')
+    return Arrays(x, y, _NAMES10 if names is None else _lines(names))
 
 def _binary100(files, where):
-    parts = {s: _records(files[f'{s}.bin'], 2, f'{where}: {s}.bin') for s in ('train', 'test')}
-    return Arrays({s: x for s, (x, _) in parts.items()}, {s: y[:, 1] for s, (_, y) in parts.items()}, _lines(files['fine_label_names.txt']),
-                  {s: y[:, 0] for s, (_, y) in parts.items()}, _lines(files['coarse_label_names.txt']))
+    def read(split):
+        x, y = _records(files[f'{split}.bin'], 2, f'{where}: {split}.bin')
+        return x, y[:, 1], y[:, 0]
+    x, fine, coarse = _join100(read)
+    return Arrays(x, fine, _lines(files['fine_label_names.txt']), coarse, _lines(files['coarse_label_names.txt']))
 
 # %% ../../nbs/data/02_formats.ipynb #3bf33303
 def _text(v):
     "What Python 2 wrote as its `str` arrives as bytes"
     return v.decode('latin1') if isinstance(v, bytes) else v
 
+def _encode(text, codec):
+    "Stands in for `_codecs.encode`, with which Python 3 writes bytes in old protocols"
+    if _text(codec) != 'latin1': raise pickle.UnpicklingError(f'codec {codec!r}')
+    return text.encode('latin1')
+
+# %% ../../nbs/data/02_formats.ipynb #d99a155a
 class _Dtype:
     "Stands in for numpy.dtype: only plain numbers get through"
     def __init__(self, code, *_):
         code = _text(code)
-        if not isinstance(code, str) or np.dtype(code).kind not in 'uif': raise pickle.UnpicklingError(f'arrays of type {code!r}')
+        if not isinstance(code, str) or np.dtype(code).kind not in 'uif':
+            raise pickle.UnpicklingError(f'arrays of type {code!r}')
         self.dtype = np.dtype(code)
     def __setstate__(self, state):
         order = _text(state[1]) # one of < > | =
@@ -259,26 +353,33 @@ class _Array:
 
 def _new_array(*_): return _Array()
 
-def _encode(text, codec):
-    if _text(codec) != 'latin1': raise pickle.UnpicklingError(f'codec {codec!r}')
-    return text.encode('latin1')
-
+# %% ../../nbs/data/02_formats.ipynb #1a8af63c
 class _PlainUnpickler(pickle._Unpickler):
     "Numbers, strings, plain containers and numeric arrays; every other name is refused"
-    known = {('_codecs', 'encode'): _encode} | {(f'numpy.{core}.multiarray', '_reconstruct'): _new_array for core in ('core', '_core')} | {
-             ('numpy', 'ndarray'): _Array, ('numpy', 'dtype'): _Dtype}
+    known = {('_codecs', 'encode'): _encode,
+             ('numpy.core.multiarray', '_reconstruct'): _new_array, # NumPy 1
+             ('numpy._core.multiarray', '_reconstruct'): _new_array, # NumPy 2
+             ('numpy', 'ndarray'): _Array,
+             ('numpy', 'dtype'): _Dtype}
     def find_class(self, module, name):
         if (module, name) in self.known: return self.known[module, name]
         raise pickle.UnpicklingError(f'it asks for {module}.{name}')
     def persistent_load(self, pid): raise pickle.UnpicklingError('it asks for a persistent object')
-_simple = (type(None), bool, int, float, str, bytes)
 
-def _table(v):
-    "A dict of numbers, texts, arrays, and lists of numbers and texts; whatever else a pickle can make is refused"
+# %% ../../nbs/data/02_formats.ipynb #c1540053
+_PLAIN = (type(None), bool, int, float, str, bytes)
+
+def _is_plain(v):
+    "Is this a number, a text, an array, or a list of numbers and texts?"
+    if type(v) is list: return all(isinstance(o, _PLAIN) for o in v)
+    return isinstance(v, (*_PLAIN, np.ndarray))
+
+def _plain_dict(v):
+    "The dict that a data set pickle holds; whatever else a pickle can make is refused"
     if type(v) is not dict: raise pickle.UnpicklingError(f'it holds a {type(v).__name__}')
     v = {k: w.value if type(w) is _Array else w for k, w in v.items()}
     for w in v.values():
-        if not (isinstance(w, (*_simple, np.ndarray)) or type(w) is list and all(isinstance(o, _simple) for o in w)): raise pickle.UnpicklingError(f'it holds a {type(w).__name__}')
+        if not _is_plain(w): raise pickle.UnpicklingError(f'it holds a {type(w).__name__}')
     return v
 
 def read_pickle(
@@ -286,67 +387,61 @@ def read_pickle(
     where, # Its name, for error messages
 ) -> dict:
     "Load a data set pickle without executing anything"
-    try: return _table(_PlainUnpickler(io.BytesIO(data), encoding='bytes').load())
-    except Exception as e: raise FastcifarError(f'{where} is not a plain CIFAR batch ({e}): do not use this file, get the data from its source') from e
+    try: return _plain_dict(_PlainUnpickler(io.BytesIO(data), encoding='bytes').load())
+    except Exception as e:
+        raise FastcifarError(f'{where} is not a plain CIFAR batch ({e}): do not use this file, '
+                             'get the data from its source') from e
 
 # %% ../../nbs/data/02_formats.ipynb #38422490
+def _is_labels(v, n):
+    "Is this a list of one whole number an image?"
+    return type(v) is list and len(v) == n and all(type(i) is int for i in v)
+
 def _batch(data, keys, where):
+    "(images, labels under each of `keys`) of a pickle"
     b = read_pickle(data, where)
     try:
-        x = _planes(np.asarray(b[b'data'], np.uint8))
-        if not all(type(b[k]) is list and len(b[k]) == len(x) and all(type(i) is int for i in b[k]) for k in keys): raise ValueError('the labels are not one number an image')
-        return x, [np.array(b[k], dtype=np.int64) for k in keys]
-    except Exception as e: raise FastcifarError(f'{where} is not a CIFAR batch: {type(e).__name__} {e}; get the data from its source') from e
+        x = _from_planes(np.asarray(b[b'data'], np.uint8))
+        if not all(_is_labels(b[k], len(x)) for k in keys): raise ValueError('the labels are not one number an image')
+        return x, *[np.array(b[k], dtype=np.int64) for k in keys]
+    except Exception as e:
+        raise FastcifarError(f'{where} is not a CIFAR batch: {type(e).__name__} {e}; '
+                             'get the data from its source') from e
 
 def _names(data, key, where):
+    "The class names under a key of a pickle"
     try: return [n.decode() for n in read_pickle(data, where)[key]]
-    except (KeyError, AttributeError, TypeError, UnicodeDecodeError) as e: raise FastcifarError(f'{where} holds no class names; get the data from its source') from e
+    except (KeyError, AttributeError, TypeError, UnicodeDecodeError) as e:
+        raise FastcifarError(f'{where} holds no class names; get the data from its source') from e
 
+# %% ../../nbs/data/02_formats.ipynb #c7f5d91d
 def _python10(files, where):
-    parts = {s: [_batch(files[n], [b'labels'], f'{where}: {n}') for n in names] for s, names in
-             {'train': [f'data_batch_{i}' for i in range(1, 6)], 'test': ['test_batch']}.items()}
-    _equal_parts(parts, where)
-    return Arrays({s: np.concatenate([x for x, _ in p]) for s, p in parts.items()}, {s: np.concatenate([ys[0] for _, ys in p]) for s, p in parts.items()},
-                  _names(files['batches.meta'], b'label_names', where) if 'batches.meta' in files else _NAMES10)
+    x, y = _join10(lambda name: _batch(files[name], [b'labels'], f'{where}: {name}'), where)
+    names = files.get('batches.meta')
+    return Arrays(x, y, _NAMES10 if names is None else _names(names, b'label_names', where))
 
 def _python100(files, where):
-    parts = {s: _batch(files[s], [b'fine_labels', b'coarse_labels'], f'{where}: {s}') for s in ('train', 'test')}
-    return Arrays({s: x for s, (x, _) in parts.items()}, {s: ys[0] for s, (_, ys) in parts.items()}, _names(files['meta'], b'fine_label_names', where),
-                  {s: ys[1] for s, (_, ys) in parts.items()}, _names(files['meta'], b'coarse_label_names', where))
-# Which files tell the official forms apart
-_OFFICIAL = [({'data_batch_1.bin', 'data_batch_2.bin', 'data_batch_3.bin', 'data_batch_4.bin', 'data_batch_5.bin', 'test_batch.bin'}, _binary10),
-             ({'train.bin', 'test.bin', 'fine_label_names.txt', 'coarse_label_names.txt'}, _binary100),
-             ({'data_batch_1', 'data_batch_2', 'data_batch_3', 'data_batch_4', 'data_batch_5', 'test_batch'}, _python10),
-             ({'train', 'test', 'meta'}, _python100)]
-_OFFICIAL_FILES = set().union(*(f for f, _ in _OFFICIAL)) | {'batches.meta', 'batches.meta.txt'}
+    keys, meta = [b'fine_labels', b'coarse_labels'], files['meta']
+    x, fine, coarse = _join100(lambda split: _batch(files[split], keys, f'{where}: {split}'))
+    fine_names = _names(meta, b'fine_label_names', where)
+    return Arrays(x, fine, fine_names, coarse, _names(meta, b'coarse_label_names', where))
 
-# %% ../../nbs/data/02_formats.ipynb #a91c5a8f
-def read_images(
-    path, # Folder or archive: an official CIFAR-10 or CIFAR-100 one (binary or python form), or a `train/<class>/*`, `test/<class>/*` tree
-    convert:bool=False, # Resize and convert images that are not 32x32 RGB, instead of refusing them?
-) -> Arrays:
-    "Decode an image collection of any known layout"
-    official, folders = {}, set() # official: folder -> file name -> bytes
-    def tree():
-        for m in members(path, folders):
-            folder, _, name = m.name.rpartition('/')
-            if name in _OFFICIAL_FILES and _tree_place(m.name) is None:
-                official.setdefault(folder or '.', {})[name] = m.read()
-                if sum(len(data) for files in official.values() for data in files.values()) > 2 * MAX_FILE:
-                    raise FastcifarError(f'{path} holds more than a CIFAR archive can: give one set, from its source')
-            else: yield m
-    files = tree()
-    first = next((m for m in files if _tree_place(m.name)), None)
-    def again(): yield first; yield from files
-    arrays = read_tree(again(), path, convert, folders) if first else None
-    forms = {folder: read for need, read in reversed(_OFFICIAL) for folder in official if need <= set(official[folder])}
-    places = [*forms, *([_tree_place(first.name)[0]] if first else [])]
-    if len(places) > 1: raise _several(path, sorted(places))
-    for folder, read in forms.items(): arrays = check_arrays(read(official[folder], path), path)
-    if arrays is None:
-        _check_complete(official, path)
-        read_tree(iter(()), path) # says what it would need
-    return arrays
+# %% ../../nbs/data/02_formats.ipynb #1858527e
+_FILES10 = {*_BATCHES10['train'], *_BATCHES10['test']}
+# Which files tell the official forms apart, and what reads them
+_OFFICIAL = [({f'{name}.bin' for name in _FILES10}, _binary10),
+             ({'train.bin', 'test.bin', 'fine_label_names.txt', 'coarse_label_names.txt'}, _binary100),
+             (_FILES10, _python10),
+             ({'train', 'test', 'meta'}, _python100)]
+_OFFICIAL_FILES = set().union(*(need for need, _ in _OFFICIAL)) | {'batches.meta', 'batches.meta.txt'}
+
+def _official_reader(found):
+    "What reads the set whose files were found in one folder, or None if some are missing"
+    return next((read for need, read in _OFFICIAL if need <= set(found)), None)
+
+def _read_official(found, where):
+    "The set of the files of one folder, name -> bytes"
+    return check_arrays(_official_reader(found)(found, where), where)
 
 def _check_complete(official, where):
     "Name the file that an official set lacks; `train` alone may be anything"
@@ -355,3 +450,33 @@ def _check_complete(official, where):
             have, missing = need & set(found), sorted(need - set(found))
             if have - {'train', 'test', 'meta'} or 'meta' in have and len(have) > 1:
                 raise FastcifarError(f'{where}: {missing[0]} is missing: the archive is incomplete; get it again')
+
+# %% ../../nbs/data/02_formats.ipynb #a91c5a8f
+def _without_official(path, folders, official):
+    "The files of a source that belong to no official set; those that do go into `official`: folder -> name -> bytes"
+    for m in members(path, folders):
+        folder, _, name = m.name.rpartition('/')
+        if name not in _OFFICIAL_FILES or _tree_place(m.name) is not None:
+            yield m
+            continue
+        official.setdefault(folder or '.', {})[name] = m.read()
+        if sum(len(data) for files in official.values() for data in files.values()) > 2 * MAX_FILE:
+            raise FastcifarError(f'{path} holds more than a CIFAR archive can: give one set, from its source')
+
+# %% ../../nbs/data/02_formats.ipynb #63652692
+def read_images(
+    path, # Folder or archive: CIFAR-10 or CIFAR-100 (binary or python form), or a tree of `train/` and `test/<class>/*`
+    convert:bool=False, # Resize and convert images that are not 32x32 RGB, instead of refusing them?
+) -> Arrays:
+    "Decode an image collection of any known layout"
+    official, folders = {}, set()
+    files = _without_official(path, folders, official)
+    first = next((m for m in files if _tree_place(m.name)), None)
+    tree = first and read_tree(itertools.chain([first], files), path, convert, folders)
+    whole = [folder for folder in official if _official_reader(official[folder])]
+    places = [*whole, _tree_place(first.name)[0]] if first else whole
+    if len(places) > 1: raise _several(path, sorted(places))
+    if tree: return tree
+    if whole: return _read_official(official[whole[0]], path)
+    _check_complete(official, path)
+    return read_tree(iter(()), path) # which says what it would need

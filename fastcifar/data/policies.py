@@ -15,15 +15,18 @@ class CropStep:
     pad:int # Pixels on every side
     reflect:bool = False # Pad with a mirror image (without its edge), or with black?
 
+# %% ../../nbs/data/00_policies.ipynb #6af0ace9
 @dataclasses.dataclass(frozen=True)
 class FlipStep:
     "Swap left and right"
     p:float = 0.5 # How often
 
+# %% ../../nbs/data/00_policies.ipynb #9a52ee74
 @dataclasses.dataclass(frozen=True)
 class AlternatingFlipStep:
-    "Swap left and right in every other epoch, one half of the images in the even ones and the other half in the odd ones"
+    "Swap left and right in every other epoch: half of the images in the even ones, the other half in the odd ones"
 
+# %% ../../nbs/data/00_policies.ipynb #6ccd5bcd
 @dataclasses.dataclass(frozen=True)
 class ShiftScaleRotateStep:
     "Shift, scale and rotate; what Albumentations 1 called so, with its defaults; the border is a mirror image"
@@ -32,6 +35,7 @@ class ShiftScaleRotateStep:
     rotate:float = 45 # Largest angle, in degrees
     p:float = 0.5 # How often
 
+# %% ../../nbs/data/00_policies.ipynb #216a5de7
 @dataclasses.dataclass(frozen=True)
 class HoleStep:
     "Fill a square that lies wholly inside"
@@ -53,10 +57,12 @@ POLICIES = {
     'crop_reflect_flip': (CropStep(4, reflect=True), FlipStep()),
     'rare_flip': (FlipStep(0.1),),
     'shift_scale_rotate_black': (FlipStep(), ShiftScaleRotateStep(), HoleStep(16, 0.5, (0, 0, 0))),
-    'wide_shift_bright_hole': (FlipStep(), ShiftScaleRotateStep(0.2, 0.2, 15), HoleStep(16, 0.5, (156, 153, 144))), # 0.49 deviations above the mean
+    # the colour of its hole lies 0.49 deviations above the mean
+    'wide_shift_bright_hole': (FlipStep(), ShiftScaleRotateStep(0.2, 0.2, 15), HoleStep(16, 0.5, (156, 153, 144))),
     'rare_shift_dropout': (FlipStep(0.1), ShiftScaleRotateStep(0.1, 0.2, 15, p=0.1), HoleStep(16, 0.3)),
     'small_crop_flip_cutout': (CropStep(2, reflect=True), FlipStep(), HoleStep(8))}
 
+# %% ../../nbs/data/00_policies.ipynb #9d122f80
 def list_policies() -> list:
     "The names of all augmentation policies"
     return list(POLICIES)
