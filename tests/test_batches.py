@@ -186,7 +186,7 @@ def test_images_are_put_on_a_device_once(data):
     assert y.tolist() == [*data.y['train'], *data.y['test']]
 
 def test_only_the_training_split_is_augmented(data):
-    "By each path; another policy's loader does without the first one's twin"
+    "By each path; another policy's loader does without the first one's batch form"
     for path in ('item', 'batch'):
         dls = data.dataloaders(bs=10, policy='crop_flip_cutout', device='cpu', path=path)
         plain = data.dataloaders(bs=10, policy='none', device='cpu', path=path)

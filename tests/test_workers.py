@@ -1,8 +1,11 @@
 "Item batches do not depend on how many workers make them, nor on how the workers are started; who made them is asked."
-import json, os, pickle, subprocess, sys
+import ast, json, os, pickle, subprocess, sys
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 
 import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
 
 CODE = '''
 import hashlib, json, multiprocessing, os, sys
@@ -64,3 +67,34 @@ def test_the_cache_is_not_sent_to_workers(tree):
     assert len(sent) < 100_000 < sum(x.nbytes for x in data.x.values())
     again = pickle.loads(sent)
     assert (np.asarray(again.dataset[7][0]) == np.asarray(dl.dataset[7][0])).all()
+
+def test_loading_and_its_loaders_are_one_import():
+    "In a fresh process; no module or test of the library is imported for what the import does"
+    code = '''
+from fastcifar.data.load import load_data
+dls = load_data('digits').dataloaders(bs=64, device='cpu')
+print(type(dls).__name__, len(dls.train))
+'''
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ['CifarDataLoaders', '24']
+
+def unused_imports(path):
+    "Modules of the library that a file imports without using a name of theirs"
+    tree = ast.parse(path.read_text())
+    used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+    dotted = {ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for a in node.names:
+                name = a.asname or a.name
+                if a.name.startswith('fastcifar.') and not any(d.startswith(f'{name}.') for d in dotted | used):
+                    yield f'{path.name}: {a.name}'
+        elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or '').startswith('fastcifar')):
+            names = {a.asname or a.name for a in node.names}
+            if not names & {*used, '*'}: yield f'{path.name}: {node.module}'
+
+def test_no_module_is_imported_for_its_side_effects():
+    "Folders and `all` hand names on, so theirs are not used where they are imported"
+    modules = [p for p in (ROOT/'fastcifar').rglob('*.py') if p.name not in ('__init__.py', 'all.py')]
+    assert len(modules) > 40 and [u for p in modules for u in unused_imports(p)] == []
