@@ -317,8 +317,34 @@ def test_what_changes_and_cannot_be_kept(data, tmp_path):
         def before_epoch(self): self.t += 1 # in its place: the same tensor, another version
     said = []
     fit(learner(data, cbs=[Collects(), Swaps()]), 2, cbs=Checkpoints(tmp_path, 2, say=said.append))
-    assert said == ['checkpoints do not keep seen of the callback Collects: give it checkpoint() and restore()',
-        'checkpoints do not keep t of the callback Swaps: give it checkpoint() and restore()']
+    hint = 'give it state_dict() and load_state_dict()'
+    assert said == [f'checkpoints do not keep seen of the callback Collects: {hint}',
+                    f'checkpoints do not keep t of the callback Swaps: {hint}']
+
+class Counting(Callback):
+    name = 'counting'
+    def before_fit(self): self.seen, self.n = torch.zeros(2, dtype=torch.int64), 0
+    def after_batch(self):
+        if self.training: self.seen, self.n = self.seen + torch.tensor([1, self.iter]), self.n + 1
+
+class Torchs(Counting):
+    "Keeps a tensor and a number, with torch's pair of methods"
+    def state_dict(self): return dict(seen=self.seen, n=self.n)
+    def load_state_dict(self, state): self.seen, self.n = state['seen'], state['n']
+
+class Former(Counting):
+    "The same, with the pair of version 0.1"
+    def checkpoint(self): return dict(seen=self.seen), dict(n=self.n)
+    def restore(self, tensors, note): self.seen, self.n = tensors['seen'], note['n']
+
+@pytest.mark.parametrize('first, then', [(Torchs, Torchs), (Former, Former), (Former, Torchs)])
+def test_callbacks_that_say_what_they_keep(data, tmp_path, first, then):
+    fit(learner(data, cbs=first()), 1, cbs=Checkpoints(tmp_path, say=None))
+    tensors, note = load_tensors(tmp_path/'epoch_0001.safetensors')
+    assert note['parts']['counting'] == dict(n=5) and tensors['counting.seen'].tolist() == [5, 10]
+    learn, c = learner(data, cbs=then()), Checkpoints(tmp_path, say=None)
+    fit(learn, 2, c.latest(learn), cbs=c)
+    assert learn.counting.n == 10 and learn.counting.seen.tolist() == [10, 20]
 
 def test_marks_of_what_json_cannot_hold():
     "Equal while they are the same thing with the same things in it"

@@ -1,5 +1,5 @@
 "What the smaller parts give, value by value, where the whole would hide a mistake in one of them."
-import math
+import copy, math
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -148,28 +148,31 @@ def averaged(values, ema=None, decay=.9):
 def test_an_average_goes_on_from_a_checkpoint():
     "With as many steps behind it as it had: the first ones count more"
     whole, half = averaged([1., 2., 3., 4., 5.]), averaged([1., 2., 3.])
-    tensors, note = half.checkpoint()
-    assert tensors.keys() == {f'norm.{k}' for k in ('weight', 'bias', 'running_mean', 'running_var')}
-    assert note == {'n': 2}
-    assert tensors['norm.weight'].item() == pytest.approx(1 * 2/11 * 3/12 + 2 * 9/11 * 3/12 + 3 * 9/12)
-    other = averaged([3.])
-    other.restore({k: v.clone() for k, v in tensors.items()}, note)
-    for v in (4., 5.):
-        other.learn.model.norm.weight.data[:] = v
-        other.after_batch()
-    assert other.n == 4 and other.average['norm.weight'].item() == pytest.approx(whole.average['norm.weight'].item())
-    assert EMA().checkpoint() == ({}, {'n': 0}), 'before the first batch there is nothing to keep'
+    state = half.state_dict()
+    names = [f'norm.{k}' for k in ('weight', 'bias', 'running_mean', 'running_var')]
+    assert state.keys() == {'n', *(f'average.{k}' for k in names)} and state['n'] == 2
+    assert state['average.norm.weight'].item() == pytest.approx(1 * 2/11 * 3/12 + 2 * 9/11 * 3/12 + 3 * 9/12)
+    old = {k.removeprefix('average.'): v for k, v in state.items()} # as version 0.1 wrote it
+    for kept in (state, old):
+        other = averaged([3.])
+        other.load_state_dict(copy.deepcopy(kept))
+        for v in (4., 5.):
+            other.learn.model.norm.weight.data[:] = v
+            other.after_batch()
+        assert other.n == 4
+        assert other.average['norm.weight'].item() == pytest.approx(whole.average['norm.weight'].item())
+    assert EMA().state_dict() == {'n': 0}, 'before the first batch there is nothing to keep'
 
 def test_an_average_ends_in_the_net():
     "Counters, which cannot be averaged, are no part of it"
     ema = averaged([1., 2., 3.])
-    tensors, _ = ema.checkpoint()
+    state = ema.state_dict()
     net = Holds(7.)
     net.norm.num_batches_tracked += 5
     net.steps += 3
     ema.learn.model = net
-    ema.conclude(tensors)
-    assert net.norm.weight.item() == pytest.approx(tensors['norm.weight'].item())
+    ema.conclude(state)
+    assert net.norm.weight.item() == pytest.approx(state['average.norm.weight'].item())
     assert net.norm.num_batches_tracked == 5 and net.steps == 7
 
 def test_no_views():

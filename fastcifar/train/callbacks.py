@@ -9,9 +9,11 @@ __all__ = ['FreezeParts', 'StopOnNaN', 'CheckOutputs', 'EMA', 'L1']
 import fnmatch, math
 
 import torch
-from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.core import Callback, CancelFitException, TrainEvalCallback
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import LRFinder
 from fastai.data.transforms import get_c
+from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 
@@ -20,18 +22,24 @@ from ..basics import FastcifarError
 # %% ../../nbs/train/05_callbacks.ipynb #b847d7be
 class FreezeParts(Callback):
     "Freeze the parameters whose names match, from an epoch on; after the fit they can be trained again"
-    order = -5
+    order = TrainEvalCallback.order + 5 # early: others look at what is trained
     def __init__(self,
         parts, # Pairs (pattern, epochs): e.g. `('whiten.bias', 3)` trains that bias for three epochs
     ): self.parts, self._frozen = parts, []
+
     def before_fit(self): self.after_fit() # a fit that was interrupted left them frozen
+
+    def _freeze(self, p):
+        p.requires_grad_(False)
+        p.grad = None
+        self._frozen.append(p)
+
     def before_train(self):
         for pattern, epochs in self.parts:
+            if self.epoch < epochs: continue
             for name, p in self.model.named_parameters():
-                if self.epoch >= epochs and p.requires_grad and fnmatch.fnmatchcase(name, pattern):
-                    p.requires_grad_(False)
-                    p.grad = None
-                    self._frozen.append(p)
+                if p.requires_grad and fnmatch.fnmatchcase(name, pattern): self._freeze(p)
+
     def after_fit(self):
         for p in self._frozen: p.requires_grad_(True)
         self._frozen = []
@@ -39,10 +47,13 @@ class FreezeParts(Callback):
 # %% ../../nbs/train/05_callbacks.ipynb #fe6b97d5
 class StopOnNaN(Callback):
     "End training with a clear error when the loss is NaN or infinite"
-    order, run_valid = 65, False # after Recorder, and after a range test, which ends there
-    def __init__(self, every:int=50): # Batches between two looks, on a GPU
-        self.every, self._seen = every, []
+    order, run_valid = LRFinder.order + 5, False # after Recorder, and after a range test, which ends there
+    def __init__(self,
+        every:int=50, # Batches between two looks, on a GPU
+    ): self.every, self._seen = every, []
+
     def before_train(self): self._seen.clear()
+
     def after_batch(self):
         loss = self.learn.loss.detach()
         if not loss.is_cuda:
@@ -50,14 +61,19 @@ class StopOnNaN(Callback):
             return
         self._seen.append(loss)
         if len(self._seen) >= self.every: self.after_train()
+
     def after_train(self):
         ok = torch.stack(self._seen).isfinite().tolist() if self._seen else []
         self._seen.clear()
         if not all(ok): self._stop(len(ok) - ok.index(False))
+
     def _stop(self, ago):
-        if any(isinstance(cb, LRFinder) for cb in self.learn.cbs): raise CancelFitException() # a range test goes that far
-        raise FastcifarError(f'the loss became NaN or infinite in epoch {self.epoch + 1}, batch {self.iter + 2 - ago}, at learning rate {self.recorder.lrs[-ago]:.3g}: '
-                             'use a smaller learning rate (--lr-max) or --precision fp32')
+        "End the training for a loss of `ago` batches before"
+        testing_rates = any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
+        if testing_rates: raise CancelFitException() # it goes that far
+        batch, lr = self.iter + 2 - ago, self.recorder.lrs[-ago]
+        raise FastcifarError(f'the loss became NaN or infinite in epoch {self.epoch + 1}, batch {batch}, '
+                             f'at learning rate {lr:.3g}: use a smaller learning rate (--lr-max) or --precision fp32')
 
 # %% ../../nbs/train/05_callbacks.ipynb #1b4b8ac2
 _CLASS_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)
@@ -69,9 +85,12 @@ def _classifies(loss):
 
 class CheckOutputs(Callback):
     "Refuse a net that gives more or fewer outputs than there are classes"
-    order, stateless = 11, True # after `Autocast`; a checkpoint holds nothing of it
-    n, capturable = None, True # it looks at shapes alone
+    order = MixedPrecision.order + 1
+    stateless = True # a checkpoint holds nothing of it
+    capturable = True # it looks at shapes alone
+    n = None # classes; None: any number of outputs will do
     def before_fit(self): self.n = get_c(self.dls) if _classifies(self.learn.loss_func) else None
+
     def after_pred(self):
         pred, n = self.learn.pred, self.n
         if n and isinstance(pred, torch.Tensor) and pred.ndim == 2 and pred.shape[1] != n:
@@ -81,53 +100,76 @@ class CheckOutputs(Callback):
 # %% ../../nbs/train/05_callbacks.ipynb #f90f91d4
 class EMA(Callback):
     "A moving average of weights and buffers, used for validation and kept at the end"
-    order = 55 # before `LRFinder` and `SaveModelCallback`, whose weights have the last word after a fit, and before checkpoints
+    # `LRFinder` and `SaveModelCallback` have the last word on the weights after a fit, and checkpoints see the result
+    order = LRFinder.order - 5
     def __init__(self,
         decay:float=0.999, # Share of the average that stays at each batch
     ): self.decay, self.average, self.n, self._swapped = decay, None, 0, False
 
     def before_train(self):
-        self._live = {k: v for k, v in self.model.state_dict().items() if v.is_floating_point()} # the tensors themselves
+        tensors = self.model.state_dict() # the tensors themselves
+        self._live = {k: v for k, v in tensors.items() if v.is_floating_point()}
         if self.average is None: self.average, self.n = {k: v.clone() for k, v in self._live.items()}, 0
 
     @torch.no_grad()
     def after_batch(self):
         if not self.training: return
         self.n += 1
-        torch._foreach_lerp_(list(self.average.values()), list(self._live.values()), 1 - min(self.decay, (1 + self.n) / (10 + self.n)))
+        keep = min(self.decay, (1 + self.n) / (10 + self.n))
+        torch._foreach_lerp_(list(self.average.values()), list(self._live.values()), 1 - keep)
 
     @torch.no_grad()
     def _swap(self):
+        "Exchange the weights of the net and their average"
         for k, v in self._live.items():
             mine = v.clone()
             v.copy_(self.average[k])
             self.average[k].copy_(mine)
         self._swapped = not self._swapped
 
+    def _swap_back(self):
+        if self._swapped: self._swap()
+
     def before_validate(self):
         if self.average is not None: self._swap()
-    def after_validate(self):
-        if self._swapped: self._swap() # not if validation was called off before it began
+
+    def after_validate(self): self._swap_back() # not if validation was called off before it began
 
     def before_fit(self): # a fit that was interrupted left these
-        if self._swapped: self._swap()
+        self._swap_back()
         self.average = None
 
     def after_fit(self):
-        if self._swapped: self._swap()
+        self._swap_back()
         if self.average is not None: self.model.load_state_dict(self.average, strict=False)
         self.average = None
 
-    # what a checkpoint has to keep, and what follows from it when there is nothing left to train
-    def conclude(self, tensors): self.model.load_state_dict(tensors, strict=False)
-    def checkpoint(self): return dict(self.average or {}), dict(n=self.n)
-    def restore(self, tensors, note): self.average, self.n = {k: torch.empty_like(v).copy_(tensors[k]) for k, v in self._live.items()}, note['n']
+# %% ../../nbs/train/05_callbacks.ipynb #eab7cf7e
+def _average_in(state):
+    "The average in what `EMA` has kept; version 0.1 had no prefix"
+    return {k.removeprefix('average.'): v for k, v in state.items() if k != 'n'}
+
+@patch
+def state_dict(self:EMA): return dict({f'average.{k}': v for k, v in (self.average or {}).items()}, n=self.n)
+
+@patch
+def load_state_dict(self:EMA, state):
+    average = _average_in(state)
+    self.average = {k: torch.empty_like(v).copy_(average[k]) for k, v in self._live.items()}
+    self.n = state['n']
+
+@patch
+def conclude(self:EMA, state): self.model.load_state_dict(_average_in(state), strict=False)
 
 # %% ../../nbs/train/05_callbacks.ipynb #b72e7a68
 class L1(Callback):
     "Add a multiple of the sum of all parameters' absolute values to the loss"
     capturable = True
-    order = 5 # before Autocast scales the loss
-    def __init__(self, weight:float): self.weight = weight
+    order = MixedPrecision.order - 5 # before Autocast scales the loss
+    def __init__(self,
+        weight:float, # Of the sum
+    ): self.weight = weight
+
     def after_loss(self):
-        if self.training: self.learn.loss_grad = self.loss_grad + self.weight * sum(p.abs().sum() for p in self.model.parameters())
+        if not self.training: return
+        self.learn.loss_grad = self.loss_grad + self.weight * sum(p.abs().sum() for p in self.model.parameters())

@@ -21,40 +21,74 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.learner import CastToTensor, Recorder
 from fastai.optimizer import Lookahead, Optimizer
 from fastai.torch_core import find_bs
+from fastcore.basics import patch
 
 from ..basics import FastcifarError, remove_unfinished, rng_state, say, set_rng_state
 from ..models.weights import is_ours, load_tensors, load_weights, save_tensors
 from .callbacks import FreezeParts, StopOnNaN
-from .distributed import all_gather, rank, total, world_size
+from .distributed import all_gather, all_reduce_sum, rank, world_size
 from .loop import LeanLearner, LeanRecorder, LeanScheduler
 from .schedule import generators_of
 
 # %% ../../nbs/train/09_checkpoint.ipynb #9ee4e9ac
-_STATELESS = (TrainEvalCallback, CastToTensor, ProgressCallback, CSVLogger, MixHandler, FreezeParts, StopOnNaN) # they make what they hold anew in each fit, epoch or batch
-_keepers = {ParamScheduler: LeanScheduler, Recorder: LeanRecorder} # of fastai's own objects
+# they make what they hold anew in each fit, epoch or batch
+_STATELESS = (TrainEvalCallback, CastToTensor, ProgressCallback, CSVLogger, MixHandler, FreezeParts, StopOnNaN)
 
-def _keeper(cb):
-    "The class whose `checkpoint` and `restore` serve a callback"
-    return _keepers.get(type(cb), type(cb))
+def _is_plain(v):
+    "Is it a number, a text or nothing, or a list of such?"
+    if isinstance(v, (list, tuple)): return all(map(_is_plain, v))
+    return v is None or isinstance(v, (bool, int, float, str, np.generic))
+
+def _copied(v):
+    "Plain values as JSON has them"
+    if isinstance(v, np.generic): return v.item()
+    return [_copied(o) for o in v] if isinstance(v, (list, tuple)) else v
 
 class _Mark:
     "Something that JSON cannot hold, and how it is now"
-    def __init__(self, v): self.v, self.stamp = v, v._version if isinstance(v, torch.Tensor) else tuple(map(id, v.values() if isinstance(v, dict) else v)) if isinstance(v, (dict, list, tuple, set, deque)) else None
+    def __init__(self, v): self.v, self.stamp = v, self._stamp(v)
+
+    @staticmethod
+    def _stamp(v):
+        if isinstance(v, torch.Tensor): return v._version
+        if isinstance(v, dict): return tuple(map(id, v.values()))
+        return tuple(map(id, v)) if isinstance(v, (list, tuple, set, deque)) else None
+
     def __eq__(self, other): return isinstance(other, _Mark) and self.v is other.v and self.stamp == other.stamp
 
 def _own(cb):
-    "What a callback holds, apart from its learner; numbers and texts as JSON has them"
-    return {} if isinstance(cb, _STATELESS) or getattr(cb, 'stateless', False) else {k: _copied(v) if _is_plain(v) else _Mark(v) for k, v in vars(cb).items() if k != 'learn'}
-
-def _is_plain(v): return v is None or isinstance(v, (bool, int, float, str, np.generic)) or isinstance(v, (list, tuple)) and all(map(_is_plain, v))
-
-def _copied(v):
-    if isinstance(v, np.generic): return v.item()
-    return [_copied(o) for o in v] if isinstance(v, (list, tuple)) else v
+    "What a callback holds, apart from its learner: plain values, and marks of other things"
+    if isinstance(cb, _STATELESS) or getattr(cb, 'stateless', False): return {}
+    return {k: _copied(v) if _is_plain(v) else _Mark(v) for k, v in vars(cb).items() if k != 'learn'}
 
 def _changed(cb, before):
     "What a callback holds now and did not hold before"
     return {k: v for k, v in _own(cb).items() if k not in before or v != before[k]}
+
+# %% ../../nbs/train/09_checkpoint.ipynb #2b6eb1f8
+_keepers = {ParamScheduler: LeanScheduler, Recorder: LeanRecorder} # of fastai's own objects
+
+def _keeper(cb):
+    "The class whose `state_dict` and `load_state_dict` serve a callback"
+    return _keepers.get(type(cb), type(cb))
+
+def _offers_state(cb):
+    "Does a callback say itself what to keep? `checkpoint` and `restore` are the names of version 0.1"
+    return any(hasattr(_keeper(cb), name) for name in ('state_dict', 'checkpoint'))
+
+def _get_state(cb):
+    "What a callback keeps, as (tensors, plain values)"
+    kind = _keeper(cb)
+    if not hasattr(kind, 'state_dict'): return kind.checkpoint(cb)
+    state = kind.state_dict(cb)
+    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    return tensors, {k: v for k, v in state.items() if k not in tensors}
+
+def _set_state(cb, tensors, note):
+    "Give a callback back what it has kept"
+    kind = _keeper(cb)
+    if hasattr(kind, 'load_state_dict'): kind.load_state_dict(cb, {**(note or {}), **tensors})
+    else: kind.restore(cb, tensors, note)
 
 def _with_state(learn):
     "The callbacks that say what they keep, and the others, each by name; a second one of a name gets a number"
@@ -62,81 +96,177 @@ def _with_state(learn):
     for cb in learn.cbs:
         if isinstance(cb, Checkpoints): continue
         seen[cb.name] += 1
-        (own if hasattr(_keeper(cb), 'checkpoint') else others)[cb.name if seen[cb.name] == 1 else f'{cb.name}-{seen[cb.name]}'] = cb
+        name = cb.name if seen[cb.name] == 1 else f'{cb.name}-{seen[cb.name]}'
+        (own if _offers_state(cb) else others)[name] = cb
     return own, others
+
+# %% ../../nbs/train/09_checkpoint.ipynb #02d7a0ea
+def _net_tensors(model):
+    "Weights and buffers, and the gradients that wait for a step"
+    grads = {f'grad.{k}': p.grad for k, p in model.named_parameters() if p.grad is not None}
+    return {f'model.{k}': v for k, v in model.state_dict().items()} | grads
+
+def _optimizer_state(opt):
+    "Of an optimizer: its tensors, and what else it holds of each parameter, None in the place of a tensor"
+    tensors, states = {}, []
+    for i, s in enumerate(opt.state_dict()['state']):
+        states.append({k: None if isinstance(v, torch.Tensor) else v for k, v in s.items()})
+        tensors |= {f'opt.{i}.{k}': v for k, v in s.items() if isinstance(v, torch.Tensor)}
+    return tensors, states
+
+def _callback_state(learn, before):
+    "Of all callbacks: their tensors, and what else each keeps, by name"
+    tensors, parts = {}, {}
+    own, others = _with_state(learn)
+    for name, cb in own.items():
+        kept, parts[name] = _get_state(cb)
+        tensors |= {f'{name}.{k}': v for k, v in kept.items()}
+    for name, cb in others.items():
+        changed = _changed(cb, before.get(name, {}))
+        parts[name] = {k: v for k, v in changed.items() if _is_plain(v)}
+    return tensors, parts
+
+def _loader_state(loaders):
+    "Epochs and random generators of the loaders"
+    return dict(epochs=[getattr(dl, 'epoch', None) for dl in loaders],
+                loaders=[dl.rng.getstate() if hasattr(dl, 'rng') else None for dl in loaders],
+                generators=[[g.get_state().tolist() for g in generators_of(dl)] for dl in loaders])
 
 def checkpoint_state(
     learn, # In the middle of a fit
     before:dict, # What callbacks held when it began, by name
 ) -> tuple: # (tensors, note) for `save_tensors`
     "All that the rest of a training depends on"
-    tensors = {f'model.{k}': v for k, v in learn.model.state_dict().items()}
-    tensors |= {f'grad.{k}': p.grad for k, p in learn.model.named_parameters() if p.grad is not None}
-    states, parts = [], {}
-    for i, s in enumerate(learn.opt.state_dict()['state']):
-        states.append({k: None if isinstance(v, torch.Tensor) else v for k, v in s.items()})
-        tensors |= {f'opt.{i}.{k}': v for k, v in s.items() if isinstance(v, torch.Tensor)}
-    own, others = _with_state(learn)
-    for name, cb in own.items():
-        kept, parts[name] = _keeper(cb).checkpoint(cb)
-        tensors |= {f'{name}.{k}': v for k, v in kept.items()}
-    for name, cb in others.items(): parts[name] = {k: v for k, v in _changed(cb, before.get(name, {})).items() if _is_plain(v)}
-    return tensors, dict(parts=parts, opt=states, hypers=[dict(h) for h in learn.opt.hypers], epochs=[getattr(dl, 'epoch', None) for dl in learn.dls.loaders],
-                         loaders=[dl.rng.getstate() if hasattr(dl, 'rng') else None for dl in learn.dls.loaders],
-                         generators=[[g.get_state().tolist() for g in generators_of(dl)] for dl in learn.dls.loaders], train_iter=learn.train_iter, pct_train=learn.pct_train, n_iter=len(learn.dls.train))
+    opt_tensors, states = _optimizer_state(learn.opt)
+    tensors = _net_tensors(learn.model) | opt_tensors
+    cb_tensors, parts = _callback_state(learn, before)
+    note = dict(parts=parts, opt=states, hypers=[dict(h) for h in learn.opt.hypers], **_loader_state(learn.dls.loaders),
+                train_iter=learn.train_iter, pct_train=learn.pct_train, n_iter=len(learn.dls.train))
+    return tensors | cb_tensors, note
 
+# %% ../../nbs/train/09_checkpoint.ipynb #4f0336b5
 def _of(name, tensors):
     "The tensors whose names begin with `name`, under the rest of it"
     return {k[len(name) + 1:]: v for k, v in tensors.items() if k.startswith(f'{name}.')}
 
-def conclude_parts(learn, tensors:dict):
+def conclude_parts(
+    learn, # A learner whose fit has no epoch left
+    tensors:dict, # Of its last checkpoint
+):
     "Do what callbacks do at the end of a fit with what they have kept"
     for name, cb in _with_state(learn)[0].items():
         if hasattr(type(cb), 'conclude'): cb.conclude(_of(name, tensors))
 
-def restore_parts(learn, tensors:dict, note:dict):
+def _may_set(cb, k, v):
+    "May a file set attribute `k` of a callback? Plain values in the place of plain values only"
+    return k != 'learn' and _is_plain(v) and _is_plain(vars(cb).get(k))
+
+def restore_parts(
+    learn, # In a fit
+    tensors:dict, # Of the checkpoint
+    note:dict, # Of the checkpoint
+):
     "Put back what callbacks have kept"
     own, others = _with_state(learn)
     for name, cb in own.items():
-        if name in note['parts']: _keeper(cb).restore(cb, _of(name, tensors), note['parts'][name])
+        if name in note['parts']: _set_state(cb, _of(name, tensors), note['parts'][name])
     for name, cb in others.items():
         for k, v in note['parts'].get(name, {}).items():
-            if k == 'learn' or not _is_plain(v) or k in vars(cb) and not _is_plain(vars(cb)[k]): raise ValueError(f'it sets {k} of {name}')
+            if not _may_set(cb, k, v): raise ValueError(f'it sets {k} of {name}')
             setattr(cb, k, v)
 
+# %% ../../nbs/train/09_checkpoint.ipynb #ccbae42f
 def _like(t, p):
     "The tensor `t` of a file, with device and memory layout of the parameter `p`"
     if t.shape != p.shape: raise ValueError(f'a tensor has shape {tuple(t.shape)} instead of {tuple(p.shape)}')
     return torch.empty_like(p, dtype=t.dtype, requires_grad=False).copy_(t)
 
-def restore_weights(learn, tensors:dict, note:dict, where):
+def _load_optimizer(opt, tensors, note):
+    "Put back what an optimizer holds"
+    state = []
+    for i, ((p, *_), kept) in enumerate(zip(opt.all_params(), note['opt'], strict=True)):
+        state.append({k: _like(tensors[f'opt.{i}.{k}'], p) if v is None else v for k, v in kept.items()})
+    opt.load_state_dict(dict(state=state, hypers=[dict(h) for h in note['hypers']])) # a copy: `fit` writes into them
+
+def restore_weights(
+    learn, # Before its fit
+    tensors:dict, # Of the checkpoint
+    note:dict, # Of the checkpoint
+    where, # The file, for error messages
+):
     "Put back weights, gradients and optimizer; the rest is put back when the epoch starts"
     load_weights(learn.model, _of('model', tensors), where)
     device = getattr(learn.dls, 'device', None) or next(learn.model.parameters()).device
     learn.model.to(device)
-    for k, p in learn.model.named_parameters(): p.grad = _like(tensors[f'grad.{k}'], p) if f'grad.{k}' in tensors else None
+    for k, p in learn.model.named_parameters():
+        p.grad = _like(tensors[f'grad.{k}'], p) if f'grad.{k}' in tensors else None
     learn.create_opt()
-    ps = [p for p, *_ in learn.opt.all_params()]
-    state = [{k: _like(tensors[f'opt.{i}.{k}'], ps[i]) if v is None else v for k, v in s.items()} for i, s in enumerate(note['opt'])]
-    learn.opt.load_state_dict(dict(state=state, hypers=[dict(h) for h in note['hypers']])) # a copy: `fit` writes into them
+    _load_optimizer(learn.opt, tensors, note)
 
-def of_this_process(note:dict) -> dict:
-    "The random generators and sums that a process goes on with; after a training by another number of processes the first takes all sums"
+# %% ../../nbs/train/09_checkpoint.ipynb #33bef319
+def of_this_process(
+    note:dict, # Of a checkpoint
+) -> dict: # `rng` and `sums`
+    "Random generators and sums to go on with; trained by another number of processes, the first takes all sums"
     if len(note['ranks']) == world_size(): return note['ranks'][rank()]
-    return dict(rng=note['ranks'][0]['rng'], sums=note['sums'] if rank() == 0 else dict(note['sums'], loss=0., right=0, n=0))
+    sums = note['sums'] if rank() == 0 else dict(note['sums'], loss=0., right=0, n=0)
+    return dict(rng=note['ranks'][0]['rng'], sums=sums)
 
-def restore_position(learn, note:dict):
-    "Put back random generators, and where the training stands in its epoch and schedule"
-    if note['n_iter'] != len(learn.dls.train): raise ValueError(f'it was made with {note["n_iter"]} batches an epoch, now there are {len(learn.dls.train)}')
-    set_rng_state(of_this_process(note)['rng'])
-    for h, kept in zip(learn.opt.hypers, note['hypers']): h.update(kept) # a callback may have changed them; `fit` has set them anew
-    for dl, epoch, state in zip(learn.dls.loaders, note['epochs'], note['loaders']):
-        if epoch is not None: dl.epoch = epoch - bool(note['batch'] and dl is learn.dls.train) # it counts when it starts
+def _restore_loaders(loaders, train, note):
+    "Put back epochs and random generators of the loaders"
+    for dl, epoch, state in zip(loaders, note['epochs'], note['loaders']):
+        if epoch is not None: dl.epoch = epoch - bool(note['batch'] and dl is train) # it counts when it starts
         if hasattr(dl, 'rng'): dl.rng.setstate((state[0], tuple(state[1]), state[2]))
-    for dl, states in zip(learn.dls.loaders, note.get('generators', ())): # loaders of torch; older checkpoints have none
-        for g, state in zip(generators_of(dl), states, strict=True): g.set_state(torch.tensor(state, dtype=torch.uint8))
+    for dl, states in zip(loaders, note.get('generators', ())): # loaders of torch; older checkpoints have none
+        for g, state in zip(generators_of(dl), states, strict=True):
+            g.set_state(torch.tensor(state, dtype=torch.uint8))
+
+def restore_position(
+    learn, # In a fit, before its first epoch
+    note:dict, # Of the checkpoint
+):
+    "Put back random generators, and where the training stands in its epoch and schedule"
+    dls = learn.dls
+    if note['n_iter'] != len(dls.train):
+        raise ValueError(f'it was made with {note["n_iter"]} batches an epoch, now there are {len(dls.train)}')
+    set_rng_state(of_this_process(note)['rng'])
+    for h, kept in zip(learn.opt.hypers, note['hypers']):
+        h.update(kept) # a callback may have changed them; `fit` has set them anew
+    _restore_loaders(dls.loaders, dls.train, note)
     learn.train_iter, learn.first_batch = note['train_iter'], note['batch']
     if note['batch']: learn.pct_train = note['pct_train'] # at the start of an epoch fastai computes it
+
+# %% ../../nbs/train/09_checkpoint.ipynb #a3426c1f
+def _is_number(v): return isinstance(v, (bool, int, float)) or v is None
+
+def _is_count(v): return type(v) is int and 0 <= v < 2**53
+
+def _are_sums(sums): return set(sums) == {'loss', 'right', 'n', 'seconds'} and all(map(_is_number, sums.values()))
+
+def _has_tables(note):
+    "Are history, hyper-parameters and the optimizer's states lists of dicts of numbers?"
+    tables = [note[k] for k in ('history', 'hypers', 'opt')]
+    if not all(isinstance(o, list) for o in (*tables, note['epochs'], note['loaders'])): return False
+    return all(isinstance(row, dict) and all(map(_is_number, row.values())) for rows in tables for row in rows)
+
+def _has_sums(note):
+    "Are there the sums of an epoch, and those of each process?"
+    if not all(map(_is_number, (*note['epochs'], *note['sums'].values()))): return False
+    ranks = note['ranks']
+    return isinstance(ranks, list) and len(ranks) >= 1 and all(_are_sums(r['sums']) for r in ranks)
+
+def _has_rows(note):
+    "Is there a row of history for each epoch that is done, and a rate and a decay for each group of parameters?"
+    if not all({'epoch', 'lr', 'seconds'} <= set(row) for row in note['history']): return False
+    if len(note['history']) != note['done'] or note['batch'] and note['batch'] >= note['n_iter']: return False
+    return all(isinstance(row[k], (int, float)) for row in note['hypers'] for k in ('lr', 'wd'))
+
+def _checked_note(note):
+    "The note of a checkpoint, if it has the shape that `Checkpoints` writes; ValueError otherwise"
+    counts = all(_is_count(note[k]) for k in ('done', 'batch', 'train_iter', 'threads'))
+    ok = counts and type(note['pct_train']) is float and _has_tables(note) and _has_sums(note) and _has_rows(note)
+    if not ok: raise ValueError('its note has another shape')
+    return note
 
 # %% ../../nbs/train/09_checkpoint.ipynb #15837056
 class Stopped(FastcifarError):
@@ -148,38 +278,30 @@ class Stopped(FastcifarError):
 class StopRequest:
     "Context in which SIGINT and SIGTERM are noted in `number`; in other threads than the main one nothing changes"
     def __init__(self, say=say): self.number, self.say, self._old, self._pid = None, say, {}, os.getpid()
+
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
             self._old = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
+
     def __exit__(self, *_):
         while self._old: signal.signal(*self._old.popitem())
+
     def _note(self, number, frame):
         if os.getpid() != self._pid: # a worker, which a Ctrl-C reaches as well: the batch still needs it
             if number == signal.SIGTERM: os._exit(128 + number)
             return
         self.number = number
         self.__exit__()
-        with contextlib.suppress(RuntimeError): self.say('stopping at the end of this batch or validation, after a checkpoint; once more: at once') # it may come while something is being printed
+        with contextlib.suppress(RuntimeError): # it may come while something is being printed
+            self.say('stopping at the end of this batch or validation, after a checkpoint; once more: at once')
 
 # %% ../../nbs/train/09_checkpoint.ipynb #258911d8
-def _is_number(v): return isinstance(v, (bool, int, float)) or v is None
-
-def _checked_note(note):
-    "The note of a checkpoint, if it has the shape that `Checkpoints` writes; ValueError otherwise"
-    counts, tables = ('done', 'batch', 'train_iter', 'threads'), ('history', 'hypers', 'opt')
-    ok = (all(type(note[k]) is int and 0 <= note[k] < 2**53 for k in counts) and type(note['pct_train']) is float and all(isinstance(note[k], list) for k in (*tables, 'epochs', 'loaders'))
-          and all(isinstance(row, dict) and all(map(_is_number, row.values())) for k in tables for row in note[k]) and all(map(_is_number, (*note['epochs'], *note['sums'].values())))
-          and isinstance(note['ranks'], list) and 1 <= len(note['ranks']) and all(set(r['sums']) == {'loss', 'right', 'n', 'seconds'} and all(map(_is_number, r['sums'].values())) for r in note['ranks'])
-          and all({'epoch', 'lr', 'seconds'} <= set(row) for row in note['history']) and len(note['history']) == note['done'] and (note['batch'] == 0 or note['batch'] < note['n_iter'])
-          and all(isinstance(row['lr'], (int, float)) and isinstance(row['wd'], (int, float)) for row in note['hypers']))
-    if not ok: raise ValueError('its note has another shape')
-    return note
 _beside = ThreadPoolExecutor(1, 'checkpoint') # writes what a GPU has trained; a program ends when it is done
 
 class Checkpoints(Callback):
     "Write checkpoints; continue from the newest whole one in the folder"
-    order = 70 # after every callback that still changes something
+    order = ParamScheduler.order + 10 # after every callback that still changes something
     def __init__(self,
         folder, # Where checkpoints are kept
         every:int=None, # Write one after so many batches, too
@@ -187,149 +309,21 @@ class Checkpoints(Callback):
         request:StopRequest=None, # Looked at after each batch
         say=say, # Called with a line when something is worth telling
     ):
-        if every is not None and every < 1: raise FastcifarError(f'a checkpoint every {every} batches: give at least 1')
+        if every is not None and every < 1:
+            raise FastcifarError(f'a checkpoint every {every} batches: give at least 1')
         self.folder, self.every, self.keep, self.request, self.say = Path(folder), every, keep, request, say
-        self.history, self.note, self.batch, self._tensors, self._before, self._named = [], None, 0, None, None, set()
-        self._pending = None
+        self.history, self.note, self.batch, self._tensors = [], None, 0, None
+        self._before = None # what callbacks held when the fit began
+        self._named = set() # callbacks of which it was said what cannot be kept
+        self._pending = None # a checkpoint that is being written
 
     def files(self) -> list:
         "The checkpoints in the folder, newest first"
-        found = [(re.fullmatch(r'epoch_(\d+)(?:_batch_(\d+))?\.safetensors', f.name), f) for f in self.folder.glob('epoch_*')]
-        return [f for *_, f in sorted(((int(m[1]), int(m[2] or 0), f) for m, f in found if m), reverse=True)]
-
-    def latest(self, learn) -> int: # Whole epochs that are done, 0 without a checkpoint
-        "Load the newest whole checkpoint into `learn`; call before `fit`, and pass the result as `start_epoch`"
-        _beside.submit(int).result() # a fit that has failed may still be writing
-        if rank() == 0: remove_unfinished(self.folder)
-        files = self.files()
-        for i, f in enumerate(files):
-            try: self._tensors, note = load_tensors(f, sealed=True)
-            except FastcifarError as e:
-                if is_ours(f) is False: raise self._foreign(f) from e
-                self.say(f'{e}; ' + ('using the checkpoint before it' if i + 1 < len(files) else 'no checkpoint is whole, so the training starts again'))
-                f.rename(f'{f}.damaged') # or it would count as the newest
-                continue
-            with self._readable(f):
-                self.where, self.history, done, self.batch = f, _checked_note(note)['history'], note['done'], note['batch']
-                restore_weights(learn, self._tensors, note, f)
-                made = {k: note[k] for k in self._machine(learn)}
-            for k, now in self._machine(learn).items():
-                if made[k] != now: self.say(f'the checkpoint was made with {k} {made[k]}, now it is {now}: the result will differ in the last digits')
-            self.note = note
-            return done
-        return 0
-
-    @contextlib.contextmanager
-    def _readable(self, f):
-        "What goes wrong inside is the fault of the checkpoint `f`"
-        try: yield
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError, AssertionError) as e:
-            raise FastcifarError(f'{f} is no checkpoint of this version and training ({type(e).__name__}: {e}): remove the checkpoints to start again') from e
-
-    def _machine(self, learn):
-        return dict(threads=torch.get_num_threads(), torch=str(torch.__version__), device=next(learn.model.parameters()).device.type, compiled=learn.model._compiled_call_impl is not None, processes=world_size(),
-                    deterministic=torch.are_deterministic_algorithms_enabled())
-
-    def conclude(self, learn):
-        "Instead of `fit`, when no epoch is left to train"
-        with self._readable(self.where): conclude_parts(learn, self._tensors)
-
-    def before_fit(self):
-        if self.every and not hasattr(self.dls.train, 'first_batch'): raise FastcifarError('these loaders cannot start within an epoch: make them with load_data(...).dataloaders(), or leave out `every`')
-        if not isinstance(self.opt, Optimizer) or isinstance(self.opt, Lookahead): raise FastcifarError(f'checkpoints do not keep the state of {type(self.opt).__name__}: use an optimizer of fastcifar.train.optim or of fastai.optimizer, without Lookahead')
-        if not isinstance(self.learn, LeanLearner): raise FastcifarError('checkpoints need a learner of cifar_learner')
-        if self.recorder.train_metrics and self.every: self.say('checkpoints do not keep the sums behind the metrics on training batches: in a continued epoch they count from there')
-
-    def before_epoch(self):
-        if self._asked_to_stop(): self._stop(f'epoch {self.epoch}') # it came while the epoch before this one was validated
-
-    def before_train(self):
-        self._start, self._loss, self._right, self._n, self._classes = time.perf_counter(), 0., 0, 0, False
-        if self._before is None: self._before = {name: _own(cb) for name, cb in _with_state(self.learn)[1].items()}
-        if self.note is not None:
-            with self._readable(self.where):
-                restore_parts(self.learn, self._tensors, self.note)
-                restore_position(self.learn, self.note)
-                sums = of_this_process(self.note)['sums']
-                self._loss, self._right, self._n = (sums[k] for k in ('loss', 'right', 'n'))
-                self._start -= sums['seconds']
-            self.note = self._tensors = None
-
-    def after_batch(self):
-        learn = self.learn
-        if not learn.training: return
-        n = self._count_right(learn.pred, *learn.yb)
-        self._n += n
-        self._loss += learn.loss.detach().to(torch.float32 if learn.loss.is_mps else torch.float64) * n # stays on the device
-        done, stop = learn.iter + 1, self._asked_to_stop(learn.iter) and hasattr(learn.dls.train, 'first_batch') # other loaders cannot start within an epoch
-        if done < learn.n_iter and (stop or self.every and done % self.every == 0): self._write(learn.epoch, done)
-        if stop and done < learn.n_iter: self._stop(f'batch {done} of epoch {learn.epoch + 1}')
-
-    def _count_right(self, pred, y=None, *more):
-        "Count the right answers, if this is a classification; the number of targets"
-        tensors = isinstance(pred, torch.Tensor) and isinstance(y, torch.Tensor)
-        self._classes = tensors and not y.is_floating_point() and y.shape == pred.shape[:-1]
-        if not self._classes: return find_bs(self.learn.yb or self.learn.xb)
-        self._right += (pred.detach().argmax(-1) == y).sum()
-        return y.numel()
-
-    def _asked_to_stop(self, i=0):
-        "Has this process been asked to stop, or, which they agree on at every tenth batch, any of them?"
-        if world_size() == 1: return self.request and self.request.number
-        if self.request is None or i % 10: return None
-        self.request.number = int(max(all_gather(int(self.request.number or 0)))) or None
-        return self.request.number
-
-    def after_epoch(self):
-        names, log = self.recorder.metric_names[2:], self.recorder.log[2:]
-        valid = dict(zip(names, log)) if len(names) == len(log) else {} # validation may have been called off
-        loss, right, n = total(self._loss, self._right, self._n)
-        self.history.append(dict(epoch=self.epoch + 1, train_loss=loss / n, train_accuracy=right / n if self._classes else None,
-                                 **{k: float(v) for k, v in valid.items() if k != 'time'}, lr=float(self.opt.hypers[-1]['lr']),
-                                 seconds=round(time.perf_counter() - self._start, 2)))
-        if not math.isfinite(self.history[-1].get('valid_loss', 0.)): self._refuse(f'after epoch {self.epoch + 1}', 'the validation loss is')
-        self._write(self.epoch + 1, 0)
-
-    def after_cancel_fit(self):
-        if self._before is not None and len(self.history) == self.epoch and len(self.recorder.values) > self.epoch: self.after_epoch() # stopped early, by a callback that came before
-
-    def after_fit(self):
-        self._before = None
-        self._finish()
-
-    def _write(self, done, batch):
-        "Write a checkpoint after `done` epochs and `batch` batches"
-        whole = torch.stack([torch.isfinite(p).all() for p in self.model.parameters()]).all() # asked for once, on a GPU
-        if not whole: self._refuse(f'after batch {batch} of epoch {done + 1}' if batch else f'after epoch {done}')
-        self._name_lost()
-        sums = dict(loss=float(self._loss), right=int(self._right), n=self._n, seconds=time.perf_counter() - self._start) if batch else dict(loss=0., right=0, n=0, seconds=0.)
-        ranks = all_gather(dict(rng=rng_state(), sums=sums))
-        if rank(): return
-        sums |= {k: sum(r['sums'][k] for r in ranks) for k in ('loss', 'right', 'n')}
-        tensors, note = checkpoint_state(self.learn, self._before)
-        file = self.folder/(f'epoch_{done:04}' + (f'_batch_{batch:06}' if batch else '') + '.safetensors')
-        note |= dict(done=done, batch=batch, sums=sums, ranks=ranks, history=list(self.history), **self._machine(self.learn))
-        self._finish()
-        if not any(t.is_cuda for t in tensors.values()): return self._save(file, tensors, note)
-        copies = {k: t.detach().clone() for k, t in tensors.items()} # the GPU goes on training while they are fetched
-        ready = torch.cuda.Event()
-        ready.record()
-        self._pending = _beside.submit(self._save, file, copies, copy.deepcopy(note), ready)
-
-    def _save(self, file, tensors, note, ready=None):
-        "Write a checkpoint; only the newest stay"
-        with contextlib.ExitStack() as stack:
-            if ready: # fetch what is there then, past all steps that are launched already
-                stack.enter_context(torch.cuda.stream(torch.cuda.Stream(next(iter(tensors.values())).device)))
-                torch.cuda.current_stream().wait_event(ready)
-            if file.exists() and not is_ours(file): raise self._foreign(file)
-            save_tensors(file, tensors, note)
-        for f in self.files()[self.keep:]:
-            if is_ours(f): f.unlink()
-
-    def _foreign(self, f):
-        return FastcifarError(f'{f} is no checkpoint of fastcifar and is left as it is: '
-                              'move it away, or choose another folder')
+        found = []
+        for f in self.folder.glob('epoch_*'):
+            m = re.fullmatch(r'epoch_(\d+)(?:_batch_(\d+))?\.safetensors', f.name)
+            if m: found.append((int(m[1]), int(m[2] or 0), f))
+        return [f for *_, f in sorted(found, reverse=True)]
 
     def remove(self):
         "Remove the checkpoints, and their folder if it holds nothing else"
@@ -337,21 +331,250 @@ class Checkpoints(Callback):
             if f in self.files() and is_ours(f) or f.name.endswith('.safetensors.damaged'): f.unlink()
         with contextlib.suppress(OSError): self.folder.rmdir()
 
-    def _finish(self):
-        "Wait until the last checkpoint is written; what went wrong there is raised here"
-        pending, self._pending = self._pending, None
-        if pending: pending.result()
+# %% ../../nbs/train/09_checkpoint.ipynb #79e38241
+@patch
+def _foreign(self:Checkpoints, f):
+    "The error for a file that is none of ours"
+    return FastcifarError(f'{f} is no checkpoint of fastcifar and is left as it is: '
+                          'move it away, or choose another folder')
 
-    def _refuse(self, when, what='the net holds'):
-        raise FastcifarError(f'{what} NaN or infinite {when}, at learning rate {self.opt.hypers[-1]["lr"]:.3g}: what checkpoints there are is kept; use a smaller learning rate (--lr-max) or --precision fp32')
+@patch
+@contextlib.contextmanager
+def _readable(self:Checkpoints, f):
+    "What goes wrong inside is the fault of the checkpoint `f`"
+    try: yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError, AssertionError) as e:
+        raise FastcifarError(f'{f} is no checkpoint of this version and training ({type(e).__name__}: {e}): '
+                             'remove the checkpoints to start again') from e
 
-    def _name_lost(self):
-        "Say once of each callback what it has changed and cannot be kept"
-        for name, cb in _with_state(self.learn)[1].items():
-            lost = sorted(k for k, v in _changed(cb, self._before.get(name, {})).items() if not _is_plain(v))
-            if lost and name not in self._named: self.say(f'checkpoints do not keep {", ".join(lost)} of the callback {type(cb).__name__}: give it checkpoint() and restore()')
-            if lost: self._named.add(name)
+@patch
+def _machine(self:Checkpoints, learn):
+    "What decides about the last digits of a result"
+    return dict(threads=torch.get_num_threads(), torch=str(torch.__version__),
+                device=next(learn.model.parameters()).device.type,
+                compiled=learn.model._compiled_call_impl is not None, processes=world_size(),
+                deterministic=torch.are_deterministic_algorithms_enabled())
 
-    def _stop(self, when):
-        self._finish()
-        raise Stopped(f'stopped after {when}, with a checkpoint', self.request.number)
+# %% ../../nbs/train/09_checkpoint.ipynb #d1830cb1
+@patch
+def _read(self:Checkpoints, f, last):
+    "Tensors and note of a checkpoint; one that is damaged is told, renamed, and gives None"
+    try: return load_tensors(f, sealed=True)
+    except FastcifarError as e:
+        if is_ours(f) is False: raise self._foreign(f) from e
+        rest = 'no checkpoint is whole, so the training starts again' if last else 'using the checkpoint before it'
+        self.say(f'{e}; {rest}')
+        f.rename(f'{f}.damaged') # or it would count as the newest
+
+@patch
+def _start_from(self:Checkpoints, learn, f, note):
+    "Load weights and optimizer of the checkpoint `f`; how many epochs it has done"
+    with self._readable(f):
+        self.where, self.history, done, self.batch = f, _checked_note(note)['history'], note['done'], note['batch']
+        restore_weights(learn, self._tensors, note, f)
+        now = self._machine(learn)
+        made = {k: note[k] for k in now}
+    for k, v in now.items():
+        if made[k] != v: self.say(f'the checkpoint was made with {k} {made[k]}, now it is {v}: '
+                                  'the result will differ in the last digits')
+    return done
+
+@patch
+def latest(self:Checkpoints,
+    learn, # Before its fit
+) -> int: # Whole epochs that are done, 0 without a checkpoint
+    "Load the newest whole checkpoint into `learn`; call before `fit`, and pass the result as `start_epoch`"
+    _beside.submit(int).result() # a fit that has failed may still be writing
+    if rank() == 0: remove_unfinished(self.folder)
+    files = self.files()
+    for f in files:
+        read = self._read(f, last=f is files[-1])
+        if read is None: continue
+        self._tensors, note = read
+        done = self._start_from(learn, f, note)
+        self.note = note
+        return done
+    return 0
+
+@patch
+def conclude(self:Checkpoints,
+    learn, # Its weights are those of `latest`
+):
+    "Instead of `fit`, when no epoch is left to train"
+    with self._readable(self.where): conclude_parts(learn, self._tensors)
+
+# %% ../../nbs/train/09_checkpoint.ipynb #91259182
+@patch
+def before_fit(self:Checkpoints):
+    if self.every and not hasattr(self.dls.train, 'first_batch'):
+        raise FastcifarError('these loaders cannot start within an epoch: '
+                             'make them with load_data(...).dataloaders(), or leave out `every`')
+    if not isinstance(self.opt, Optimizer) or isinstance(self.opt, Lookahead):
+        raise FastcifarError(f'checkpoints do not keep the state of {type(self.opt).__name__}: '
+                             'use an optimizer of fastcifar.train.optim or of fastai.optimizer, without Lookahead')
+    if not isinstance(self.learn, LeanLearner): raise FastcifarError('checkpoints need a learner of cifar_learner')
+    if self.recorder.train_metrics and self.every:
+        self.say('checkpoints do not keep the sums behind the metrics on training batches: '
+                 'in a continued epoch they count from there')
+
+@patch
+def _put_back(self:Checkpoints):
+    "Continue where the checkpoint was written, with the sums of its epoch so far"
+    with self._readable(self.where):
+        restore_parts(self.learn, self._tensors, self.note)
+        restore_position(self.learn, self.note)
+        sums = of_this_process(self.note)['sums']
+        self._loss, self._right, self._n = (sums[k] for k in ('loss', 'right', 'n'))
+        self._start -= sums['seconds']
+    self.note = self._tensors = None
+
+@patch
+def before_train(self:Checkpoints):
+    self._start, self._loss, self._right, self._n, self._classes = time.perf_counter(), 0., 0, 0, False
+    if self._before is None: self._before = {name: _own(cb) for name, cb in _with_state(self.learn)[1].items()}
+    if self.note is not None: self._put_back()
+
+# %% ../../nbs/train/09_checkpoint.ipynb #28b671cf
+@patch
+def _asked_to_stop(self:Checkpoints, i=0):
+    "Has this process been asked to stop, or, which they agree on at every tenth batch, any of them?"
+    if world_size() == 1: return self.request and self.request.number
+    if self.request is None or i % 10: return None
+    self.request.number = int(max(all_gather(int(self.request.number or 0)))) or None
+    return self.request.number
+
+@patch
+def _stop(self:Checkpoints, when):
+    self._finish()
+    raise Stopped(f'stopped after {when}, with a checkpoint', self.request.number)
+
+@patch
+def before_epoch(self:Checkpoints):
+    # it came while the epoch before this one was validated
+    if self._asked_to_stop(): self._stop(f'epoch {self.epoch}')
+
+# %% ../../nbs/train/09_checkpoint.ipynb #a7058d3a
+@patch
+def _count_right(self:Checkpoints, pred, y=None, *more):
+    "Count the right answers, if this is a classification; the number of targets"
+    tensors = isinstance(pred, torch.Tensor) and isinstance(y, torch.Tensor)
+    self._classes = tensors and not y.is_floating_point() and y.shape == pred.shape[:-1]
+    if not self._classes: return find_bs(self.learn.yb or self.learn.xb)
+    self._right += (pred.detach().argmax(-1) == y).sum()
+    return y.numel()
+
+@patch
+def _add_batch(self:Checkpoints, learn):
+    "Add a batch to the sums of its epoch"
+    n = self._count_right(learn.pred, *learn.yb)
+    self._n += n
+    self._loss += learn.loss.detach().to(torch.float32 if learn.loss.is_mps else torch.float64) * n # on its device
+
+@patch
+def after_batch(self:Checkpoints):
+    learn = self.learn
+    if not learn.training: return
+    self._add_batch(learn)
+    done = learn.iter + 1
+    # other loaders cannot start within an epoch
+    stop = self._asked_to_stop(learn.iter) and hasattr(learn.dls.train, 'first_batch')
+    if done >= learn.n_iter: return # the epoch is validated first
+    if stop or self.every and done % self.every == 0: self._write(learn.epoch, done)
+    if stop: self._stop(f'batch {done} of epoch {learn.epoch + 1}')
+
+# %% ../../nbs/train/09_checkpoint.ipynb #b84caf13
+@patch
+def _refuse(self:Checkpoints, when, what='the net holds'):
+    raise FastcifarError(f'{what} NaN or infinite {when}, at learning rate {self.opt.hypers[-1]["lr"]:.3g}: '
+                         'what checkpoints there are is kept; '
+                         'use a smaller learning rate (--lr-max) or --precision fp32')
+
+@patch
+def _history_row(self:Checkpoints):
+    "An epoch in numbers: means over all processes, and what was measured in validation"
+    names, log = self.recorder.metric_names[2:], self.recorder.log[2:]
+    valid = dict(zip(names, log)) if len(names) == len(log) else {} # validation may have been called off
+    loss, right, n = all_reduce_sum(self._loss, self._right, self._n)
+    return dict(epoch=self.epoch + 1, train_loss=loss / n, train_accuracy=right / n if self._classes else None,
+                **{k: float(v) for k, v in valid.items() if k != 'time'}, lr=float(self.opt.hypers[-1]['lr']),
+                seconds=round(time.perf_counter() - self._start, 2))
+
+@patch
+def after_epoch(self:Checkpoints):
+    self.history.append(self._history_row())
+    if not math.isfinite(self.history[-1].get('valid_loss', 0.)):
+        self._refuse(f'after epoch {self.epoch + 1}', 'the validation loss is')
+    self._write(self.epoch + 1, 0)
+
+@patch
+def after_cancel_fit(self:Checkpoints):
+    if self._before is None: return
+    # an epoch that was recorded, and stopped by a callback that came before this one
+    if len(self.history) == self.epoch < len(self.recorder.values): self.after_epoch()
+
+@patch
+def after_fit(self:Checkpoints):
+    self._before = None
+    self._finish()
+
+# %% ../../nbs/train/09_checkpoint.ipynb #faf42ee9
+@patch
+def _sums(self:Checkpoints, batch):
+    "What the epoch has added up so far; nothing at its end"
+    if not batch: return dict(loss=0., right=0, n=0, seconds=0.)
+    return dict(loss=float(self._loss), right=int(self._right), n=self._n, seconds=time.perf_counter() - self._start)
+
+@patch
+def _name_lost(self:Checkpoints):
+    "Say once of each callback what it has changed and cannot be kept"
+    for name, cb in _with_state(self.learn)[1].items():
+        lost = sorted(k for k, v in _changed(cb, self._before.get(name, {})).items() if not _is_plain(v))
+        if lost and name not in self._named:
+            self.say(f'checkpoints do not keep {", ".join(lost)} of the callback {type(cb).__name__}: '
+                     'give it state_dict() and load_state_dict()')
+        if lost: self._named.add(name)
+
+@patch
+def _write(self:Checkpoints, done, batch):
+    "Write a checkpoint after `done` epochs and `batch` batches"
+    whole = torch.stack([torch.isfinite(p).all() for p in self.model.parameters()]).all() # asked for once, on a GPU
+    if not whole: self._refuse(f'after batch {batch} of epoch {done + 1}' if batch else f'after epoch {done}')
+    self._name_lost()
+    ranks = all_gather(dict(rng=rng_state(), sums=self._sums(batch)))
+    if rank(): return
+    sums = ranks[0]['sums'] | {k: sum(r['sums'][k] for r in ranks) for k in ('loss', 'right', 'n')}
+    tensors, note = checkpoint_state(self.learn, self._before)
+    note |= dict(done=done, batch=batch, sums=sums, ranks=ranks, history=list(self.history))
+    note |= self._machine(self.learn)
+    name = f'epoch_{done:04}' + (f'_batch_{batch:06}' if batch else '')
+    self._finish()
+    self._save_soon(self.folder/f'{name}.safetensors', tensors, note)
+
+# %% ../../nbs/train/09_checkpoint.ipynb #ac89237e
+@patch
+def _save(self:Checkpoints, file, tensors, note, ready=None):
+    "Write a checkpoint; only the newest stay"
+    with contextlib.ExitStack() as stack:
+        if ready: # fetch what is there then, past all steps that are launched already
+            device = next(iter(tensors.values())).device
+            stack.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
+            torch.cuda.current_stream().wait_event(ready)
+        if file.exists() and not is_ours(file): raise self._foreign(file)
+        save_tensors(file, tensors, note)
+    for f in self.files()[self.keep:]:
+        if is_ours(f): f.unlink()
+
+@patch
+def _save_soon(self:Checkpoints, file, tensors, note):
+    "Write a checkpoint now, or from copies on the GPU, which goes on training meanwhile"
+    if not any(t.is_cuda for t in tensors.values()): return self._save(file, tensors, note)
+    copies = {k: t.detach().clone() for k, t in tensors.items()}
+    ready = torch.cuda.Event()
+    ready.record()
+    self._pending = _beside.submit(self._save, file, copies, copy.deepcopy(note), ready)
+
+@patch
+def _finish(self:Checkpoints):
+    "Wait until the last checkpoint is written; what went wrong there is raised here"
+    pending, self._pending = self._pending, None
+    if pending: pending.result()

@@ -23,6 +23,7 @@ from fastai.learner import AvgLoss, AvgMetric, AvgSmoothLoss, CastToTensor, Lear
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper, set_item_pg
 from fastai.torch_core import find_bs, to_device
+from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.imports import noop
 from fastcore.xtras import modify_exception
@@ -36,7 +37,9 @@ def piecewise(
     scheds, # For each piece a function of the share of the piece that is done
 ): # A function of the share of training that is done
     "fastai's `combine_scheds`, an order of magnitude quicker"
-    if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6: raise FastcifarError(f'the pieces of a schedule take {list(shares)} of the training: give shares of at least 0 with sum 1')
+    if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+        raise FastcifarError(f'the pieces of a schedule take {list(shares)} of the training: '
+                             'give shares of at least 0 with sum 1')
     ends = np.cumsum(np.array([0, *shares], np.float32), dtype=np.float32)
     last, lengths, ends = len(scheds) - 1, list(np.diff(ends)), list(ends)
     def at(pos):
@@ -49,35 +52,42 @@ def piecewise(
 # %% ../../nbs/train/02_loop.ipynb #0404f985
 def _set_hyper(opt, name, value):
     "`opt.set_hyper` for one number"
-    if type(value) is float or type(value) is int:
-        if type(opt) is OptimWrapper:
-            for group in opt.opt.param_groups: set_item_pg(group, opt.bwd_map[name], value)
-        else:
-            for h in opt.hypers: h[name] = value
-    else: opt.set_hyper(name, value) # a value for each group
+    if type(value) is not float and type(value) is not int: opt.set_hyper(name, value) # a value for each group
+    elif type(opt) is OptimWrapper:
+        for group in opt.opt.param_groups: set_item_pg(group, opt.bwd_map[name], value)
+    else:
+        for h in opt.hypers: h[name] = value
 
-def last_hyper(opt, name):
+def last_hyper(
+    opt, # An optimizer of fastai, or one of torch in an `OptimWrapper`
+    name:str, # Such as `'lr'`
+): # A number
     "A hyper-parameter of the last group"
     if type(opt) is not OptimWrapper: return opt.hypers[-1][name]
     key, _, i = opt.bwd_map[name].partition('__') # 'betas__0' is the first of the betas
     v = opt.opt.param_groups[-1][key]
     return v[int(i)] if i else v
 
+# %% ../../nbs/train/02_loop.ipynb #64162c5a
 class LeanScheduler(ParamScheduler):
     "fastai's `ParamScheduler`, whose record can be kept in a checkpoint"
     name = 'param_scheduler'
-    def checkpoint(self): return {k: torch.tensor(v, dtype=torch.float64) for k, v in self.hps.items()}, None
-    def restore(self, tensors, note): self.hps = {k: v.tolist() for k, v in tensors.items()}
     def before_batch(self):
         opt, pct = self.learn.opt, self.learn.pct_train
         for k, f in self.scheds.items(): _set_hyper(opt, k, f(pct))
+
     def after_batch(self):
         for k, values in self.hps.items(): values.append(last_hyper(self.learn.opt, k))
+
+    # these two serve fastai's own `ParamScheduler`, too
+    def state_dict(self): return {k: torch.tensor(v, dtype=torch.float64) for k, v in self.hps.items()}
+    def load_state_dict(self, state): self.hps = {k: v.tolist() for k, v in state.items()}
 
 # %% ../../nbs/train/02_loop.ipynb #2fdcf5a3
 class _SmoothLoss(AvgSmoothLoss):
     "On a CPU a float32 of NumPy, which computes as tensors do and is quicker; elsewhere a tensor there"
     def reset(self): self.count, self.val = 0, np.float32(0)
+
     def accumulate(self, learn):
         self.count += 1
         loss = learn.loss.detach()
@@ -85,10 +95,12 @@ class _SmoothLoss(AvgSmoothLoss):
         if loss.device.type == 'cpu': # torch.lerp, but for the last bit
             self.val = self.val - (self.val - np.float32(loss.item())) * np.float32(1 - self.beta)
         else: self.val = torch.lerp(loss.float(), torch.as_tensor(self.val, device=loss.device), self.beta)
+
     def raw(self):
         "The value in the form that it is kept in"
         weight = 1 - self.beta**self.count
         return self.val / (np.float32(weight) if isinstance(self.val, np.float32) else weight)
+
     @property
     def value(self): return torch.as_tensor(self.raw())
 
@@ -98,6 +110,7 @@ class _MeanLoss(AvgLoss):
         self.total += learn.loss.detach().mean() * n
         self.count += n
 
+# %% ../../nbs/train/02_loop.ipynb #5e28e3e6
 class LeanMetric(AvgMetric):
     "fastai's `AvgMetric`, which asks a GPU for its value at the end only"
     def accumulate(self, learn):
@@ -105,6 +118,7 @@ class LeanMetric(AvgMetric):
         self.total += (value.detach() if isinstance(value, torch.Tensor) else value) * n
         self.count += n
 
+# %% ../../nbs/train/02_loop.ipynb #8ff38323
 class LeanRecorder(Recorder):
     "fastai's `Recorder`, which fetches the losses of an epoch at its end, or when somebody looks at them"
     name, _stateattrs = 'recorder', (*Recorder._stateattrs, '_losses', '_fetched')
@@ -114,7 +128,8 @@ class LeanRecorder(Recorder):
 
     def after_batch(self):
         learn = self.learn
-        if self.train_metrics or not learn.training or not len(learn.yb) or self.cancel_train: return super().after_batch()
+        if self.train_metrics or not learn.training or not len(learn.yb) or self.cancel_train:
+            return super().after_batch()
         self.smooth_loss.accumulate(learn)
         self.lrs.append(last_hyper(learn.opt, 'lr'))
         learn._smooth_loss = raw = self.smooth_loss.raw()
@@ -124,8 +139,10 @@ class LeanRecorder(Recorder):
     def losses(self):
         "The smoothed loss of each step, as tensors on the CPU; what is new is fetched at once"
         fresh = self._losses[self._fetched:]
-        numbers = all(type(v) is np.float32 for v in fresh)
-        if fresh: self._losses[self._fetched:] = (torch.from_numpy(np.array(fresh)) if numbers else torch.stack(fresh).cpu()).unbind()
+        if fresh:
+            numbers = all(type(v) is np.float32 for v in fresh)
+            fetched = torch.from_numpy(np.array(fresh)) if numbers else torch.stack(fresh).cpu()
+            self._losses[self._fetched:] = fetched.unbind()
         self._fetched = len(self._losses)
         return self._losses
 
@@ -137,14 +154,19 @@ class LeanRecorder(Recorder):
         super().after_train()
 
     # these two serve fastai's own `Recorder`, too
-    def checkpoint(self):
-        return (dict(lrs=torch.tensor(self.lrs, dtype=torch.float64), losses=torch.stack(self.losses) if self.losses else torch.zeros(0)),
-                dict(iters=self.iters, values=[[float(v) for v in row] for row in self.values], smooth=float(self.smooth_loss.val), count=self.smooth_loss.count))
+    def state_dict(self):
+        mean = self.smooth_loss
+        return dict(lrs=torch.tensor(self.lrs, dtype=torch.float64),
+                    losses=torch.stack(self.losses) if self.losses else torch.zeros(0),
+                    iters=self.iters, values=[[float(v) for v in row] for row in self.values],
+                    smooth=float(mean.val), count=mean.count)
 
-    def restore(self, tensors, note):
-        self.lrs, self.losses, self.iters, self.values = tensors['lrs'].tolist(), list(tensors['losses'].unbind()), note['iters'], [L(row) for row in note['values']]
-        val = np.float32(note['smooth']) if isinstance(self.smooth_loss, _SmoothLoss) else torch.tensor(note['smooth'])
-        self.smooth_loss.val, self.smooth_loss.count = val, note['count']
+    def load_state_dict(self, state):
+        self.lrs, self.losses = state['lrs'].tolist(), list(state['losses'].unbind())
+        self.iters, self.values = state['iters'], [L(row) for row in state['values']]
+        mean, val = self.smooth_loss, state['smooth']
+        mean.val = np.float32(val) if isinstance(mean, _SmoothLoss) else torch.tensor(val)
+        mean.count = state['count']
 
 # %% ../../nbs/train/02_loop.ipynb #225a107f
 def map_tensors(
@@ -160,6 +182,7 @@ def map_tensors(
     for k, v in b.items(): res[k] = map_tensors(f, v)
     return res
 
+# %% ../../nbs/train/02_loop.ipynb #bd3f6459
 class LeanTrainEval(TrainEvalCallback):
     "fastai's `TrainEvalCallback`"
     name = 'train_eval'
@@ -168,8 +191,9 @@ class LeanTrainEval(TrainEvalCallback):
         learn.pct_train += 1. / (learn.n_iter * learn.n_epoch)
         learn.train_iter += 1
 
+# %% ../../nbs/train/02_loop.ipynb #a4d91132
 class LeanProgress(ProgressCallback):
-    "fastai's `ProgressCallback`, which also shows the accuracy so far, and asks a GPU for both at every twentieth step only"
+    "fastai's `ProgressCallback`, with the accuracy so far; it asks a GPU for both at every twentieth step only"
     name = 'progress'
     def before_train(self):
         super().before_train()
@@ -178,15 +202,19 @@ class LeanProgress(ProgressCallback):
     def _count(self, pred, y):
         "Count the right answers, if this is a classification"
         if not isinstance(pred, torch.Tensor) or not isinstance(y, torch.Tensor): return
-        if pred.ndim == 2 and y.dtype == torch.int64 and y.shape == pred.shape[:1]: self._right, self._n = self._right + (pred.detach().argmax(-1) == y).sum(), self._n + len(y)
+        if pred.ndim != 2 or y.dtype != torch.int64 or y.shape != pred.shape[:1]: return
+        self._right = self._right + (pred.detach().argmax(-1) == y).sum()
+        self._n += len(y)
 
     def after_batch(self):
         learn = self.learn
         if learn.training and len(learn.yb): self._count(learn.pred, learn.yb[0])
-        if getattr(getattr(learn, 'smooth_loss', None), 'is_cuda', False) and learn.iter % 20: return self.pbar.update(learn.iter + 1)
+        on_gpu = getattr(getattr(learn, 'smooth_loss', None), 'is_cuda', False)
+        if on_gpu and learn.iter % 20: return self.pbar.update(learn.iter + 1)
         super().after_batch()
         if learn.training and self._n: self.pbar.comment += f', accuracy {int(self._right) / self._n:.1%}'
 
+# %% ../../nbs/train/02_loop.ipynb #70651ee8
 def _plain(x):
     "Tensors without their subclass, in tuples as fastai does it"
     if isinstance(x, torch.Tensor): return x.as_subclass(torch.Tensor)
@@ -204,26 +232,22 @@ class LeanCast(CastToTensor):
             break
 
 # %% ../../nbs/train/02_loop.ipynb #461c1f7f
+def _is_usual(inp, targ):
+    "Are these plain tensors, logits (N, classes) and labels (N,)?"
+    if type(inp) is not torch.Tensor or type(targ) is not torch.Tensor: return False
+    return inp.ndim == 2 and targ.ndim == 1 and targ.dtype == torch.int64
+
 class CrossEntropy(CrossEntropyLossFlat):
     "fastai's `CrossEntropyLossFlat`, without its detours for logits (N, classes) and labels (N,)"
     def __call__(self, inp, targ, **kwargs):
-        if inp.ndim != 2 or targ.ndim != 1 or kwargs or type(inp) is not torch.Tensor or type(targ) is not torch.Tensor or targ.dtype != torch.int64: return super().__call__(inp, targ, **kwargs)
+        if kwargs or not _is_usual(inp, targ): return super().__call__(inp, targ, **kwargs)
         f = self.func
-        return F.cross_entropy(inp, targ, f.weight, ignore_index=f.ignore_index, reduction=f.reduction, label_smoothing=f.label_smoothing)
+        return F.cross_entropy(inp, targ, f.weight, ignore_index=f.ignore_index, reduction=f.reduction,
+                               label_smoothing=f.label_smoothing)
 
 # %% ../../nbs/train/02_loop.ipynb #c692a42d
-_control = (CancelBatchException, CancelBackwardException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException)
-_inner = frozenset(('before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward', 'before_step',
-                    'after_step', 'after_cancel_batch', 'after_batch'))
-_refresh = frozenset(('before_fit', 'before_epoch', 'before_train', 'before_validate'))
-_events = {k: (f'before_{k}', f'after_cancel_{k}', f'after_{k}') for k in ('fit', 'epoch', 'train', 'validate', 'batch', 'backward', 'step')}
-_lean = {TrainEvalCallback: LeanTrainEval, CastToTensor: LeanCast, ProgressCallback: LeanProgress, Recorder: LeanRecorder}
-_quick = {ParamScheduler: LeanScheduler} # fastai's own object, served by the methods of its lean form
-_always = SimpleNamespace(run=True, run_train=True, run_valid=True)
-
-def _unnamed(o):
-    "Named tuples, which fastai cannot put together, as plain ones"
-    return tuple(map(_unnamed, o)) if isinstance(o, tuple) else o
+_lean = {TrainEvalCallback: LeanTrainEval, CastToTensor: LeanCast, ProgressCallback: LeanProgress,
+         Recorder: LeanRecorder}
 
 class LeanLearner(Learner):
     "fastai's `Learner`, with less time between the steps"
@@ -234,6 +258,8 @@ class LeanLearner(Learner):
         self._listeners = {}
         super().__init__(*args, **kwargs)
 
+    def __getstate__(self): return dict(super().__getstate__(), _listeners={})
+
     def add_cb(self, cb):
         "Add a callback: an object as it is, one of fastai's default classes in its lean form"
         return super().add_cb(_lean.get(cb, cb) if isinstance(cb, type) else cb)
@@ -242,43 +268,6 @@ class LeanLearner(Learner):
     def no_bar(self):
         "fastai's `no_bar`, which puts back the bars that were there"
         with self.removed_cbs(self._grab_cbs(ProgressCallback)): yield self
-
-    def _listening(self, name):
-        "(callback, method) of all that listen to an inner event, in order"
-        if not hasattr(event, name): raise Exception(f'missing {name}')
-        found = []
-        for cb in self.cbs.sorted('order'):
-            quick = None if name in vars(cb) else getattr(_quick.get(type(cb)), name, None)
-            if type(cb).__call__ is not Callback.__call__: found.append((_always, partial(cb, name))) # it chooses itself
-            elif quick: found.append((cb, quick.__get__(cb)))
-            elif name in vars(cb) or hasattr(type(cb), name): found.append((cb, getattr(cb, name)))
-        return found
-
-    def __call__(self, name):
-        found = self._listeners.get(name) if isinstance(name, str) else None
-        if found is None or found[1] != found[2]: found = self._look_up(name) # or callbacks came or went
-        training = self.training
-        try:
-            for cb, f in found[0]:
-                if cb.run and (cb.run_train if training else cb.run_valid): f()
-        except _control: raise
-        except Exception as e: # said as fastai says it
-            if cb is _always: raise
-            raise modify_exception(e, f'Exception occured in `{type(cb).__name__}` when calling event `{name}`:\n\t{e.args[0] if e.args else ""}', replace=True)
-
-    def _look_up(self, name):
-        "Who listens to an event of a batch; other events, and several at once, happen here"
-        if not isinstance(name, str):
-            for n in name: self(n)
-            return [], [], []
-        if name in _refresh: self._listeners.clear()
-        if name not in _inner:
-            super().__call__(name)
-            return [], [], []
-        self._listeners[name] = self._listening(name), self.cbs.items, list(self.cbs.items)
-        return self._listeners[name]
-
-    def __getstate__(self): return dict(super().__getstate__(), _listeners={})
 
     @property
     def smooth_loss(self):
@@ -295,64 +284,152 @@ class LeanLearner(Learner):
     @metrics.setter
     def metrics(self, v): self._metrics = L(v).map(lambda m: m if isinstance(m, Metric) else LeanMetric(m))
 
-    def all_batches(self):
-        self._device, self._n_inputs = next(self.model.parameters()).device, getattr(self.dls, 'n_inp', None)
-        first, self.first_batch, self.n_iter = self.first_batch, 0, len(self.dl)
-        if first: self.dls.train.first_batch = first
-        try:
-            for i, b in enumerate(self.dl, first): self.one_batch(i, b)
-        finally: self._device = self._n_inputs = None
+# %% ../../nbs/train/02_loop.ipynb #625b5aec
+_inner = frozenset(('before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward', 'before_step',
+                    'after_step', 'after_cancel_batch', 'after_batch'))
+_refresh = frozenset(('before_fit', 'before_epoch', 'before_train', 'before_validate'))
+_quick = {ParamScheduler: LeanScheduler} # fastai's own object, served by the methods of its lean form
+_always = SimpleNamespace(run=True, run_train=True, run_valid=True)
 
-    def _do_fit(self):
-        if self.first_epoch:
-            for cb in self.cbs:
-                bar = vars(cb).get('mbar')
-                if bar is not None: bar.update(0) # where the clock of a bar starts; it cannot begin later
-        for self.epoch in range(self.first_epoch, self.n_epoch): self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+def _listener(cb, name):
+    "(callback, method) for an event, or None if it does not listen"
+    if type(cb).__call__ is not Callback.__call__: return _always, partial(cb, name) # it chooses itself
+    own = name in vars(cb)
+    quick = None if own else getattr(_quick.get(type(cb)), name, None)
+    if quick: return cb, quick.__get__(cb)
+    if own or hasattr(type(cb), name): return cb, getattr(cb, name)
 
-    def _set_device(self, b):
-        "A batch that lies on the device already is left alone"
-        device = self._device
-        if type(b) is tuple and all(isinstance(t, torch.Tensor) and t.device == device for t in b): return b
-        device = next(self.model.parameters()).device
-        return map_tensors(lambda t: to_device(t, device), b)
+@patch
+def _listening(self:LeanLearner, name):
+    "(callback, method) of all that listen to an inner event, in order"
+    if not hasattr(event, name): raise Exception(f'missing {name}')
+    found = [_listener(cb, name) for cb in self.cbs.sorted('order')]
+    return [f for f in found if f]
 
-    def _with_events(self, f, event_type, ex, final=noop):
-        before, cancelled, after = _events[event_type]
-        try:
-            self(before)
-            f()
-        except ex: self(cancelled)
-        self(after)
-        final()
+@patch
+def _look_up(self:LeanLearner, name):
+    "Who listens to an event of a batch; other events, and several at once, happen here"
+    if not isinstance(name, str):
+        for n in name: self(n)
+        return [], [], []
+    if name in _refresh: self._listeners.clear()
+    if name not in _inner:
+        super(LeanLearner, self).__call__(name)
+        return [], [], []
+    self._listeners[name] = self._listening(name), self.cbs.items, list(self.cbs.items)
+    return self._listeners[name]
 
-    def _do_one_batch(self):
-        if self.step_graph is None or not self.step_graph.step(self): super()._do_one_batch()
+# %% ../../nbs/train/02_loop.ipynb #b6d04b33
+_control = (CancelBatchException, CancelBackwardException, CancelEpochException, CancelFitException,
+            CancelStepException, CancelTrainException, CancelValidException)
 
-    def to_detach(self, b, cpu=True, gather=True): return super().to_detach(_unnamed(b), cpu, gather)
+def _explained(e, cb, name):
+    "An exception of a callback, said as fastai says it"
+    why = e.args[0] if e.args else ""
+    said = f'Exception occured in `{type(cb).__name__}` when calling event `{name}`:\n\t{why}'
+    return modify_exception(e, said, replace=True)
 
-    def _step(self): (self.opt.opt if type(self.opt) is OptimWrapper else self.opt).step()
+@patch
+def __call__(self:LeanLearner, name):
+    "Run the callbacks that listen to an event, or to each of several"
+    found = self._listeners.get(name) if isinstance(name, str) else None
+    if found is None or found[1] != found[2]: found = self._look_up(name) # or callbacks came or went
+    training = self.training
+    try:
+        for cb, f in found[0]:
+            if cb.run and (cb.run_train if training else cb.run_valid): f()
+    except _control: raise
+    except Exception as e:
+        if cb is _always: raise
+        raise _explained(e, cb, name)
 
-    def _split(self, b):
-        n = self._n_inputs
-        if n is None: return super()._split(b)
-        self.xb, self.yb = b[:n], b[n:]
+# %% ../../nbs/train/02_loop.ipynb #7754f0a2
+_events = {k: (f'before_{k}', f'after_cancel_{k}', f'after_{k}')
+           for k in ('fit', 'epoch', 'train', 'validate', 'batch', 'backward', 'step')}
 
-    def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
-        "fastai's `fit`, with quicker schedulers; callbacks do not see the epochs before `start_epoch`"
-        self.first_epoch = start_epoch
-        if self.step_graph: self.step_graph.forget() # what an interrupted fit has left
-        super().fit(n_epoch, lr, wd, cbs, reset_opt)
+def _unnamed(o):
+    "Named tuples, which fastai cannot put together, as plain ones"
+    return tuple(map(_unnamed, o)) if isinstance(o, tuple) else o
 
-    def _end_cleanup(self):
-        super()._end_cleanup()
-        if self.step_graph: self.step_graph.forget()
+@patch
+def all_batches(self:LeanLearner):
+    self._device, self._n_inputs = next(self.model.parameters()).device, getattr(self.dls, 'n_inp', None)
+    first, self.first_batch, self.n_iter = self.first_batch, 0, len(self.dl)
+    if first: self.dls.train.first_batch = first
+    try:
+        for i, b in enumerate(self.dl, first): self.one_batch(i, b)
+    finally: self._device = self._n_inputs = None
 
-    def fit_one_cycle(self, n_epoch, lr_max=None, div=25., div_final=1e5, pct_start=0.25, wd=None, moms=None, cbs=None, reset_opt=False, start_epoch=0):
-        "fastai's `fit_one_cycle`, with a quicker schedule"
-        if self.opt is None: self.create_opt()
-        self.opt.set_hyper('lr', self.lr if lr_max is None else lr_max)
-        peak = np.array([h['lr'] for h in self.opt.hypers]) if len(self.opt.hypers) > 1 else float(self.opt.hypers[0]['lr'])
-        def cycle(start, middle, end): return piecewise([pct_start, 1 - pct_start], [SchedCos(start, middle), SchedCos(middle, end)])
-        scheds = dict(lr=cycle(peak / div, peak, peak / div_final), mom=cycle(*(self.moms if moms is None else moms)))
-        self.fit(n_epoch, cbs=LeanScheduler(scheds) + L(cbs), reset_opt=reset_opt, wd=wd, start_epoch=start_epoch)
+@patch
+def _with_events(self:LeanLearner, f, event_type, ex, final=noop):
+    before, cancelled, after = _events[event_type]
+    try:
+        self(before)
+        f()
+    except ex: self(cancelled)
+    self(after)
+    final()
+
+@patch
+def _set_device(self:LeanLearner, b):
+    "A batch that lies on the device already is left alone"
+    device = self._device
+    if type(b) is tuple and all(isinstance(t, torch.Tensor) and t.device == device for t in b): return b
+    device = next(self.model.parameters()).device
+    return map_tensors(lambda t: to_device(t, device), b)
+
+@patch
+def _split(self:LeanLearner, b):
+    n = self._n_inputs
+    if n is None: return super(LeanLearner, self)._split(b)
+    self.xb, self.yb = b[:n], b[n:]
+
+@patch
+def _do_one_batch(self:LeanLearner):
+    if self.step_graph is None or not self.step_graph.step(self): super(LeanLearner, self)._do_one_batch()
+
+@patch
+def _step(self:LeanLearner): (self.opt.opt if type(self.opt) is OptimWrapper else self.opt).step()
+
+@patch
+def to_detach(self:LeanLearner, b, cpu=True, gather=True):
+    return super(LeanLearner, self).to_detach(_unnamed(b), cpu, gather)
+
+# %% ../../nbs/train/02_loop.ipynb #263c16ca
+@patch
+def _do_fit(self:LeanLearner):
+    if self.first_epoch:
+        for cb in self.cbs:
+            bar = vars(cb).get('mbar')
+            if bar is not None: bar.update(0) # where the clock of a bar starts; it cannot begin later
+    for self.epoch in range(self.first_epoch, self.n_epoch):
+        self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+
+@patch
+def fit(self:LeanLearner, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
+    "fastai's `fit`, with quicker schedulers; callbacks do not see the epochs before `start_epoch`"
+    self.first_epoch = start_epoch
+    if self.step_graph: self.step_graph.forget() # what an interrupted fit has left
+    super(LeanLearner, self).fit(n_epoch, lr, wd, cbs, reset_opt)
+
+@patch
+def _end_cleanup(self:LeanLearner):
+    super(LeanLearner, self)._end_cleanup()
+    if self.step_graph: self.step_graph.forget()
+
+def _peak_rate(opt):
+    "The learning rate of an optimizer, or an array of those of its groups"
+    rates = [h['lr'] for h in opt.hypers]
+    return np.array(rates) if len(rates) > 1 else float(rates[0])
+
+@patch
+def fit_one_cycle(self:LeanLearner, n_epoch, lr_max=None, div=25., div_final=1e5, pct_start=0.25, wd=None, moms=None,
+                  cbs=None, reset_opt=False, start_epoch=0):
+    "fastai's `fit_one_cycle`, with a quicker schedule"
+    if self.opt is None: self.create_opt()
+    self.opt.set_hyper('lr', self.lr if lr_max is None else lr_max)
+    peak, shares = _peak_rate(self.opt), [pct_start, 1 - pct_start]
+    def cycle(start, middle, end): return piecewise(shares, [SchedCos(start, middle), SchedCos(middle, end)])
+    lrs, moms = (peak / div, peak, peak / div_final), self.moms if moms is None else moms
+    scheds = dict(lr=cycle(*lrs), mom=cycle(*moms))
+    self.fit(n_epoch, cbs=LeanScheduler(scheds) + L(cbs), reset_opt=reset_opt, wd=wd, start_epoch=start_epoch)

@@ -17,8 +17,8 @@ from .loop import map_tensors
 
 # %% ../../nbs/train/04_precision.ipynb #ca883c1a
 class Autocast(Callback):
-    "Run the forward pass in a short floating-point type, on any device; with fastai's `MixedPrecision` it steps aside"
-    order = 10
+    "Mixed precision on any device: the forward pass in a short floating-point type"
+    order = MixedPrecision.order # in its place
     capturable = property(lambda self: self.precision != 'fp16') # fp16 asks the GPU whether a step may be taken
     def __init__(self,
         precision:str='bf16', # One of `PRECISIONS`
@@ -32,9 +32,10 @@ class Autocast(Callback):
 
     def _device(self): return next(self.learn.model.parameters()).device.type
 
-    def checkpoint(self): return {}, self.scaler.state_dict() if self.scaler else None
-    def restore(self, tensors, note):
-        if self.scaler and note: self.scaler.load_state_dict(note)
+    # the scale of the loss, for checkpoints
+    def state_dict(self): return self.scaler.state_dict() if self.scaler else {}
+    def load_state_dict(self, state):
+        if self.scaler and state: self.scaler.load_state_dict(state)
 
     def before_batch(self):
         if self.precision != 'fp32' and not self._aside: self._enter(torch.autocast(self._device(), self.dtype))
@@ -76,19 +77,22 @@ class Autocast(Callback):
 
 # %% ../../nbs/train/04_precision.ipynb #cd238d00
 class MemoryFormat(Callback):
-    "Keep weights and batches in the channels-last memory format, or in the plain one; with fastai's `ChannelsLast` it steps aside"
-    order = 9
+    "Keep weights and batches in the channels-last memory format, or in the plain one"
+    order = Autocast.order - 1 # beside fastai's `CastToTensor`
     def __init__(self,
         channels_last:bool=True, # Which of the two?
     ): self.format = torch.channels_last if channels_last else torch.contiguous_format
+
     def after_create(self): self.model.to(memory_format=self.format)
+
     def before_fit(self):
         self._aside = any(isinstance(cb, ChannelsLast) for cb in self.learn.cbs)
         if not self._aside: self.model.to(memory_format=self.format)
+
     def before_batch(self):
+        if self._aside: return
         learn, form = self.learn, self.format
         def fits(x): return x.ndim != 4 or x.is_contiguous(memory_format=form)
-        if self._aside: return
         for x in learn.xb:
             if isinstance(x, torch.Tensor) and fits(x): continue
             learn.xb = map_tensors(lambda x: x if fits(x) else x.contiguous(memory_format=form), learn.xb)
