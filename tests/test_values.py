@@ -370,7 +370,8 @@ def test_pictures_of_predictions(interp):
         (interp.plot_predictions(50, cols=5), range(12))):
         assert all(map(np.array_equal, pictures(fig), x[list(idxs)])) and len(pictures(fig)) == len(idxs)
     fig = interp.plot_wrong()
-    assert [t.get_text() for t in fig.axes[0].texts if t.get_text()] == ['b / a\n0.94', 'c / d\n0.60', 'd / a\n0.50']
+    assert [t.get_text() for t in fig.axes[0].texts if t.get_text()] == [
+        'b -> a (94 %)', 'c -> d (60 %)', 'd -> a (50 %)']
     assert {t.get_color() for t in fig.axes[0].texts if t.get_text()} == {'tab:red'}
     assert '(3 of 12)' in fig.get_suptitle()
     ax = interp.plot_wrong(cols=2).axes[0]

@@ -16,20 +16,25 @@ import pandas as pd
 import torch
 
 from ..basics import FastcifarError, check_name, spread_evenly
-from .interpretation import CifarInterpretation, wilson_interval
+from .interpretation import CifarInterpretation, error_bars, shown_once, wilson_interval
 
 # %% ../../nbs/interpret/02_corruptions.ipynb #7f3b6517
-CORRUPTIONS = { # name -> (what it is, strengths of severities 1 to 5, strength -> transform)
-    'noise': ('Gaussian noise, standard deviation', (.02, .04, .06, .08, .10), lambda s: A.GaussNoise(std_range=(s, s), p=1)),
-    'blur': ('Gaussian blur, sigma in pixels', (.5, .7, .9, 1.2, 1.6), lambda s: A.GaussianBlur(sigma_limit=(s, s), blur_limit=0, p=1)),
-    'jpeg': ('JPEG quality', (80, 60, 40, 25, 10), lambda s: A.ImageCompression(quality_range=(s, s), p=1)),
-    'bright': ('brightness added, share of the range', (.1, .2, .3, .4, .5), lambda s: A.RandomBrightnessContrast((s, s), (0, 0), p=1)),
-    'dark': ('brightness taken, share of the range', (.1, .2, .3, .4, .5), lambda s: A.RandomBrightnessContrast((-s, -s), (0, 0), p=1)),
-    'contrast': ('contrast lost, share', (.2, .4, .6, .75, .9),
-        lambda s: A.ColorJitter((1, 1), (1 - s, 1 - s), (1, 1), (0, 0), p=1)),
-        # torchvision's: around the mean grey of the image
-}
+def _noise(s): return A.GaussNoise(std_range=(s, s), p=1)
+def _blur(s): return A.GaussianBlur(sigma_limit=(s, s), blur_limit=0, p=1)
+def _jpeg(s): return A.ImageCompression(quality_range=(s, s), p=1)
+def _bright(s): return A.RandomBrightnessContrast((s, s), (0, 0), p=1)
+def _dark(s): return A.RandomBrightnessContrast((-s, -s), (0, 0), p=1)
+def _contrast(s): return A.ColorJitter((1, 1), (1 - s, 1 - s), (1, 1), (0, 0), p=1) # around the mean grey of the image
 
+CORRUPTIONS = { # name -> (what it is, strengths of severities 1 to 5, strength -> transform)
+    'noise': ('Gaussian noise, standard deviation', (.02, .04, .06, .08, .10), _noise),
+    'blur': ('Gaussian blur, sigma in pixels', (.5, .7, .9, 1.2, 1.6), _blur),
+    'jpeg': ('JPEG quality', (80, 60, 40, 25, 10), _jpeg),
+    'bright': ('brightness added, share of the range', (.1, .2, .3, .4, .5), _bright),
+    'dark': ('brightness taken, share of the range', (.1, .2, .3, .4, .5), _dark),
+    'contrast': ('contrast lost, share', (.2, .4, .6, .75, .9), _contrast)}
+
+# %% ../../nbs/interpret/02_corruptions.ipynb #58b01c86
 def corrupt(
     images:np.ndarray, # uint8 (n, height, width, 3)
     name:str, # One of `CORRUPTIONS`
@@ -43,11 +48,14 @@ def corrupt(
     spoil = A.Compose([make(strengths[severity - 1])], seed=seed)
     return np.stack([spoil(image=im)['image'] for im in images]) if len(images) else images.copy()
 
+# %% ../../nbs/interpret/02_corruptions.ipynb #232b7dc5
+@shown_once
 def plot_corruptions(
     image:np.ndarray, # uint8 (height, width, 3)
+    figsize:tuple=(7, 1.2 * len(CORRUPTIONS)), # Width and height in inches
 ):
     "One image under every corruption and severity; returns the matplotlib figure"
-    fig, axs = plt.subplots(len(CORRUPTIONS), 6, figsize=(7, 1.2 * len(CORRUPTIONS)), layout='constrained')
+    fig, axs = plt.subplots(len(CORRUPTIONS), 6, figsize=figsize, layout='constrained')
     for line, name in zip(axs, CORRUPTIONS):
         for s, ax in enumerate(line):
             ax.imshow(corrupt(image[None], name, s)[0])
@@ -61,7 +69,7 @@ def _row(interp, name, severity, right, n):
     "What is known of one corruption at one severity"
     low, high = wilson_interval(right, n)
     return dict(corruption=name, severity=severity, images=n, right=right, accuracy=right / n, low=low[0], high=high[0],
-        views=interp.views)
+                views=interp.views)
 
 def _right(interp, images, targs): return int((interp.predict(images).argmax(-1) == torch.as_tensor(targs)).sum())
 
@@ -72,7 +80,8 @@ def robustness(
     severities=(1, 2, 3, 4, 5), # Which of them
     seed:int=0, # Of what is random in the corruptions
 ) -> pd.DataFrame: # corruption, severity, images, right, accuracy, low, high (95 % interval), views
-    "Accuracy on corrupted images; severity 0 is the clean images, from the predictions that are there, and the others are predicted with the same views"
+    """Accuracy on corrupted images; severity 0 is the clean images, from the predictions that are there, and the others
+    are predicted with the same views"""
     idxs = spread_evenly(len(interp.targs), n)
     targs, images = interp.targs[idxs], interp.images(idxs)
     clean, rows = int((interp.decoded[idxs] == targs).sum()), []
@@ -82,31 +91,36 @@ def robustness(
             rows.append(_row(interp, name, s, right, len(idxs)))
     return pd.DataFrame(rows)
 
+# %% ../../nbs/interpret/02_corruptions.ipynb #991fd26d
+@shown_once
 def plot_robustness(
     table:pd.DataFrame, # Of `robustness`
+    figsize:tuple=(6.4, 4), # Width and height in inches
 ):
     "Accuracy against severity, a line for each corruption, with 95 % intervals; returns the matplotlib figure"
-    fig, ax = plt.subplots(figsize=(6.4, 4), layout='constrained')
+    fig, ax = plt.subplots(figsize=figsize, layout='constrained')
     for i, (name, t) in enumerate(table.groupby('corruption', sort=False)):
         x = t.severity + .05 * (i - 2.5) # beside each other
-        ax.errorbar(x, 100 * t.accuracy, yerr=100 * np.stack([t.accuracy - t.low, t.high - t.accuracy]).clip(0), marker='o', ms=4, lw=1.4, capsize=2, label=name)
-    ax.set(xlabel='severity', ylabel=f'accuracy (%), {table.images.iloc[0]:,} images', xticks=sorted(table.severity.unique()))
+        ax.errorbar(x, 100 * t.accuracy, 100 * error_bars(t), marker='o', ms=4, lw=1.4, capsize=2, label=name)
+    ticks = sorted(table.severity.unique())
+    ax.set(xlabel='severity', ylabel=f'accuracy (%), {table.images.iloc[0]:,} images', xticks=ticks)
     ax.grid(alpha=.3)
     ax.legend()
     return fig
 
-# %% ../../nbs/interpret/02_corruptions.ipynb #d0b09134
-EXTRA = ('gaussian_blur', 'saturate', 'spatter', 'speckle_noise') # corruptions of CIFAR-10-C that its mean leaves out
+# %% ../../nbs/interpret/02_corruptions.ipynb #6d5d0a24
+_GIVE = 'give the folder of CIFAR-10-C with its .npy files'
 
 def _array(file, shape):
     "The array in a .npy file, which stays on the disk; None in `shape` is any length"
     try: x = np.load(file, mmap_mode='r', allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
-        raise FastcifarError(f'cannot read {file} ({str(e)[:80]}): give the folder of CIFAR-10-C with its .npy files') from e
+        raise FastcifarError(f'cannot read {file} ({str(e)[:80]}): {_GIVE}') from e
     fits = x.ndim == len(shape) and all(b in (None, a) for a, b in zip(x.shape, shape))
     if not fits or x.dtype.kind not in 'iu':
         wanted = ' x '.join('n' if s is None else str(s) for s in shape)
-        raise FastcifarError(f'{file} holds {x.dtype} of shape {x.shape}, not whole numbers of shape {wanted}, as in CIFAR-10-C')
+        raise FastcifarError(f'{file} holds {x.dtype} of shape {x.shape}, not whole numbers of shape {wanted}, '
+                             'as in CIFAR-10-C')
     return x
 
 def read_corruptions(
@@ -115,13 +129,23 @@ def read_corruptions(
     "The images of CIFAR-10-C, which stay on the disk"
     folder = Path(folder)
     files = sorted(f for f in folder.glob('*.npy') if f.name != 'labels.npy')
-    if not files: raise FastcifarError(f'{folder} holds no corruptions: give the folder of CIFAR-10-C with its .npy files')
+    if not files: raise FastcifarError(f'{folder} holds no corruptions: {_GIVE}')
     labels = _array(folder/'labels.npy', (None,))
     n = len(labels) // 5
     if len(labels) % 5 or (labels.reshape(5, n) != labels[:n]).any():
-        raise FastcifarError(f'{folder}/labels.npy does not hold the same labels for each of five severities: it is not that of CIFAR-10-C')
-    return np.array(labels[:n], np.int64), {f.stem: _array(f, (5 * n, 32, 32, 3)).reshape(5, n, 32, 32,
-        3) for f in files}
+        raise FastcifarError(f'{folder}/labels.npy does not hold the same labels for each of five severities: '
+                             'it is not that of CIFAR-10-C')
+    images = {f.stem: _array(f, (5 * n, 32, 32, 3)).reshape(5, n, 32, 32, 3) for f in files}
+    return np.array(labels[:n], np.int64), images
+
+# %% ../../nbs/interpret/02_corruptions.ipynb #d0b09134
+def _check_classes(interp, labels, folder):
+    "Refuse files whose classes are not those of the test split"
+    classes = len(interp.vocab)
+    theirs, ours = (np.bincount(np.asarray(y), minlength=classes).tolist() for y in (labels, interp.targs))
+    if theirs != ours:
+        raise FastcifarError(f'{folder} has other numbers of images of each class than the test split: '
+                             'it does not belong to these data')
 
 def published_robustness(
     interp:CifarInterpretation, # Predictions of the clean test split
@@ -131,17 +155,20 @@ def published_robustness(
 ) -> pd.DataFrame: # As of `robustness`
     "Accuracy on the files of CIFAR-10-C; severity 0 is the whole clean test split"
     labels, files = read_corruptions(folder)
-    classes = len(interp.vocab)
-    counts = [np.bincount(np.asarray(y), minlength=classes).tolist() for y in (labels, interp.targs)]
-    if counts[0] != counts[1]: raise FastcifarError(f'{folder} has other numbers of images of each class than the test split: it does not belong to these data')
-    idxs, right = spread_evenly(len(labels), n), int((interp.decoded == interp.targs).sum())
-    rows = []
+    _check_classes(interp, labels, folder)
+    idxs, rows = spread_evenly(len(labels), n), []
+    clean = int((interp.decoded == interp.targs).sum())
     for name in files if names is None else names:
         images = files[check_name(name, files, 'corruption')]
-        rows.append(_row(interp, name, 0, right, len(interp.targs)))
-        rows += [_row(interp, name, s, _right(interp, images[s - 1][idxs], labels[idxs]), len(idxs)) for s in range(1,
-            6)]
+        rows.append(_row(interp, name, 0, clean, len(interp.targs)))
+        for s in range(1, 6):
+            right = _right(interp, images[s - 1][idxs], labels[idxs])
+            rows.append(_row(interp, name, s, right, len(idxs)))
     return pd.DataFrame(rows)
+
+# %% ../../nbs/interpret/02_corruptions.ipynb #30930f11
+# Corruptions of CIFAR-10-C that its mean leaves out
+EXTRA = ('gaussian_blur', 'saturate', 'spatter', 'speckle_noise')
 
 def mean_corruption_error(
     table:pd.DataFrame, # Of `published_robustness`

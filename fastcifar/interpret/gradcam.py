@@ -6,6 +6,8 @@
 __all__ = ['map_layers', 'grad_cam', 'overlay']
 
 # %% ../../nbs/interpret/00_gradcam.ipynb #0608cf29
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -14,17 +16,25 @@ from torch import nn
 from ..basics import FastcifarError, check_name
 
 # %% ../../nbs/interpret/00_gradcam.ipynb #448dfa88
+@contextmanager
+def _evaluating(model):
+    "A net in evaluation mode, which goes back to its own mode"
+    training = model.training
+    try: yield model.eval()
+    finally: model.train(training)
+
 def _calls(model, x):
     "(name, output shape) of every module but the net itself, in the order in which they end"
     seen, hooks = [], []
-    for name, m in model.named_modules():
-        if name: hooks.append(m.register_forward_hook(lambda m, a, out, name=name: seen.append((name, tuple(out.shape) if isinstance(out, torch.Tensor) else ()))))
-    training = model.training
+    def watch(name, module):
+        def note(module, args, out): seen.append((name, tuple(out.shape) if isinstance(out, torch.Tensor) else ()))
+        hooks.append(module.register_forward_hook(note))
+    for name, module in model.named_modules():
+        if name: watch(name, module)
     try:
-        with torch.no_grad(): model.eval()(x)
+        with _evaluating(model), torch.no_grad(): model(x)
     finally:
         for h in hooks: h.remove()
-        model.train(training)
     return seen
 
 def map_layers(
@@ -46,12 +56,12 @@ def grad_cam(
     "How much each place of the images speaks for a class"
     from captum.attr import LayerGradCam
     names = map_layers(model, x)
-    if not names: raise FastcifarError(f'{type(model).__name__} has no layer that gives a map, so Grad-CAM has nothing to show')
-    part, training = model.get_submodule(check_name(layer or names[-1], names, 'layer with a map')), model.training
-    try:
-        with torch.enable_grad():
-            cam = LayerGradCam(model.eval(), part).attribute(x.detach().clone(), target=torch.as_tensor(classes, device=x.device), relu_attributions=True)
-    finally: model.train(training)
+    if not names:
+        raise FastcifarError(f'{type(model).__name__} has no layer that gives a map, so Grad-CAM has nothing to show')
+    part = model.get_submodule(check_name(layer or names[-1], names, 'layer with a map'))
+    target = torch.as_tensor(classes, device=x.device)
+    with _evaluating(model), torch.enable_grad():
+        cam = LayerGradCam(model, part).attribute(x.detach().clone(), target=target, relu_attributions=True)
     cam = F.interpolate(cam.detach().float(), x.shape[-2:], mode='bilinear', align_corners=False)[:, 0]
     return (cam / cam.amax((1, 2), keepdim=True).clamp_min(1e-12)).cpu()
 
@@ -63,4 +73,5 @@ def overlay(
 ) -> np.ndarray: # uint8 (height, width, 3)
     "An image under the colours of a map: dark blue for what does not matter, yellow for what matters most"
     from matplotlib import colormaps
-    return (255 * strength * colormaps['inferno'](np.asarray(cam))[..., :3] + (1 - strength) * image).round().clip(0, 255).astype(np.uint8)
+    colors = colormaps['inferno'](np.asarray(cam))[..., :3]
+    return (255 * strength * colors + (1 - strength) * image).round().clip(0, 255).astype(np.uint8)
