@@ -170,7 +170,7 @@ class Recipe:
         None, '(mean, std) to normalize with', _STATS, none='those of the training pixels')
     model_args:dict|None = setting(
         None, 'what else the class of the net takes, such as mended=true or shared=true, separated by commas',
-        none='nothing', option='what')
+        option='what')
 
     def __repr__(self):
         changed = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
@@ -228,8 +228,12 @@ class Config(Recipe):
         None, 'training images to hold out, the same share of each class', at_least(1),
         none='none; the test split is watched while training', option='what')
     precision:str = setting(
-        'auto', 'number format', OneOf(('auto', 'fp32', 'bf16', 'fp16')), option='machine')
-    path:str = setting('auto', 'how batches are made', OneOf(('auto', 'item', 'batch')), option='machine')
+        'auto', 'number format; auto: the one that the hardware is fastest in',
+        OneOf(('auto', 'fp32', 'bf16', 'fp16')), option='machine')
+    path:str = setting(
+        'auto', 'how batches are made; item: by Albumentations, batch: as tensors on the device, '
+                'auto: batch, unless the policy has no such form',
+        OneOf(('auto', 'item', 'batch')), option='machine')
     convert:bool = setting(
         False, 'resize images to 32x32 and convert them to RGB instead of refusing others', option='what')
 
