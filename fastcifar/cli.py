@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['GROUPS', 'COMMANDS', 'HOW', 'Command', 'command', 'parser', 'main', 'train_command', 'compare_command',
            'sweep_command', 'find_lr_command', 'evaluate_command', 'report_command', 'demo_command', 'predict_command',
-           'export_command', 'bench_command', 'cache_command', 'models_command', 'recipes_command', 'summary_command']
+           'export_command', 'bench_command', 'cache_command', 'record_command', 'replay_command', 'models_command',
+           'recipes_command', 'summary_command']
 
 # %% ../nbs/90_cli.ipynb #375b7275
 import argparse, dataclasses, json, math, os, sys, textwrap, typing, warnings
@@ -811,6 +812,45 @@ def cache_command(args) -> list:
     busy = kept[~kept.free]
     if len(busy): say(f'in use: {", ".join(busy.name)}')
     return _records(t)
+
+# %% ../nbs/90_cli.ipynb #ffaf18ab
+def _record_options(p):
+    p.add_argument('runs', type=_path, nargs='+', metavar='RUN', help='finished run folder')
+    p.option('output', '--out', type=_path, required=True, metavar='FILE', help='.jsonl file to write, a line a run')
+    _overwrite_option(p, 'a file')
+
+@command('record', 'write down what it takes to train finished runs again, and what came of them', _record_options,
+         'record runs/first --out runs/first.jsonl',
+         'record study/runs/* --out study.jsonl',
+         'record runs/first runs/second --out both.jsonl --overwrite')
+def record_command(args) -> dict:
+    "Write records of finished runs"
+    from fastcifar.runs.replay import write_records
+    write_records(args.runs, args.out, args.overwrite)
+    _say(args)(f'{len(args.runs)} runs in {args.out}; the first again: {command_line("replay", f"{args.out}:1")}')
+    return dict(runs=len(args.runs), out=args.out)
+
+# %% ../nbs/90_cli.ipynb #7a264bd9
+def _replay_options(p):
+    p.add_argument('place', metavar='FILE:ROW', help='a file of `fastcifar record`, and the name or number of a run in it')
+    _data_option(p)
+    p.option('machine', '--device', help='cpu, cuda, cuda:1, mps (default: the best there is)')
+    p.option('machine', '--threads', type=_at_least(1), help='CPU threads (default: those of the record)')
+    p.option('output', '--out', type=_path, help='run folder (default: one that is removed afterwards)')
+
+@command('replay', 'train a recorded run again: the same bit by bit, or what differs (exit code 1)', _replay_options,
+         'replay runs.jsonl:1',
+         'replay results/lossless/reference_normnet31k.jsonl:normnet31k-bn-reference-bs512-seed4 --data cifar10',
+         'replay study.jsonl:3 --threads 1 --out runs/again')
+def replay_command(args) -> dict:
+    "Train a recorded run again and compare"
+    _draw_to_files()
+    from fastcifar.runs.replay import read_record, replay
+    is_default = read_record(args.place)['config'].get('data') == 'cifar10' # of which $FASTCIFAR_DATA may be a copy
+    data = args.data or (os.environ.get('FASTCIFAR_DATA') if is_default else None)
+    r = replay(args.place, args.out, data, args.device, args.threads, _say(args))
+    args.exit_code = int(not r['equal'])
+    return r
 
 # %% ../nbs/90_cli.ipynb #216e9765
 def _no_options(p): pass
