@@ -1,5 +1,6 @@
 "Sources: hostile, broken, simultaneous, real."
-import io, os, pickle, subprocess, sys, tarfile, zipfile
+import io, os, pickle, shutil, subprocess, sys, tarfile, zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,11 +71,11 @@ def test_bombs_are_refused_before_they_unpack(tmp_path):
         t.addfile(i, f)
     with pytest.raises(FastcifarError, match='1.png cannot be read.*Bomb'):
         read_images(tmp_path/'bomb.tgz', convert=True)
-    with zipfile.ZipFile(tmp_path/'bomb.zip', 'w', zipfile.ZIP_DEFLATED) as z: z.writestr('train/cat/1.png', bytes(300 * 2**20))
+    with zipfile.ZipFile(tmp_path/'bomb.zip', 'w', zipfile.ZIP_DEFLATED) as z:
+        z.writestr('train/cat/1.png', bytes(300 * 2**20))
     with pytest.raises(FastcifarError, match='bytes'): read_images(tmp_path/'bomb.zip')
 
 def test_truncated_archives(tmp_path, tree):
-    import shutil
     whole = shutil.make_archive(str(tmp_path/'squares'), 'gztar', tree)
     data = open(whole, 'rb').read()
     assert load_data(whole).classes == ['blue', 'green', 'red']
@@ -83,14 +84,13 @@ def test_truncated_archives(tmp_path, tree):
         with pytest.raises(FastcifarError): load_data(tmp_path/'cut.tgz')
 
 def test_folder_tar_and_zip_give_the_same(tmp_path, tree):
-    import shutil
     a = load_data(tree)
     for kind in ('gztar', 'tar', 'zip'):
         b = load_data(shutil.make_archive(str(tmp_path/kind), kind, tree))
-        assert b.classes == a.classes and all((b.x[s] == a.x[s]).all() and (b.y[s] == a.y[s]).all() for s in ('train', 'test'))
+        assert b.classes == a.classes
+        for s in ('train', 'test'): assert (b.x[s] == a.x[s]).all() and (b.y[s] == a.y[s]).all()
 
 def test_folder_with_a_device_or_a_loop(tmp_path, tree):
-    import shutil
     shutil.copytree(tree, tmp_path/'t')
     os.mkfifo(tmp_path/'t/train/red/pipe.png')
     with pytest.raises(FastcifarError, match='pipe.png is not a regular file'): load_data(tmp_path/'t')
@@ -102,11 +102,12 @@ def test_folder_with_a_device_or_a_loop(tmp_path, tree):
     with pytest.raises(FastcifarError, match='again is a link to a folder'): load_data(tmp_path/'t')
 
 def test_two_processes_start_together(tmp_path, tree):
-    code = f'from fastcifar.data.load import load_data; d = load_data({str(tree)!r}); print(int(d.x["train"].astype(int).sum()))'
+    load = f'from fastcifar.data.load import load_data; d = load_data({str(tree)!r})'
+    code = f'{load}; print(int(d.x["train"].astype(int).sum()))'
     ps = [subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     sums = {p.communicate(timeout=120)[0] for p in ps}
     assert len(sums) == 1 and all(p.returncode == 0 for p in ps)
-    left = [p.name for p in __import__('pathlib').Path(os.environ['FASTCIFAR_CACHE']).iterdir() if not p.name.endswith('.lock')]
+    left = [p.name for p in Path(os.environ['FASTCIFAR_CACHE']).iterdir() if p.suffix != '.lock']
     assert len(left) == 1
 
 def test_an_unwritable_cache(monkeypatch, tree):

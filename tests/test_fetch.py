@@ -21,19 +21,21 @@ def tar(entries):
             t.addfile(i, io.BytesIO(b))
     return f.getvalue()
 
-def records(seed, n): 
+def records(seed, n):
     rng = np.random.default_rng(seed)
     return b''.join(bytes([i % 10]) + rng.bytes(3072) for i in range(n))
 
 @functools.cache
 def binary(): # a hundredth of CIFAR-10 in its official form
-    return tar({f'cifar-10-batches-bin/{n}.bin': records(i, 100) for i, n in enumerate([*(f'data_batch_{k}' for k in range(1, 6)), 'test_batch'])})
+    names = [*(f'data_batch_{k}' for k in range(1, 6)), 'test_batch']
+    return tar({f'cifar-10-batches-bin/{name}.bin': records(i, 100) for i, name in enumerate(names)})
 
 @functools.cache
 def tree(missing=0):
     f = io.BytesIO()
     Image.new('RGB', (32, 32), (9, 8, 7)).save(f, 'PNG')
-    return tar({f'cifar10/{s}/{c}/{i}.png': f.getvalue() for s, n in (('train', 50), ('test', 10)) for c in NAMES for i in range(n - missing)})
+    places = [f'{s}/{c}/{i}' for s, n in (('train', 50), ('test', 10)) for c in NAMES for i in range(n - missing)]
+    return tar({f'cifar10/{place}.png': f.getvalue() for place in places})
 
 @pytest.fixture
 def server(monkeypatch):
@@ -54,7 +56,8 @@ def server(monkeypatch):
     s.daemon_threads = True
     threading.Thread(target=s.serve_forever, daemon=True).start()
     base = f'http://127.0.0.1:{s.server_port}'
-    a = fetch.ARCHIVES['cifar10']._replace(url=f'{base}/official', sha256=hashlib.sha256(binary()).hexdigest(), counts=(50, 10), tree=f'{base}/tree')
+    sha = hashlib.sha256(binary()).hexdigest()
+    a = fetch.ARCHIVES['cifar10']._replace(url=f'{base}/official', sha256=sha, counts=(50, 10), tree=f'{base}/tree')
     monkeypatch.setitem(fetch.ARCHIVES, 'cifar10', a)
     monkeypatch.setattr(fetch.time, 'sleep', lambda s: None)
     files['base'] = base
@@ -84,7 +87,8 @@ def test_tree_with_wrong_counts_is_refused(server):
     with pytest.raises(FastcifarError, match='does not hold 50 train images'): load_data('cifar10')
 
 def test_nothing_to_be_had(server):
-    with pytest.raises(FastcifarError, match='could not be downloaded.*404.*FASTCIFAR_MIRRORS') as e: load_data('cifar10')
+    said = 'could not be downloaded.*404.*FASTCIFAR_MIRRORS'
+    with pytest.raises(FastcifarError, match=said) as e: load_data('cifar10')
     assert '\n' not in str(e.value)
     assert not [p for p in cache_root().rglob('*') if p.suffix in ('.gz', '.tgz')]
 

@@ -1,6 +1,7 @@
-"One decoder for every image: loading, `predict`, the demo, calls from Python and the snippet of a model card see the same picture."
+"One decoder for every image: loading, `predict`, the demo, calls from Python and a model card see the same picture."
 import io, re, struct, sys, types
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -22,7 +23,9 @@ COLOUR = RNG.integers(0, 256, (32, 32, 3), dtype=np.uint8)
 ALPHA = np.where(RNG.random((32, 32)) < .5, 0, 255).astype(np.uint8)
 
 # what each EXIF orientation says of the picture as it is stored
-TURNS = {1: lambda x: x, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud, 5: lambda x: x.swapaxes(0, 1), 6: lambda x: np.rot90(x, -1), 7: lambda x: np.rot90(x, 2).swapaxes(0, 1), 8: np.rot90}
+TURNS = {1: lambda x: x, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud,
+         5: lambda x: x.swapaxes(0, 1), 6: lambda x: np.rot90(x, -1),
+         7: lambda x: np.rot90(x, 2).swapaxes(0, 1), 8: np.rot90}
 
 def rgb(grey): return np.dstack([grey] * 3)
 
@@ -41,8 +44,10 @@ def turned(kind, tag):
 def tiff(x, bits, form):
     "An uncompressed grey TIFF of any type of number: 1 unsigned, 2 signed, 3 float"
     data = np.ascontiguousarray(x).tobytes()
-    tags = [(256, 32), (257, 32), (258, bits), (259, 1), (262, 1), (273, 8), (277, 1), (278, 32), (279, len(data)), (339, form)]
-    return b'II*\0' + struct.pack('<I', 8 + len(data)) + data + struct.pack('<H', len(tags)) + b''.join(struct.pack('<HHII', t, 4, 1, v) for t, v in tags) + bytes(4)
+    tags = [(256, 32), (257, 32), (258, bits), (259, 1), (262, 1), (273, 8), (277, 1), (278, 32), (279, len(data)),
+            (339, form)]
+    table = struct.pack('<H', len(tags)) + b''.join(struct.pack('<HHII', t, 4, 1, v) for t, v in tags)
+    return b'II*\0' + struct.pack('<I', 8 + len(data)) + data + table + bytes(4)
 
 def palette(transparent):
     "Sixteen colours, and which of them cannot be seen"
@@ -61,13 +66,16 @@ def packed(x):
     return np.stack([a >> 4, (a & 15) << 4 | b >> 8, b & 255], 1).astype(np.uint8)
 
 WIDE = GREY.astype(np.uint32)
-CASES = {f'{kind} turned {tag}': (turned(kind, tag), turn(COLOUR)) for kind in ('PNG', 'TIFF', 'WEBP') for tag, turn in TURNS.items()} | {
-    '16-bit PNG': (saved(Image.fromarray(GREY * np.uint16(257)), 'PNG'), rgb(GREY)),
-    '16-bit TIFF': (saved(Image.fromarray(GREY * np.uint16(257)), 'TIFF'), rgb(GREY)),
+GREY16 = GREY * np.uint16(257)
+OPACITY = bytes(0 if i in (2, 9) else 255 for i in range(16)) # of each colour of a palette; two cannot be seen
+CASES = {f'{kind} turned {tag}': (turned(kind, tag), turn(COLOUR))
+         for kind in ('PNG', 'TIFF', 'WEBP') for tag, turn in TURNS.items()} | {
+    '16-bit PNG': (saved(Image.fromarray(GREY16), 'PNG'), rgb(GREY)),
+    '16-bit TIFF': (saved(Image.fromarray(GREY16), 'TIFF'), rgb(GREY)),
     '12-bit TIFF': (tiff(packed(GREY * np.uint16(16) + GREY // 16), 12, 1), rgb(GREY)),
     '16-bit dark PNG': (saved(Image.fromarray((GREY // 2) * np.uint16(257)), 'PNG'), rgb(GREY // 2)),
     '16-bit dark PGM': (saved(Image.fromarray((GREY // 2) * np.uint16(257)), 'PPM'), rgb(GREY // 2)),
-    '16-bit PGM': (saved(Image.fromarray(GREY * np.uint16(257)), 'PPM'), rgb(GREY)),
+    '16-bit PGM': (saved(Image.fromarray(GREY16), 'PPM'), rgb(GREY)),
     '16-bit colour': (None, COLOUR), # made by OpenCV below
     '32-bit TIFF, 8 bits used': (tiff(WIDE.astype(np.int32), 32, 2), rgb(GREY)),
     '32-bit TIFF, 16 bits used': (tiff(WIDE.astype(np.int32) * 257, 32, 2), rgb(GREY)),
@@ -83,12 +91,16 @@ CASES = {f'{kind} turned {tag}': (turned(kind, tag), turn(COLOUR)) for kind in (
     'RGBA WebP': (saved(Image.fromarray(np.dstack([COLOUR, ALPHA])), 'WEBP', lossless=True), over(COLOUR, ALPHA)),
     'RGBA TIFF': (saved(Image.fromarray(np.dstack([COLOUR, ALPHA])), 'TIFF'), over(COLOUR, ALPHA)),
     'LA PNG': (saved(Image.fromarray(np.dstack([GREY, ALPHA])), 'PNG'), over(rgb(GREY), ALPHA)),
-    'RGB PNG with a transparent colour': (saved(Image.fromarray(COLOUR), 'PNG', transparency=tuple(COLOUR[3, 4].tolist())), over(COLOUR, (COLOUR != COLOUR[3, 4]).any(-1))),
-    'grey PNG with a transparent grey': (saved(Image.fromarray(GREY), 'PNG', transparency=0), over(rgb(GREY), GREY != 0)),
-    '16-bit PNG with a transparent grey': (saved(Image.fromarray(GREY * np.uint16(257)), 'PNG', transparency=0), over(rgb(GREY), GREY != 0)),
+    'RGB PNG with a transparent colour': (
+        saved(Image.fromarray(COLOUR), 'PNG', transparency=tuple(COLOUR[3, 4].tolist())),
+        over(COLOUR, (COLOUR != COLOUR[3, 4]).any(-1))),
+    'grey PNG with a transparent grey': (
+        saved(Image.fromarray(GREY), 'PNG', transparency=0), over(rgb(GREY), GREY != 0)),
+    '16-bit PNG with a transparent grey': (
+        saved(Image.fromarray(GREY16), 'PNG', transparency=0), over(rgb(GREY), GREY != 0)),
     'palette': (saved(palette([])[0], 'PNG'), palette([])[1]),
     'palette, one transparent': (saved(palette([5])[0], 'PNG', transparency=5), palette([5])[1]),
-    'palette, several transparent': (saved(palette([])[0], 'PNG', transparency=bytes(0 if i in (2, 9) else 255 for i in range(16))), palette([2, 9])[1]),
+    'palette, several transparent': (saved(palette([])[0], 'PNG', transparency=OPACITY), palette([2, 9])[1]),
     'GIF': (saved(palette([])[0], 'GIF'), palette([])[1]),
     'GIF, one transparent': (saved(palette([5])[0], 'GIF', transparency=5), palette([5])[1]),
     'bilevel': (saved(Image.fromarray(GREY > 127), 'PNG'), rgb(np.where(GREY > 127, 255, 0))),
@@ -134,15 +146,18 @@ def demo(data):
 def calls(data, d):
     "Bytes, a path and a PIL image, all at once"
     (d/'2.png').write_bytes(data)
-    dl = load_data('digits').dataloaders(bs=16, device='cpu').test_dl([data, d/'2.png', str(d/'2.png'), Image.open(io.BytesIO(data))])
+    pictures = [data, d/'2.png', str(d/'2.png'), Image.open(io.BytesIO(data))]
+    dl = load_data('digits').dataloaders(bs=16, device='cpu').test_dl(pictures)
     seen = [np.asarray(dl.dataset[i][0]) for i in range(4)]
     for x in seen[1:]: assert (x == seen[0]).all()
     return seen[0]
 
 def card():
     "A model card with the snippet for ONNX"
-    m = dict(test_images=10, wrong=1, data_sha256='x', data='it', parameters=1, test_accuracy=.9, seed=0, recipe='fast', epochs=1, bs=1, precision='fp32')
-    return model_card(dict(metrics=m, onnx=dict(opset=18, images=10, max_difference=1e-6), classes=['it'], views='none', architecture=dict(name='n', norm='bn'),
+    m = dict(test_images=10, wrong=1, data_sha256='x', data='it', parameters=1, test_accuracy=.9,
+             seed=0, recipe='fast', epochs=1, bs=1, precision='fp32')
+    return model_card(dict(metrics=m, classes=['it'], views='none', architecture=dict(name='n', norm='bn'),
+                           onnx=dict(opset=18, images=10, max_difference=1e-6),
                            environment=dict(device_name='cpu', versions=dict(torch='2', fastcifar='1'))))
 
 def snippet(data, d, monkeypatch):
@@ -162,7 +177,8 @@ def snippet(data, d, monkeypatch):
 @pytest.mark.parametrize('name', CASES)
 def test_every_door_sees_the_same_picture(name, tmp_path, monkeypatch):
     data, right = case(name)
-    doors = dict(loading=loading(data, tmp_path/'tree'), demo=demo(data), calls=calls(data, tmp_path), snippet=snippet(data, tmp_path, monkeypatch), predict=predicting(data, tmp_path, monkeypatch))
+    doors = dict(loading=loading(data, tmp_path/'tree'), demo=demo(data), calls=calls(data, tmp_path),
+                 snippet=snippet(data, tmp_path, monkeypatch), predict=predicting(data, tmp_path, monkeypatch))
     for door, seen in doors.items():
         assert seen.dtype == np.uint8 and seen.shape == (32, 32, 3), door
         assert np.abs(seen.astype(int) - right).max() <= 1, door # a 16-bit colour may lose its last bit
@@ -195,7 +211,8 @@ def test_grey_is_scaled_and_keeps_its_order(top, kind):
     x = np.linspace(0, 1, 1024).reshape(32, 32) * top
     seen = decode_image(Image.fromarray(x.astype(kind)), convert=True)[..., 0].ravel().astype(int)
     assert (np.diff(seen) >= 0).all() and seen[0] == 0
-    white = 65535 if kind == np.uint16 else next(w for w in ((1, 255, 65535) if kind == np.float32 else (255, 65535)) if top <= w)
+    whites = {np.uint16: (65535,), np.int32: (255, 65535), np.float32: (1, 255, 65535)}[kind]
+    white = next(w for w in whites if top <= w)
     assert abs(seen[-1] - 255 * int(top) / white) <= 1
 
 @given(st.tuples(*[st.integers(0, 255)] * 4))
@@ -210,29 +227,38 @@ def test_damaged_exif_does_not_cost_a_picture():
     assert (decode_image(data) == COLOUR).all()
 
 def test_without_conversion_nothing_is_converted(tmp_path):
-    for name, mode in (('RGBA PNG', 'RGBA'), ('16-bit PNG', 'I;16'), ('GIF', 'P'), ('RGB PNG with a transparent colour', 'RGB with transparency')):
-        with pytest.raises(FastcifarError, match=f'{re.escape(mode)}.*convert=True, --convert'): decode_image(CASES[name][0])
-    with pytest.raises(FastcifarError, match='not finite'): decode_image(tiff(np.full((32, 32), np.nan, np.float32), 32, 3), convert=True)
+    modes = {'RGBA PNG': 'RGBA', '16-bit PNG': 'I;16', 'GIF': 'P',
+             'RGB PNG with a transparent colour': 'RGB with transparency'}
+    for name, mode in modes.items():
+        said = f'{re.escape(mode)}.*convert=True, --convert'
+        with pytest.raises(FastcifarError, match=said): decode_image(CASES[name][0])
+    no_numbers = tiff(np.full((32, 32), np.nan, np.float32), 32, 3)
+    with pytest.raises(FastcifarError, match='not finite'): decode_image(no_numbers, convert=True)
 
 def test_files_of_a_folder_are_read_or_named(tmp_path, cli):
     (tmp_path/'in').mkdir()
-    kinds = {'.jfif': 'JPEG', '.jpg': 'JPEG', '.jpeg': 'JPEG', '.tif': 'TIFF', '.tiff': 'TIFF', '.gif': 'GIF', '.webp': 'WEBP', '.bmp': 'BMP', '.png': 'PNG', '.ppm': 'PPM', '.pgm': 'PPM', '.pbm': 'PPM'}
+    kinds = {'.jfif': 'JPEG', '.jpg': 'JPEG', '.jpeg': 'JPEG', '.tif': 'TIFF', '.tiff': 'TIFF', '.gif': 'GIF',
+             '.webp': 'WEBP', '.bmp': 'BMP', '.png': 'PNG', '.ppm': 'PPM', '.pgm': 'PPM', '.pbm': 'PPM'}
     assert set(kinds) == set(IMAGE_SUFFIXES)
     for suffix, kind in kinds.items():
         mode = {'.pgm': 'L', '.pbm': '1'}.get(suffix, 'RGB')
         (tmp_path/f'in/a{suffix.upper()}').write_bytes(saved(Image.fromarray(COLOUR).convert(mode), kind))
     for name in ('b.heic', 'c.heic', 'notes.txt', 'README', '.DS_Store'): (tmp_path/'in'/name).write_bytes(b'?')
-    with pytest.warns(UserWarning, match=r'in: 4 files are left out, no images by their names \(2 with .heic, 1 with .txt, 1 with no ending\)'):
+    left_out = '4 files are left out, no images by their names (2 with .heic, 1 with .txt, 1 with no ending)'
+    with pytest.warns(UserWarning, match=re.escape(f'in: {left_out}')):
         assert len(predict_files('groupnet', [tmp_path/'in'])) == len(kinds)
     done = cli('predict', '--from', 'groupnet', tmp_path/'in')
     assert done.returncode == 0 and len(done.stdout.splitlines()) == len(kinds)
-    assert done.stderr.splitlines() == [f'fastcifar: {tmp_path}/in: 4 files are left out, no images by their names (2 with .heic, 1 with .txt, 1 with no ending)']
+    assert done.stderr.splitlines() == [f'fastcifar: {tmp_path}/in: {left_out}']
     (tmp_path/'none').mkdir()
     with pytest.raises(FastcifarError, match='holds no images'): predict_files('groupnet', [tmp_path/'none'])
 
 def test_a_field_is_drawn_over_the_same_picture(tmp_path, main, monkeypatch):
     seen = []
-    monkeypatch.setattr('fastcifar.models.summary.plot_field', lambda model, image, *a: seen.append(image) or __import__('matplotlib.pyplot').pyplot.figure())
+    def plot(model, image, *_):
+        seen.append(image)
+        return plt.figure()
+    monkeypatch.setattr('fastcifar.models.summary.plot_field', plot)
     (tmp_path/'a.png').write_bytes(turned('PNG', 3))
     code, _, err = main('summary', 'normnet31k', '--field', tmp_path/'f.png', '--image', tmp_path/'a.png')
     assert code == 0, err

@@ -19,7 +19,7 @@ class Member(NamedTuple):
     name:str # Path inside the collection, with forward slashes
     read:object # Called without arguments, gives the bytes; None for a folder
 
-# %% ../../nbs/data/01_archive.ipynb #d791d9af
+# %% ../../nbs/data/01_archive.ipynb #cec740f7
 MAX_FILE = 192 * 2**20 # The largest single file that is read, in bytes; the largest official one holds 155 MB
 MAX_TOTAL = 4 * 2**30 # The most that one archive may unpack to, in bytes
 MAX_MEMBERS = 1_000_000 # The most files in one collection
@@ -65,7 +65,7 @@ class _Bounded:
     def tell(self): return self.f.tell()
     def close(self): self.f.close()
 
-# %% ../../nbs/data/01_archive.ipynb #34817e23
+# %% ../../nbs/data/01_archive.ipynb #5fd3fefd
 def _checked_tar_name(m, path):
     "The name of a tar file's member, or an error if it is no file or folder of an image set"
     name = _checked_name(m.name, path)
@@ -97,7 +97,7 @@ def _tar_members(path):
             yield Member(name, None if m.isdir() else functools.partial(read, m))
         _check_tar_end(stream, t.offset)
 
-# %% ../../nbs/data/01_archive.ipynb #58688268
+# %% ../../nbs/data/01_archive.ipynb #748995a2
 def _checked_zip_name(m, path):
     "The name of a zip file's member, or an error if it is no file or folder of an image set"
     name, mode = _checked_name(m.filename, path), m.external_attr >> 16
@@ -116,26 +116,27 @@ def _zip_members(path):
             name = _checked_zip_name(m, path)
             yield Member(name, None if m.is_dir() else functools.partial(z.read, m))
 
-# %% ../../nbs/data/01_archive.ipynb #cd3078c7
+# %% ../../nbs/data/01_archive.ipynb #4133e071
 def _read_bounded(path):
     "The bytes of a file in a folder"
     if not path.is_file(): raise FastcifarError(f'{path} is not a regular file: remove it from the data folder')
     _check_size(path.stat().st_size, path.name, path.parent)
     return path.read_bytes()
 
+def _subfolder(path, place):
+    "A folder as a list of one member, none for a link; a link that would hide images is refused"
+    if not os.path.islink(path/place): return [Member(place.as_posix(), None)]
+    if not {'train', 'test'} & {*place.parts}: return []
+    raise FastcifarError(f'{path/place} is a link to a folder: put the folder itself there')
+
 def _folder_members(path):
     "The folders and files below a folder, sorted by name"
     def fail(e): raise e
     for root, dirs, files in os.walk(path, onerror=fail):
+        below = Path(root).relative_to(path)
         dirs.sort()
-        for d in dirs:
-            place = (Path(root)/d).relative_to(path)
-            if not os.path.islink(path/place): yield Member(place.as_posix(), None)
-            elif {'train', 'test'} & {*place.parts}: # it would hide images
-                raise FastcifarError(f'{path/place} is a link to a folder: put the folder itself there')
-        for f in sorted(files):
-            file = Path(root)/f
-            yield Member(file.relative_to(path).as_posix(), functools.partial(_read_bounded, file))
+        for d in dirs: yield from _subfolder(path, below/d)
+        for f in sorted(files): yield Member((below/f).as_posix(), functools.partial(_read_bounded, Path(root)/f))
 
 # %% ../../nbs/data/01_archive.ipynb #5b518b8d
 _IMAGES = 'give a folder or an archive of images'
@@ -154,19 +155,20 @@ _KINDS = [('a 7z archive', _UNPACK, b"7z\xbc\xaf'\x1c"), ('a rar archive', _UNPA
           *(('a pickle', _BATCHES, b'\x80' + bytes([protocol])) for protocol in range(2, 6))]
 _NO_TEXT = {*range(32)} - {*b'\t\n\f\r'} # Bytes that no text holds
 
+def _is_bmp_or_webp(head):
+    return head[:2] == b'BM' and head[6:10] == bytes(4) or head[:4] == b'RIFF' and head[8:12] == b'WEBP'
+
 def _other_kind(head):
     "(what, what to do) of a file that is no archive, by its first bytes; None if they do not say"
     for what, how, magic in _KINDS:
         if head.startswith(magic): return what, how
-    bmp = head[:2] == b'BM' and head[6:10] == bytes(4)
-    webp = head[:4] == b'RIFF' and head[8:12] == b'WEBP'
-    if bmp or webp: return 'one image', _ALONE
+    if _is_bmp_or_webp(head): return 'one image', _ALONE
     start = head.removeprefix(b'\xef\xbb\xbf').lstrip().lower()
     if start.startswith((b'<!doctype html', b'<html')):
         return 'a web page', 'the address led to a page, perhaps one to log in: get the file itself'
     if head and not _NO_TEXT & {*head}: return 'a text file', f'{_IMAGES}; if it is a table of pixels, {_ARRAYS}'
 
-# %% ../../nbs/data/01_archive.ipynb #15ce174d
+# %% ../../nbs/data/01_archive.ipynb #719ae3c7
 def _begins_as_tar(head):
     "Is the first block of a file a tar header, or the end mark of an empty tar file?"
     try: tarfile.TarInfo.frombuf(head, 'utf-8', 'surrogateescape')
@@ -174,20 +176,23 @@ def _begins_as_tar(head):
     except tarfile.HeaderError: return False
     return True
 
+def _check_may_be_tar(path, head):
+    "Refuse a file that does not begin as a tar file, unless its name says it is one: reading it says how it is damaged"
+    other = _other_kind(head)
+    if other: raise FastcifarError(f'{path} is {other[0]}, not a folder or archive of images: {other[1]}')
+    if not re.search(r'\.(tar|tgz|tbz2?|txz|zip)\b', path.name.lower()):
+        raise FastcifarError(f'{path} is neither a tar nor a zip file: {_IMAGES}')
+
 def _archive_reader(path):
     "The function that reads an archive; a file that is none is refused by what it is"
     with open(path, 'rb') as f: magic = f.read(4)
     if not magic: raise FastcifarError(f'{path} is empty: get it again')
     if magic == b'PK\3\4' or zipfile.is_zipfile(path): return _zip_members
     with contextlib.closing(_Bounded(path)) as f: head = f.read(tarfile.BLOCKSIZE)
-    if _begins_as_tar(head): return _tar_members
-    other = _other_kind(head)
-    if other: raise FastcifarError(f'{path} is {other[0]}, not a folder or archive of images: {other[1]}')
-    named_so = re.search(r'\.(tar|tgz|tbz2?|txz|zip)\b', path.name.lower())
-    if named_so: return _tar_members # damaged, and reading it says how
-    raise FastcifarError(f'{path} is neither a tar nor a zip file: {_IMAGES}')
+    if not _begins_as_tar(head): _check_may_be_tar(path, head)
+    return _tar_members
 
-# %% ../../nbs/data/01_archive.ipynb #ce881039
+# %% ../../nbs/data/01_archive.ipynb #67c04625
 _BROKEN = (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, RuntimeError, ValueError,
            KeyError, OverflowError, MemoryError)
 
@@ -214,7 +219,7 @@ def _warn_of_hidden(path, files):
     why = 'left out, because folders that begin with a dot are hidden'
     warnings.warn(f'{path}: {why}: {", ".join(counted)}; rename what is a class')
 
-# %% ../../nbs/data/01_archive.ipynb #cfe1ee76
+# %% ../../nbs/data/01_archive.ipynb #206f65f4
 def _all_members(path):
     "All members of a folder or archive, hidden ones and folders too"
     if not path.exists(): raise FastcifarError(f'there is no file or folder {path}: check the path')
@@ -257,7 +262,7 @@ def clean_name(
     seen = ''.join(c for c in _INVISIBLE.sub('', name) if not hidden(c))
     return unicodedata.normalize('NFC', ' '.join(seen.split()))
 
-# %% ../../nbs/data/01_archive.ipynb #44fd8026
+# %% ../../nbs/data/01_archive.ipynb #9f1c4ae0
 def _clean_class(raw, where):
     "The normal form of one class name, or an error if it has none"
     if not isinstance(raw, str): raise FastcifarError(f'{where}: the class name {raw!r} is no text: give str')

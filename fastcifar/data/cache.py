@@ -34,16 +34,22 @@ def _known(a, source, sha):
         if sha == o.sha256 or source == o.content: return name
         if o.sums and _has_counts(a, o) and _colour_sums(a) == o.sums: return name
 
-# %% ../../nbs/data/05_cache.ipynb #e50882cb
-def _arranged(a, digests, file):
-    "The same set in the official order of images and classes"
+# %% ../../nbs/data/05_cache.ipynb #9bfa1517
+def _numbered_by_name(a):
+    "The same set with its classes sorted by their names"
     classes = sorted(a.classes)
     number = np.array([classes.index(c) for c in a.classes])
+    return a._replace(y={s: number[y] for s, y in a.y.items()}, classes=classes)
+
+def _arranged(a, digests, file):
+    "The same set in the official order of images and classes"
     with np.load(files('fastcifar')/'templates'/file, allow_pickle=False) as places:
         if any(len(places[s]) != len(a.y[s]) for s in places): return a
         at = {s: np.argsort(digests[s], kind='stable')[places[s]] for s in places}
-    return Arrays({s: a.x[s][i] for s, i in at.items()}, {s: number[a.y[s]][i] for s, i in at.items()}, classes)
+    a = _numbered_by_name(a)
+    return Arrays({s: a.x[s][i] for s, i in at.items()}, {s: a.y[s][i] for s, i in at.items()}, a.classes)
 
+# %% ../../nbs/data/05_cache.ipynb #76acd1b5
 def _identified(a, sha):
     "(the arrays, in the official order where that is known; what is kept of their identity)"
     digests, read = image_digests(a), order_hash(a)
@@ -55,7 +61,7 @@ def _identified(a, sha):
     order = order_hash(a)
     return a, dict(source=source, known=known, order=order, former=former, arranged=order != read)
 
-# %% ../../nbs/data/05_cache.ipynb #7fd68beb
+# %% ../../nbs/data/05_cache.ipynb #c239639d
 def count_copies(
     a:Arrays, # A decoded set
 ) -> tuple: # (test images that are training images too, those of them that have another label there)
@@ -66,7 +72,7 @@ def count_copies(
     copies = [label in seen[k] for k, label in zip(keys('test'), a.y['test'].tolist()) if k in seen]
     return len(copies), copies.count(False)
 
-# %% ../../nbs/data/05_cache.ipynb #67a8f19b
+# %% ../../nbs/data/05_cache.ipynb #76873f05
 def _notes(data, copies):
     "What makes an accuracy on `data` mean less than it seems, a line each"
     n, other = copies
@@ -91,7 +97,7 @@ def cache_root() -> Path:
     if os.environ.get('FASTCIFAR_CACHE'): return user_path(os.environ['FASTCIFAR_CACHE'], what)
     return user_path(Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache')/'fastcifar', what)
 
-# %% ../../nbs/data/05_cache.ipynb #1461d28c
+# %% ../../nbs/data/05_cache.ipynb #1091d78b
 def _write_arrays(folder, a):
     "Write the arrays of both splits to files, and wait until the disk has them"
     for s in ('train', 'test'):
@@ -138,7 +144,7 @@ def _in_use(folder):
     except OSError: return True
     return False
 
-# %% ../../nbs/data/05_cache.ipynb #6c89f8e7
+# %% ../../nbs/data/05_cache.ipynb #f65ef660
 def _open(folder, name, policy):
     "The set of a cache folder, its images mapped into memory"
     _use(folder)
@@ -200,7 +206,7 @@ def _entry(path):
         return (kind, *about) if about else ('damaged', '-', *nothing)
     return (kind, '-' if kind == 'unfinished' else path.name, *nothing)
 
-# %% ../../nbs/data/05_cache.ipynb #ce7757ee
+# %% ../../nbs/data/05_cache.ipynb #7a05c15e
 def _lock_name(path):
     "The name of the lock of what lies at `path`, or None if it is no set or part of one"
     name = path.name.split('.')[1] if path.name.startswith('.') else path.name
@@ -225,7 +231,7 @@ def _alone(path):
 def _is_free(path):
     with _alone(path) as alone: return alone
 
-# %% ../../nbs/data/05_cache.ipynb #6e481686
+# %% ../../nbs/data/05_cache.ipynb #e649daaf
 def _size(path):
     "Bytes of a file, or of all files in a folder"
     return sum(f.stat().st_size for f in ([path] if path.is_file() else path.rglob('*')) if f.is_file())
@@ -236,6 +242,12 @@ def _found_in_cache():
     root = cache_root()
     return [p for p in inside(root) if p.name != 'downloads' and p.suffix != '.lock'] + inside(root/'downloads')
 
+def _outdated(t):
+    "Rows of decoded sets whose folder has changed since: a later set comes from the same place"
+    now = t[(t.what == 'current') & t.place.notna()].sort_values('used')
+    return now.index[now.duplicated('place', keep='last')]
+
+# %% ../../nbs/data/05_cache.ipynb #03397648
 def list_cache() -> pd.DataFrame: # what, name, train, test, classes, MB, used (seconds since 1970), free, path
     "What the cache folder holds: decoded sets, those of older versions, and what broken-off processes have left"
     rows = []
@@ -244,11 +256,10 @@ def list_cache() -> pd.DataFrame: # what, name, train, test, classes, MB, used (
         rows.append((what, name, *numbers, _size(p) / 1e6, p.lstat().st_mtime, _is_free(p), str(p), place))
     columns = 'what name train test classes MB used free path place'.split()
     t = pd.DataFrame(rows, columns=columns)
-    now = t[(t.what == 'current') & t.place.notna()].sort_values('used')
-    t.loc[now.index[now.duplicated('place', keep='last')], 'what'] = 'old' # the folder has changed since
+    t.loc[_outdated(t), 'what'] = 'old'
     return t.drop(columns='place')
 
-# %% ../../nbs/data/05_cache.ipynb #21ea787f
+# %% ../../nbs/data/05_cache.ipynb #b1871052
 def _remove(path):
     "Remove a set or its leavings, if nobody has begun to use it meanwhile; was it removed?"
     with _alone(path) as alone:

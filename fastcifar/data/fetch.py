@@ -29,7 +29,7 @@ class Archive(NamedTuple):
     sums:tuple = None # Sums of all red, green and blue bytes of (training, test) images, if `content` is not known
     order:str = None # File among the templates with the official order of the images, see `fastcifar.data`
 
-# %% ../../nbs/data/04_fetch.ipynb #41a66922
+# %% ../../nbs/data/04_fetch.ipynb #f4968427
 ARCHIVES = {
     'cifar10': Archive(
         'cifar-10-binary.tar.gz', 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz',
@@ -53,12 +53,15 @@ def _save_body(response, file, bar):
         bar.update(len(chunk))
         if file.tell() > _MAX_BYTES: raise _Unfit(f'it sends more than {_MAX_BYTES:,} bytes')
 
+def _resumes(response, have):
+    "Does a server send what follows the first `have` bytes?"
+    return response.status == 206 and (response.headers.get('Content-Range') or '').startswith(f'bytes {have}-')
+
 def _append(response, part, have, progress):
     "Write an answer behind the `have` bytes of `part`, or over them if it is the whole file; is that all?"
-    says = response.headers.get
-    resumed = response.status == 206 and (says('Content-Range') or '').startswith(f'bytes {have}-')
+    resumed, length = _resumes(response, have), response.headers.get('Content-Length')
     start = have if resumed else 0
-    total = start + int(says('Content-Length')) if says('Content-Length') else None
+    total = start + int(length) if length else None
     shown = dict(unit='B', unit_scale=True, leave=False, disable=None if progress else True)
     name = part.name.removesuffix('.part')
     with (open(part, 'ab' if resumed else 'wb') as f,
@@ -75,7 +78,7 @@ def _stream(url, part, timeout, progress):
         raise
     with response: return _append(response, part, have, progress)
 
-# %% ../../nbs/data/04_fetch.ipynb #d39c8383
+# %% ../../nbs/data/04_fetch.ipynb #4b9128e0
 def _attempt(url, part, timeout, progress):
     "(what kept `part` from being whole, or None; may another attempt help?)"
     try: return (None if _stream(url, part, timeout, progress) else 'the connection ended early'), True
@@ -84,6 +87,15 @@ def _attempt(url, part, timeout, progress):
     except (OSError, ValueError, EOFError) as e: return str(getattr(e, 'reason', None) or e) or type(e).__name__, True
     except Exception as e: return f'{type(e).__name__}: {e}', True # http.client's own errors, such as IncompleteRead
 
+def _finish(part, path, sha256):
+    "Give a whole download its name if its sha256 is right, and return None; else remove it, and return what is wrong"
+    got = file_sha256(part)
+    if sha256 not in (None, got):
+        part.unlink()
+        return f'sha256 is {got[:12]}..., not {sha256[:12]}...'
+    os.replace(part, path)
+
+# %% ../../nbs/data/04_fetch.ipynb #287f1dc9
 def download(
     url:str, # What to get (http, https or file)
     path, # Where the finished file shall stand
@@ -101,12 +113,8 @@ def download(
         if attempt: time.sleep(min(2**attempt / 4, 5))
         why, go_on = _attempt(url, part, timeout, progress)
         if why is None:
-            got = file_sha256(part)
-            if sha256 in (None, got):
-                os.replace(part, path)
-                return path
-            part.unlink()
-            why, lies = f'sha256 is {got[:12]}..., not {sha256[:12]}...', lies + 1
+            why, lies = _finish(part, path, sha256), lies + 1
+            if why is None: return path
             go_on = lies < 2 # once may be an old half file; twice is the server
         if not go_on: break
     raise FastcifarError(f'{url} could not be used: {why}')
@@ -131,7 +139,7 @@ def check_counts(
                                  'it is not the official set')
     return arrays
 
-# %% ../../nbs/data/04_fetch.ipynb #50e1fe2d
+# %% ../../nbs/data/04_fetch.ipynb #017e3739
 def _downloads(name, folder):
     "The files that a download of a set may have left below what `fetch_archive` was given, and no others"
     a, place = ARCHIVES[name], Path(folder)/'downloads'/name
@@ -147,7 +155,7 @@ def clear_download(
     for place in (Path(folder)/'downloads'/name, Path(folder)/'downloads'):
         with contextlib.suppress(OSError): place.rmdir() # if it is empty
 
-# %% ../../nbs/data/04_fetch.ipynb #d9b4048c
+# %% ../../nbs/data/04_fetch.ipynb #a3ce5392
 def fetch_archive(
     name:str, # A key of `ARCHIVES`
     folder, # Where to keep the download until it is decoded
@@ -165,5 +173,6 @@ def fetch_archive(
         except FastcifarError as e:
             tried.append(str(e))
             if not sha: path.unlink(missing_ok=True)
-    raise FastcifarError(f'{name} could not be downloaded; tried: {"; ".join(tried)}. Check the network, name mirrors in '
-                         'FASTCIFAR_MIRRORS, or give an archive that you have: --data FILE, load_data("FILE")')
+    raise FastcifarError(f'{name} could not be downloaded; tried: {"; ".join(tried)}. '
+                         'Check the network, name mirrors in FASTCIFAR_MIRRORS, or give an archive that you have: '
+                         '--data FILE, load_data("FILE")')

@@ -29,7 +29,7 @@ class Arrays(NamedTuple):
     coarse:dict = None # CIFAR-100's 20 superclasses: split -> int64 array (N,), else None
     coarse_classes:list = None # Their names
 
-# %% ../../nbs/data/02_formats.ipynb #9843b3ae
+# %% ../../nbs/data/02_formats.ipynb #d30da502
 def _check_pixels(x, s, where):
     "Refuse images of a split that are not uint8 of shape (N, 32, 32, 3), or none at all"
     if x.ndim != 4 or x.shape[1:] != (SIDE, SIDE, 3) or x.dtype != np.uint8:
@@ -63,7 +63,7 @@ def _check_split(a, s, where):
     _check_none_empty(a.y[s], a.classes, s, where)
     if a.coarse: _check_coarse(a.coarse[s], a.y[s], a.coarse_classes, s, where)
 
-# %% ../../nbs/data/02_formats.ipynb #c00d6888
+# %% ../../nbs/data/02_formats.ipynb #c72ca1e4
 def check_arrays(
     a:Arrays, # A set as it was read or given
     where, # Its name, for error messages
@@ -83,7 +83,7 @@ IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.jfif', '.bmp', '.pbm', '.pgm', '.pp
 MAX_PIXELS = 50_000_000 # Larger pictures are refused before they are decoded (a decompression bomb)
 BACKGROUND = (255, 255, 255) # What shows through transparent pixels: white, as on a page
 
-# %% ../../nbs/data/02_formats.ipynb #ad6d7c4f
+# %% ../../nbs/data/02_formats.ipynb #a98154d6
 def _grey_numbers(im, file):
     "Grey of more than 8 bits as an array, and which number is white if the file says so"
     v, tags = np.asarray(im), getattr(file, 'tag_v2', {}) # tags of a TIFF file
@@ -117,7 +117,7 @@ def _grey(im, file, where):
         grey.putalpha(Image.fromarray(seen))
     return grey
 
-# %% ../../nbs/data/02_formats.ipynb #a8ba5d88
+# %% ../../nbs/data/02_formats.ipynb #6046b74b
 def _upright(im):
     "A picture as the camera was held; where EXIF data are damaged it stays as it is, as in other programs"
     try: return ImageOps.exif_transpose(im)
@@ -131,25 +131,27 @@ def _rgb(file, where):
         im = Image.alpha_composite(Image.new('RGBA', im.size, BACKGROUND), im.convert('RGBA'))
     return im.convert('RGB')
 
-# %% ../../nbs/data/02_formats.ipynb #eacd18f1
+# %% ../../nbs/data/02_formats.ipynb #03d979e0
 def _opened(data):
     "A context that gives the PIL image of a file, a path or bytes; an image that is one already stays open"
     if isinstance(data, Image.Image): return contextlib.nullcontext(data)
     return Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=_FORMATS)
 
-def _check_picture(im, where, side):
-    "Refuse a picture that is too large, and with `side` one that is not square RGB of that size"
-    size = f'{im.width}x{im.height}'
+def _check_size(im, where):
+    "Refuse a picture that is too large"
     if im.width * im.height > MAX_PIXELS:
-        raise FastcifarError(f'{where} has {size} pixels: use an image of at most {MAX_PIXELS:,}')
+        raise FastcifarError(f'{where} has {im.width}x{im.height} pixels: use an image of at most {MAX_PIXELS:,}')
+
+def _check_form(im, where, side):
+    "Refuse a picture that is not square RGB of a size"
     mode = 'RGB with transparency' if im.mode == 'RGB' and im.has_transparency_data else im.mode
     ask = '(convert=True, --convert)'
-    if side and mode != 'RGB':
+    if mode != 'RGB':
         raise FastcifarError(f'{where} has mode {mode}, not RGB: convert it, or ask for conversion {ask}')
-    if side and im.size != (side, side):
-        raise FastcifarError(f'{where} is {size}, not {side}x{side}: resize it, or ask for it {ask}')
+    if im.size != (side, side):
+        raise FastcifarError(f'{where} is {im.width}x{im.height}, not {side}x{side}: resize it, or ask for it {ask}')
 
-# %% ../../nbs/data/02_formats.ipynb #1c9e6cc1
+# %% ../../nbs/data/02_formats.ipynb #ca80603c
 def decode_image(
     data, # Bytes of an image file, a path, an open file, or a PIL image
     where='image', # Name for error messages
@@ -160,7 +162,8 @@ def decode_image(
     try:
         # Pillow warns of large pictures, which are refused here, and of odd metadata, which are not used
         with warnings.catch_warnings(action='ignore'), _opened(data) as im:
-            _check_picture(im, where, None if convert else side)
+            _check_size(im, where)
+            if not convert: _check_form(im, where, side)
             im.load()
             return np.asarray(_rgb(im, where).resize((side, side), Image.Resampling.BILINEAR))
     except FastcifarError: raise
@@ -186,7 +189,7 @@ def _several(where, places):
     else: how = 'take all but one of them out'
     return FastcifarError(f'{where} holds {len(places)} data sets, in {shown}: {how}')
 
-# %% ../../nbs/data/02_formats.ipynb #99b006f1
+# %% ../../nbs/data/02_formats.ipynb #e2af45fd
 def _decode_tree(files, where, convert):
     "split -> [(path below the split, image)], and split -> the folders around it"
     images, roots = {'train': [], 'test': []}, {'train': set(), 'test': set()}
@@ -209,7 +212,7 @@ def _check_one_tree(images, roots, where):
         what = f'{where} holds no {s}/<class>/<image> files'
         raise FastcifarError(f'{what}: give a folder or archive with train/<class>/* and test/<class>/*{links}')
 
-# %% ../../nbs/data/02_formats.ipynb #c81e99d4
+# %% ../../nbs/data/02_formats.ipynb #8192be7f
 def _wrappers(paths):
     "How many folders lie around all classes of a split: 1 for `train/images/<class>/*`, mostly 0"
     n = 0
@@ -229,7 +232,7 @@ def _by_class(images, folders, where):
     for p, im in images: res.setdefault(p[n], []).append(('/'.join(p[n+1:]), im))
     return dict(zip(clean_names(res, where), res.values()))
 
-# %% ../../nbs/data/02_formats.ipynb #08228dc4
+# %% ../../nbs/data/02_formats.ipynb #6910b575
 def _check_same_classes(train, test, where):
     "Refuse a class that is in one split alone"
     only = sorted(train ^ test)
@@ -247,7 +250,7 @@ def _agreed(found, where):
         raise FastcifarError(f'{where}: the class folder {empty[0]!r} holds no image{more}: add some, or remove it')
     return sorted(full['train'])
 
-# %% ../../nbs/data/02_formats.ipynb #9bb40a2b
+# %% ../../nbs/data/02_formats.ipynb #b02f981d
 def _stacked(found, classes):
     "(images, labels) of one split, class by class, each sorted by the names of its files"
     rows = []
@@ -286,7 +289,7 @@ def _records(data, n_labels, where):
     rows = np.frombuffer(data, np.uint8).reshape(-1, size)
     return _from_planes(rows[:, n_labels:]), rows[:, :n_labels].astype(np.int64)
 
-# %% ../../nbs/data/02_formats.ipynb #2f8638e8
+# %% ../../nbs/data/02_formats.ipynb #f11d35a1
 def _check_equally_long(batches, where):
     "The batches of CIFAR-10 are equally long; one that is not was cut off"
     sizes = {len(x) for x, _ in batches}
@@ -306,7 +309,7 @@ def _join100(read):
     splits = {s: read(s) for s in ('train', 'test')}
     return [{s: parts[i] for s, parts in splits.items()} for i in range(3)]
 
-# %% ../../nbs/data/02_formats.ipynb #8afb0352
+# %% ../../nbs/data/02_formats.ipynb #42b35898
 def _binary10(files, where):
     def read(name):
         x, y = _records(files[f'{name}.bin'], 1, f'{where}: {name}.bin')
@@ -332,7 +335,7 @@ def _encode(text, codec):
     if _text(codec) != 'latin1': raise pickle.UnpicklingError(f'codec {codec!r}')
     return text.encode('latin1')
 
-# %% ../../nbs/data/02_formats.ipynb #d99a155a
+# %% ../../nbs/data/02_formats.ipynb #6f97fffe
 class _Dtype:
     "Stands in for numpy.dtype: only plain numbers get through"
     def __init__(self, code, *_):
@@ -353,7 +356,7 @@ class _Array:
 
 def _new_array(*_): return _Array()
 
-# %% ../../nbs/data/02_formats.ipynb #1a8af63c
+# %% ../../nbs/data/02_formats.ipynb #bdb6cd7b
 class _PlainUnpickler(pickle._Unpickler):
     "Numbers, strings, plain containers and numeric arrays; every other name is refused"
     known = {('_codecs', 'encode'): _encode,
@@ -366,7 +369,7 @@ class _PlainUnpickler(pickle._Unpickler):
         raise pickle.UnpicklingError(f'it asks for {module}.{name}')
     def persistent_load(self, pid): raise pickle.UnpicklingError('it asks for a persistent object')
 
-# %% ../../nbs/data/02_formats.ipynb #c1540053
+# %% ../../nbs/data/02_formats.ipynb #5e1f6876
 _PLAIN = (type(None), bool, int, float, str, bytes)
 
 def _is_plain(v):
@@ -414,7 +417,7 @@ def _names(data, key, where):
     except (KeyError, AttributeError, TypeError, UnicodeDecodeError) as e:
         raise FastcifarError(f'{where} holds no class names; get the data from its source') from e
 
-# %% ../../nbs/data/02_formats.ipynb #c7f5d91d
+# %% ../../nbs/data/02_formats.ipynb #5024b437
 def _python10(files, where):
     x, y = _join10(lambda name: _batch(files[name], [b'labels'], f'{where}: {name}'), where)
     names = files.get('batches.meta')
@@ -426,7 +429,7 @@ def _python100(files, where):
     fine_names = _names(meta, b'fine_label_names', where)
     return Arrays(x, fine, fine_names, coarse, _names(meta, b'coarse_label_names', where))
 
-# %% ../../nbs/data/02_formats.ipynb #1858527e
+# %% ../../nbs/data/02_formats.ipynb #12f8d7bd
 _FILES10 = {*_BATCHES10['train'], *_BATCHES10['test']}
 # Which files tell the official forms apart, and what reads them
 _OFFICIAL = [({f'{name}.bin' for name in _FILES10}, _binary10),
@@ -440,7 +443,7 @@ def _official_reader(found):
     return next((read for need, read in _OFFICIAL if need <= set(found)), None)
 
 def _read_official(found, where):
-    "The set of the files of one folder, name -> bytes"
+    "The set whose files, name -> bytes, were found in one folder"
     return check_arrays(_official_reader(found)(found, where), where)
 
 def _check_complete(official, where):
@@ -463,7 +466,7 @@ def _without_official(path, folders, official):
         if sum(len(data) for files in official.values() for data in files.values()) > 2 * MAX_FILE:
             raise FastcifarError(f'{path} holds more than a CIFAR archive can: give one set, from its source')
 
-# %% ../../nbs/data/02_formats.ipynb #63652692
+# %% ../../nbs/data/02_formats.ipynb #accad973
 def read_images(
     path, # Folder or archive: CIFAR-10 or CIFAR-100 (binary or python form), or a tree of `train/` and `test/<class>/*`
     convert:bool=False, # Resize and convert images that are not 32x32 RGB, instead of refusing them?

@@ -7,7 +7,7 @@ __all__ = ['pixel_stats', 'image_digests', 'content_hash', 'order_hash', 'ImageD
            'stratified_holdout']
 
 # %% ../../nbs/data/03_images.ipynb #7963a457
-import functools, hashlib, json, warnings, weakref
+import contextlib, functools, hashlib, json, warnings, weakref
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +51,7 @@ def content_hash(
         h.update(np.sort(digests[s]))
     return h.hexdigest()
 
-# %% ../../nbs/data/03_images.ipynb #3bb4f41b
+# %% ../../nbs/data/03_images.ipynb #a401b91a
 def order_hash(
     a:Arrays, # A decoded set
 ) -> str:
@@ -105,7 +105,7 @@ class ImageData:
         n, n_test = len(self.y['train']), len(self.y['test'])
         return f'{self.name}: {n:,} training and {n_test:,} test images, {len(self.classes)} classes'
 
-# %% ../../nbs/data/03_images.ipynb #968b17b7
+# %% ../../nbs/data/03_images.ipynb #5bc779a0
 @patch
 def known_as(self:ImageData,
     sha256:str, # What a run folder, of this version or an older one, says of its data
@@ -113,30 +113,31 @@ def known_as(self:ImageData,
     "Is this the set that is meant?"
     return sha256 in (self.source, self.order, *self.former)
 
-# %% ../../nbs/data/03_images.ipynb #28536a67
+# %% ../../nbs/data/03_images.ipynb #372dc1f5
 @patch(as_prop=True)
 def fill(self:ImageData) -> tuple:
     "The mean colour in 0..255, for cut-out holes"
     return tuple(round(m * 255) for m in self.mean)
 
-# %% ../../nbs/data/03_images.ipynb #c79f6649
+# %% ../../nbs/data/03_images.ipynb #e4c30e8d
 @patch
 def counts(self:ImageData) -> pd.DataFrame:
     "Images of each class in each split"
     n = {s: np.bincount(self.y[s], minlength=len(self.classes)) for s in ('train', 'test')}
     return pd.DataFrame(n, index=self.classes)
 
-# %% ../../nbs/data/03_images.ipynb #a43a162c
+# %% ../../nbs/data/03_images.ipynb #cc4f6d69
+def _describe(x, n_classes):
+    "Shape, range, mean and standard deviation of the pixels of a split"
+    mean, std = pixel_stats(x)
+    shape = 'x'.join(map(str, x.shape[1:]))
+    row = dict(images=len(x), shape=shape, classes=n_classes, min=x.min() / 255, max=x.max() / 255)
+    return row | {f'mean {c}': m for c, m in zip('RGB', mean)} | {f'std {c}': v for c, v in zip('RGB', std)}
+
 @patch
 def stats(self:ImageData) -> pd.DataFrame:
     "Shape, range, mean and standard deviation of the pixels of each split, in 0..1"
-    rows = {}
-    for s, x in self.x.items():
-        mean, std = pixel_stats(x)
-        rows[s] = dict(images=len(x), shape='x'.join(map(str, x.shape[1:])), classes=len(self.classes),
-                       min=x.min() / 255, max=x.max() / 255)
-        rows[s] |= {f'mean {c}': m for c, m in zip('RGB', mean)} | {f'std {c}': v for c, v in zip('RGB', std)}
-    return pd.DataFrame(rows).T
+    return pd.DataFrame({s: _describe(x, len(self.classes)) for s, x in self.x.items()}).T
 
 # %% ../../nbs/data/03_images.ipynb #c4b20001
 def _found_in(path, characters):
@@ -163,7 +164,7 @@ def _fewest_fonts(missing):
         picked.append(best.name)
     return picked, missing
 
-# %% ../../nbs/data/03_images.ipynb #8d84af1c
+# %% ../../nbs/data/03_images.ipynb #691928bf
 @functools.cache
 def _fonts_with(characters, families, installed):
     "Fonts with what `families` lack of the characters, and what no font has; `installed` fonts make it look anew"
@@ -180,8 +181,19 @@ def _fonts_for(names):
     if not characters: return [], set()
     return _fonts_with(characters, tuple(mpl.rcParams['font.family']), len(fm.fontManager.ttflist))
 
-# %% ../../nbs/data/03_images.ipynb #fb529f73
+# %% ../../nbs/data/03_images.ipynb #f5802566
 _NAMES_IN = weakref.WeakKeyDictionary() # Figure -> the class names drawn in it
+
+@contextlib.contextmanager
+def _as_plain_text(names):
+    "Context in which matplotlib draws names as they are, in fonts that have their characters"
+    import matplotlib.pyplot as plt
+    family = [*plt.rcParams['font.family'], *_fonts_for(names)[0]]
+    with plt.rc_context({'text.parse_math': False, 'font.family': family}), warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph .* missing') # `legible` says so, once
+        yield
+        interactive = plt.isinteractive() # the first figure of a notebook turns this on, and the context off again
+    plt.interactive(interactive)
 
 def draws_names(
     draw, # A method that draws class names, of something with `classes` or a `vocab`
@@ -192,15 +204,22 @@ def draws_names(
         import matplotlib.pyplot as plt
         classes = getattr(self, 'classes', None) or getattr(self, 'vocab', ())
         names = [n for n in classes if isinstance(n, str)]
-        family = [*plt.rcParams['font.family'], *_fonts_for(names)[0]]
-        with plt.rc_context({'text.parse_math': False, 'font.family': family}), warnings.catch_warnings():
-            warnings.filterwarnings('ignore', 'Glyph .* missing') # `legible` says so, once
-            res = draw(self, *args, **kwargs)
+        with _as_plain_text(names): res = draw(self, *args, **kwargs)
         if plt.get_fignums(): _NAMES_IN[plt.gcf()] = names
         return res
     return drawn
 
-# %% ../../nbs/data/03_images.ipynb #998f0e15
+# %% ../../nbs/data/03_images.ipynb #b01dea1e
+def _image_grid(images, titles, rows, cols):
+    "A figure of images with a title above each"
+    import matplotlib.pyplot as plt
+    fig, axs = plt.subplots(rows, cols, figsize=(1.2 * cols, 1.35 * rows), layout='constrained')
+    for ax in np.ravel(axs): ax.axis('off')
+    for ax, image, title in zip(np.ravel(axs), images, titles):
+        ax.imshow(image)
+        ax.set_title(title, fontsize=9)
+    return fig
+
 @patch
 @draws_names
 def show_samples(self:ImageData,
@@ -210,17 +229,11 @@ def show_samples(self:ImageData,
     seed:int=0, # Which images are drawn
 ):
     "A grid of randomly drawn images with their class names; returns the matplotlib figure"
-    import matplotlib.pyplot as plt
     x, y = self.x[split], self.y[split]
     idxs = np.random.default_rng(seed).choice(len(y), min(rows * cols, len(y)), replace=False)
-    fig, axs = plt.subplots(rows, cols, figsize=(1.2 * cols, 1.35 * rows), layout='constrained')
-    for ax in np.ravel(axs): ax.axis('off')
-    for ax, i in zip(np.ravel(axs), idxs):
-        ax.imshow(x[i])
-        ax.set_title(self.classes[y[i]], fontsize=9)
-    return fig
+    return _image_grid(x[idxs], [self.classes[i] for i in y[idxs]], rows, cols)
 
-# %% ../../nbs/data/03_images.ipynb #2659f2a5
+# %% ../../nbs/data/03_images.ipynb #5d242772
 def _replace_texts(fig, renamed):
     "Put `renamed` of each text in a figure in its place"
     from matplotlib.text import Text
@@ -254,20 +267,24 @@ def legible(
     return fig
 
 # %% ../../nbs/data/03_images.ipynb #4941f2a9
-def _check_holdout(classes, counts, n, names):
-    "Refuse a class of one image, and a number that does not leave every class in both parts"
-    alone, least, most = classes[counts == 1], len(classes), counts.sum() - len(classes)
-    if len(alone):
-        name = names[alone[0]] if names else str(alone[0])
-        n_alone = f'{len(alone)} of {len(classes)} classes do'
-        raise FastcifarError(f'class {name!r} has one image alone ({n_alone}), which cannot be in both parts of a '
-                             'split (--valid): add some, or leave the class out')
+def _check_divisible(classes, counts, names):
+    "Refuse a class of one image"
+    alone = classes[counts == 1]
+    if not len(alone): return
+    name = names[alone[0]] if names else str(alone[0])
+    n_alone = f'{len(alone)} of {len(classes)} classes do'
+    raise FastcifarError(f'class {name!r} has one image alone ({n_alone}), which cannot be in both parts of a '
+                         'split (--valid): add some, or leave the class out')
+
+def _check_holdout(classes, counts, n):
+    "Refuse a number that does not leave every class in both parts"
+    least, most = len(classes), counts.sum() - len(classes)
     if not least <= n <= most:
         raise FastcifarError(f'cannot hold out {n} of {counts.sum()} images in {len(classes)} classes: '
                              f'choose a number (--valid) from {least} to {most}')
 
 def _apportion(counts, n):
-    "How many images of each class make up `n`, in the proportion of `counts` as nearly as leaves each some on both sides"
+    "How many images of each class make up `n`: in proportion, but at least one, and not all"
     share = n * counts / counts.sum()
     take = np.clip(np.floor(share).astype(int), 1, counts - 1)
     while take.sum() < n: # the largest remainders get one more
@@ -284,7 +301,8 @@ def stratified_holdout(
 ) -> tuple: # (kept indices, held-out indices), each sorted
     "Split indices so that both parts have every class, in the proportion of `y` as nearly as that allows"
     classes, counts = np.unique(y, return_counts=True)
-    _check_holdout(classes, counts, n, names)
+    _check_divisible(classes, counts, names)
+    _check_holdout(classes, counts, n)
     rng, parts = np.random.default_rng(seed), []
     for c, k in zip(classes, _apportion(counts, n)): parts.append(rng.permutation(np.flatnonzero(y == c))[:k])
     out = np.sort(np.concatenate(parts))

@@ -15,18 +15,18 @@ class CropStep:
     pad:int # Pixels on every side
     reflect:bool = False # Pad with a mirror image (without its edge), or with black?
 
-# %% ../../nbs/data/00_policies.ipynb #6af0ace9
+# %% ../../nbs/data/00_policies.ipynb #5f749398
 @dataclasses.dataclass(frozen=True)
 class FlipStep:
     "Swap left and right"
     p:float = 0.5 # How often
 
-# %% ../../nbs/data/00_policies.ipynb #9a52ee74
+# %% ../../nbs/data/00_policies.ipynb #25d543b4
 @dataclasses.dataclass(frozen=True)
 class AlternatingFlipStep:
     "Swap left and right in every other epoch: half of the images in the even ones, the other half in the odd ones"
 
-# %% ../../nbs/data/00_policies.ipynb #6ccd5bcd
+# %% ../../nbs/data/00_policies.ipynb #aabad3c9
 @dataclasses.dataclass(frozen=True)
 class ShiftScaleRotateStep:
     "Shift, scale and rotate; what Albumentations 1 called so, with its defaults; the border is a mirror image"
@@ -35,7 +35,7 @@ class ShiftScaleRotateStep:
     rotate:float = 45 # Largest angle, in degrees
     p:float = 0.5 # How often
 
-# %% ../../nbs/data/00_policies.ipynb #216a5de7
+# %% ../../nbs/data/00_policies.ipynb #f50993bd
 @dataclasses.dataclass(frozen=True)
 class HoleStep:
     "Fill a square that lies wholly inside"
@@ -62,7 +62,7 @@ POLICIES = {
     'rare_shift_dropout': (FlipStep(0.1), ShiftScaleRotateStep(0.1, 0.2, 15, p=0.1), HoleStep(16, 0.3)),
     'small_crop_flip_cutout': (CropStep(2, reflect=True), FlipStep(), HoleStep(8))}
 
-# %% ../../nbs/data/00_policies.ipynb #9d122f80
+# %% ../../nbs/data/00_policies.ipynb #3aa3f9a4
 def list_policies() -> list:
     "The names of all augmentation policies"
     return list(POLICIES)
