@@ -10,6 +10,7 @@ import contextlib, warnings
 
 import torch
 from fastai.losses import CrossEntropyLossFlat
+from fastcore.basics import patch
 
 from .loop import CrossEntropy
 from .optim import ListOptimizer
@@ -25,8 +26,30 @@ def _known(m):
     return ours and getattr(m, 'capturable', True)
 
 def _global_hooks():
-    names = ('_global_forward_hooks', '_global_forward_pre_hooks', '_global_backward_hooks', '_global_backward_pre_hooks')
+    "Is there a hook on all layers?"
+    names = (f'_global_{kind}_hooks' for kind in ('forward', 'forward_pre', 'backward', 'backward_pre'))
     return any(getattr(torch.nn.modules.module, name, None) for name in names)
+
+def _why_not_callbacks(learn):
+    "Does a callback take part in the step that may do something else each time?"
+    for name in _within:
+        for cb, _ in learn._listening(name):
+            if not cb.run or not cb.run_train or getattr(cb, 'capturable', False): continue
+            return f'{type(cb).__name__} takes part in the step'
+
+def _why_not_layer(m):
+    name = type(m).__name__
+    if not _known(m): return f'{name} is not a layer of PyTorch or fastcifar'
+    if any(getattr(m, hooks, None) for hooks in _hooks): return f'there is a hook on {name}'
+    if 'forward' in vars(m): return f'the forward pass of {name} is replaced'
+
+def _why_not_net(model):
+    "Is there Python code in a net, or on it, that is not known?"
+    for m in model.modules():
+        if why := _why_not_layer(m): return why
+    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters()):
+        return 'there is a hook on a parameter'
+    if _global_hooks(): return 'there is a hook on all layers'
 
 def why_not_recorded(
     learn, # A learner in the middle of a batch
@@ -38,17 +61,7 @@ def why_not_recorded(
     if torch.are_deterministic_algorithms_enabled(): return 'the training is deterministic'
     if not isinstance(learn.opt, ListOptimizer): return f'{type(learn.opt).__name__} is no optimizer of fastcifar'
     if type(learn.loss_func) not in (CrossEntropy, CrossEntropyLossFlat): return 'the loss is not cross-entropy'
-    for name in _within:
-        for cb, _ in learn._listening(name):
-            if not cb.run or not cb.run_train or getattr(cb, 'capturable', False): continue
-            return f'{type(cb).__name__} takes part in the step'
-    for m in learn.model.modules():
-        if not _known(m): return f'{type(m).__name__} is not a layer of PyTorch or fastcifar'
-        if any(getattr(m, name, None) for name in _hooks): return f'there is a hook on {type(m).__name__}'
-        if 'forward' in vars(m): return f'the forward pass of {type(m).__name__} is replaced'
-    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in learn.model.parameters()):
-        return 'there is a hook on a parameter'
-    if _global_hooks(): return 'there is a hook on all layers'
+    return _why_not_callbacks(learn) or _why_not_net(learn.model)
 
 # %% ../../nbs/train/03_graph.ipynb #fc2a1646
 def _plain(o):
@@ -59,7 +72,8 @@ def _plain(o):
 def _settings(learn):
     "What a recording has in it of settings that Python reads at each step"
     f = learn.loss_func.func # the module in fastai's loss
-    loss = (learn.loss_func, _plain(learn.loss_func), _plain(f), f.weight if f.weight is None else f.weight.data_ptr())
+    weight = f.weight if f.weight is None else f.weight.data_ptr()
+    loss = (learn.loss_func, _plain(learn.loss_func), _plain(f), weight)
     cbs = dict.fromkeys(cb for name in _within for cb, _ in learn._listening(name) if cb.run and cb.run_train)
     modules = [(type(m), m.training, _plain(m)) for m in learn.model.modules()]
     return loss, [(cb, _plain(cb)) for cb in cbs], modules
@@ -69,6 +83,7 @@ def _uncount(plans):
     for _, states, _ in plans:
         for s in states: s['step'] -= 1
 
+# %% ../../nbs/train/03_graph.ipynb #a42f6582
 class _Numbers:
     "The live numbers of an optimizer's plans, on a GPU"
     rows = 512 # in memory that the GPU reads while Python goes on
@@ -77,18 +92,23 @@ class _Numbers:
         self.names = [(i, k) for i, (*_, numbers) in enumerate(plans) for k in live if k in numbers]
         self.on_gpu = torch.empty(len(self.names), device=device)
         self.waiting = torch.empty(self.rows, len(self.names), pin_memory=True)
-        self.array, self.n, self.fixed = self.waiting.numpy(), 0, self._fixed(plans)
+        self.array, self.n = self.waiting.numpy(), 0
+        self.fixed = self._fixed(plans)
 
-    def _fixed(self, plans): return [{k: v for k, v in numbers.items() if k not in self.live} for *_, numbers in plans]
+    def _fixed(self, plans):
+        "What is part of the recording"
+        return [{k: v for k, v in numbers.items() if k not in self.live} for *_, numbers in plans]
 
     def fit(self, plans) -> bool:
         "Are these plans those of the recording, but for live numbers?"
-        return self._fixed(plans) == self.fixed and not any(isinstance(plans[i][2][k], list) for i, k in self.names)
+        if self._fixed(plans) != self.fixed: return False
+        return not any(isinstance(plans[i][2][k], list) for i, k in self.names)
 
     def put(self, plans):
         "Bring the numbers of a step to the GPU, without waiting for it"
         row = self.n % self.rows
-        if self.n and not row: torch.cuda.current_stream(self.on_gpu.device).synchronize() # all earlier rows are read
+        if self.n and not row: # all rows are written; wait until they are read
+            torch.cuda.current_stream(self.on_gpu.device).synchronize()
         self.array[row] = [plans[i][2][k] for i, k in self.names]
         self.on_gpu.copy_(self.waiting[row], non_blocking=True)
         self.n += 1
@@ -113,10 +133,6 @@ def _recording(graph, device):
         generator.graphsafe_set_state(generator.clone_state()) # the old state believes that it is being recorded
         raise
 
-def _may_change_it(cb):
-    "May a callback change something between two steps that a recording has in it?"
-    return type(cb).__module__.split('.')[0] not in ('fastai', 'fastcifar') and not getattr(cb, 'capturable', False)
-
 class StepGraph:
     "The training step of a learner as a CUDA graph"
     def __init__(self,
@@ -127,6 +143,7 @@ class StepGraph:
         self.forget()
 
     def __getstate__(self): return dict(warm=self.warm, most=self.most)
+
     def __setstate__(self, state): self.__init__(**state)
 
     def forget(self):
@@ -136,114 +153,154 @@ class StepGraph:
         self.foreign = False
         self.seen = self.recorded = 0
 
-    def step(self,
-        learn, # In the middle of a batch
-    ) -> bool: # False: fastai has to do it
-        "Do the step of this batch, if it is one that is recorded"
-        if not learn.training or not len(learn.yb): return False
-        if not self._looked(learn): self._look(learn)
-        if self.refusal: return False
-        if any(p.grad is not None for p in self.params): # it is added to
-            self.last = None
-            return False
-        x, y = learn.xb[0], learn.yb[0]
-        kind = (x.shape, x.dtype, x.stride(), y.shape, y.dtype, tuple(p.requires_grad for p in self.params))
-        self.seen = self.seen + 1 if kind == self.last else 0
-        self.last = kind
-        if kind != self.kind:
-            if self.seen < self.warm: return False
-            return self._record(learn, kind)
-        plans = learn.opt.plan(self.groups)
-        if not self.numbers.fit(plans): return self._record(learn, kind, plans)
-        self._replay(learn, plans)
-        return True
+# %% ../../nbs/train/03_graph.ipynb #a34190cb
+def _may_change_it(cb):
+    "May a callback change something between two steps that a recording has in it?"
+    return type(cb).__module__.split('.')[0] not in ('fastai', 'fastcifar') and not getattr(cb, 'capturable', False)
 
-    def _looked(self, learn):
-        "Has nothing changed since the last look? An epoch, a callback or an optimizer that is new calls for one"
-        found = learn._listeners.get('after_pred')
-        return not self.foreign and learn.iter and self.looked_at is learn.opt and found and found[1] == found[2]
+@patch
+def _looked(self:StepGraph, learn):
+    "Has nothing changed since the last look? An epoch, a callback or an optimizer that is new calls for one"
+    found = learn._listeners.get('after_pred')
+    return not self.foreign and learn.iter and self.looked_at is learn.opt and found and found[1] == found[2]
 
-    def _look(self, learn):
-        "Find out whether steps can be recorded, and whether the recording is still of these tensors"
-        self.refusal = self.failed or why_not_recorded(learn)
-        self.looked_at, self.params = learn.opt, list(learn.model.parameters())
-        learn._look_up('after_pred')
-        now = None if self.refusal else (self._places(learn), _settings(learn))
-        if now != self.now: self.graph = self.kind = self.last = None
-        self.now = now
-        around = [cb for name in ('before_batch', 'after_batch') for cb, _ in learn._listening(name)]
-        self.foreign = any(_may_change_it(cb) for cb in around)
-        if not learn.iter: self.recorded = 0
+@patch
+def _places(self:StepGraph, learn):
+    "Where all lies that a recording reads and writes"
+    states = [v for s in learn.opt.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    return tuple(t.data_ptr() for t in (*learn.model.parameters(), *learn.model.buffers(), *states))
 
-    def _places(self, learn):
-        "Where all lies that a recording reads and writes"
-        states = [v for s in learn.opt.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
-        return tuple(t.data_ptr() for t in (*learn.model.parameters(), *learn.model.buffers(), *states))
+@patch
+def _look(self:StepGraph, learn):
+    "Find out whether steps can be recorded, and whether the recording is still of these tensors"
+    self.refusal = self.failed or why_not_recorded(learn)
+    self.looked_at, self.params = learn.opt, list(learn.model.parameters())
+    learn._look_up('after_pred')
+    now = None if self.refusal else (self._places(learn), _settings(learn))
+    if now != self.now: self.graph = self.kind = self.last = None
+    self.now = now
+    around = [cb for name in ('before_batch', 'after_batch') for cb, _ in learn._listening(name)]
+    self.foreign = any(_may_change_it(cb) for cb in around)
+    if not learn.iter: self.recorded = 0
 
-    def _record(self, learn, kind, plans=None):
-        "Record a step, and do it"
-        if plans is None:
-            self.groups = learn.opt.moved
-            plans = learn.opt.plan(self.groups)
-        self.graph = self.kind = None
-        if any(isinstance(n.get(k), list) for *_, n in plans for k in learn.opt.live): # parts were frozen for a while
-            _uncount(plans)
-            return False
-        self.recorded, self.recordings = self.recorded + 1, self.recordings + 1
-        if self.recorded > self.most: self.refusal = 'it changes too often'
-        self.numbers = _Numbers(plans, learn.opt.live, learn.xb[0].device)
-        learn.pred = learn.loss = learn.loss_grad = None # they hold on to the last step's memory
-        xb, yb = learn.xb, learn.yb
-        self.x, self.y = xb[0].clone(), yb[0].clone()
-        graph, planned = torch.cuda.CUDAGraph(), self.numbers.planned(plans)
+# %% ../../nbs/train/03_graph.ipynb #51dc5bcf
+def _tell_replayed(learn):
+    "Let callbacks undo what `before_batch` has begun: the step that would have ended it is not run"
+    for cb in learn.cbs:
+        if hasattr(cb, 'after_replay'): cb.after_replay()
+
+@patch
+def _replay(self:StepGraph, learn, plans, fresh=False):
+    "Do the recorded step; `fresh`: its inputs are there already"
+    if not fresh:
+        self.x.copy_(learn.xb[0])
+        self.y.copy_(learn.yb[0])
         self.numbers.put(plans)
-        learn.xb, learn.yb = (self.x,), (self.y,)
-        try:
-            with _recording(graph, self.x.device): self._once(learn, planned)
-        except BaseException as e:
-            learn.opt.zero_grad() # memory of the recording, in which nothing was computed
-            _uncount(plans)
-            if not isinstance(e, RuntimeError): raise
-            return self._give_up(learn, e)
-        finally: learn.xb, learn.yb = xb, yb
-        self.graph, self.kind, self.pred, self.loss = graph, kind, learn.pred.detach(), learn.loss.detach()
-        self.now = self._places(learn), _settings(learn)
-        self._replay(learn, plans, fresh=True)
-        return True
+        _tell_replayed(learn)
+    self.graph.replay()
+    learn.pred, learn.loss = self.pred.clone(), self.loss.clone() # who keeps them is to keep those of this step
+    learn.loss_grad = learn.loss
 
-    def _give_up(self, learn, e):
-        "Let fastai do this step and all others of the epoch: CUDA cannot record it"
-        self.failed = self.refusal = str(e).splitlines()[0][:200]
-        why = f'CUDA cannot record them ({self.refusal})'
-        warnings.warn(f'steps are launched one operation at a time, which is slower: {why}')
-        for cb in learn.cbs:
-            if not hasattr(cb, 'after_replay'): continue
-            cb.after_replay()
-            cb.before_batch() # the step has perhaps closed what was open
+# %% ../../nbs/train/03_graph.ipynb #a17bfb51
+def _was_frozen(plans, live):
+    "Were parts frozen for a while, so that parameters of a group differ in a live number?"
+    return any(isinstance(numbers.get(k), list) for *_, numbers in plans for k in live)
+
+def _run_step(learn, plans):
+    "fastai's `_do_one_batch`, with the optimizer's step in tensors"
+    learn.pred = learn.model(*learn.xb)
+    learn('after_pred')
+    learn.loss_grad = learn.loss_func(learn.pred, *learn.yb)
+    learn.loss = learn.loss_grad.clone()
+    learn('after_loss')
+    learn('before_backward')
+    learn.loss_grad.backward()
+    learn('after_backward')
+    learn('before_step')
+    learn.opt.apply(plans)
+    learn('after_step')
+    learn.opt.zero_grad()
+
+@patch
+def _prepare(self:StepGraph, learn, plans):
+    "Give the recording places for its inputs; the plans with tensors in the place of live numbers"
+    self.numbers = _Numbers(plans, learn.opt.live, learn.xb[0].device)
+    learn.pred = learn.loss = learn.loss_grad = None # they hold on to the last step's memory
+    self.x, self.y = learn.xb[0].clone(), learn.yb[0].clone()
+    planned = self.numbers.planned(plans)
+    self.numbers.put(plans)
+    return planned
+
+@patch
+def _capture(self:StepGraph, learn, plans, planned):
+    "A CUDA graph of the step; where that fails, the step has not been counted"
+    graph, xb, yb = torch.cuda.CUDAGraph(), learn.xb, learn.yb
+    learn.xb, learn.yb = (self.x,), (self.y,)
+    try:
+        with _recording(graph, self.x.device): _run_step(learn, planned)
+    except BaseException:
+        learn.opt.zero_grad() # memory of the recording, in which nothing was computed
+        _uncount(plans)
+        raise
+    finally: learn.xb, learn.yb = xb, yb
+    return graph
+
+# %% ../../nbs/train/03_graph.ipynb #178a9fdb
+@patch
+def _give_up(self:StepGraph, learn, e):
+    "Let fastai do this step and all others of the epoch: CUDA cannot record it"
+    self.failed = self.refusal = str(e).splitlines()[0][:200]
+    why = f'CUDA cannot record them ({self.refusal})'
+    warnings.warn(f'steps are launched one operation at a time, which is slower: {why}')
+    for cb in learn.cbs:
+        if not hasattr(cb, 'after_replay'): continue
+        cb.after_replay()
+        cb.before_batch() # the step has perhaps closed what was open
+    return False
+
+@patch
+def _record(self:StepGraph, learn, kind, plans=None):
+    "Record a step, and do it"
+    if plans is None:
+        self.groups = learn.opt.moved
+        plans = learn.opt.plan(self.groups)
+    self.graph = self.kind = None
+    if _was_frozen(plans, learn.opt.live):
+        _uncount(plans)
         return False
+    self.recorded, self.recordings = self.recorded + 1, self.recordings + 1
+    if self.recorded > self.most: self.refusal = 'it changes too often'
+    planned = self._prepare(learn, plans)
+    try: graph = self._capture(learn, plans, planned)
+    except RuntimeError as e: return self._give_up(learn, e)
+    self.graph, self.kind, self.pred, self.loss = graph, kind, learn.pred.detach(), learn.loss.detach()
+    self.now = self._places(learn), _settings(learn)
+    self._replay(learn, plans, fresh=True)
+    return True
 
-    def _once(self, learn, plans):
-        "fastai's `_do_one_batch`, with the optimizer's step in tensors"
-        learn.pred = learn.model(*learn.xb)
-        learn('after_pred')
-        learn.loss_grad = learn.loss_func(learn.pred, *learn.yb)
-        learn.loss = learn.loss_grad.clone()
-        learn('after_loss')
-        learn('before_backward')
-        learn.loss_grad.backward()
-        learn('after_backward')
-        learn('before_step')
-        learn.opt.apply(plans)
-        learn('after_step')
-        learn.opt.zero_grad()
+# %% ../../nbs/train/03_graph.ipynb #790a72df
+@patch
+def _kind(self:StepGraph, learn):
+    "What two steps of one recording have in common"
+    x, y = learn.xb[0], learn.yb[0]
+    return x.shape, x.dtype, x.stride(), y.shape, y.dtype, tuple(p.requires_grad for p in self.params)
 
-    def _replay(self, learn, plans, fresh=False):
-        if not fresh:
-            self.x.copy_(learn.xb[0])
-            self.y.copy_(learn.yb[0])
-            self.numbers.put(plans)
-            for cb in learn.cbs:
-                if hasattr(cb, 'after_replay'): cb.after_replay()
-        self.graph.replay()
-        learn.pred, learn.loss = self.pred.clone(), self.loss.clone() # who keeps them is to keep those of this step
-        learn.loss_grad = learn.loss
+@patch
+def step(self:StepGraph,
+    learn, # In the middle of a batch
+) -> bool: # False: fastai has to do it
+    "Do the step of this batch, if it is one that is recorded"
+    if not learn.training or not len(learn.yb): return False
+    if not self._looked(learn): self._look(learn)
+    if self.refusal: return False
+    if any(p.grad is not None for p in self.params): # it is added to
+        self.last = None
+        return False
+    kind = self._kind(learn)
+    self.seen = self.seen + 1 if kind == self.last else 0
+    self.last = kind
+    if kind != self.kind: return self.seen >= self.warm and self._record(learn, kind)
+    plans = learn.opt.plan(self.groups)
+    if not self.numbers.fit(plans): return self._record(learn, kind, plans)
+    self._replay(learn, plans)
+    return True
