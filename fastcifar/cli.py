@@ -100,7 +100,7 @@ def _reader(f) -> dict:
     if dict in types: return dict(type=_arguments, metavar='NAME=VALUE')
     return dict(type=float) if float in types else {}
 
-# %% ../nbs/90_cli.ipynb #60466ae7
+# %% ../nbs/90_cli.ipynb #37bfeb75
 def _help(f, default='') -> str:
     "What a setting is, what it may be, and what it is if it is not given"
     none, rule = f.metadata['none'], f.metadata['rule']
@@ -117,7 +117,8 @@ def _setting_options(
     "Add the options of settings"
     for k in names:
         f = _OPTIONS[k]
-        p.option(f.metadata['option'], _flag(k), **_reader(f), help=_help(f, defaults.get(k, '')).replace('%', '%%'))
+        text = _help(f, defaults.get(k, '')).replace('%', '%%')
+        p.option(f.metadata['option'], _flag(k), **_reader(f), help=text)
 
 # %% ../nbs/90_cli.ipynb #f2cd7801
 def _short_help(f) -> str:
@@ -383,10 +384,11 @@ def train_command(args) -> dict:
     return train_run(c, out, **how | _options(args, *HOW), bars=_bars(args), pictures=not args.no_pictures,
                      say=_say(args), command=typed)
 
-# %% ../nbs/90_cli.ipynb #49c20ab9
+# %% ../nbs/90_cli.ipynb #c46ae48a
 def _compare_options(p):
     p.option('what', '--models', '--model', type=_names, required=True, help='separated by commas')
-    p.option('what', '--norms', type=_names, default=['bn', 'ln', 'gn'], help='separated by commas (default: bn,ln,gn)')
+    p.option('what', '--norms', type=_names, default=['bn', 'ln', 'gn'],
+             help='separated by commas (default: bn,ln,gn)')
     _count_option(p, 'what', '--seeds', 'how many runs of each (default: %(default)s)', default=3)
     _data_option(p)
     several = {'model', 'norm', 'seed', 'bs'} # The study has its own options for these
@@ -405,13 +407,13 @@ def _study_machine_options(p):
     "Where the runs of a study are done"
     _device_option(p)
     _count_option(p, 'machine', '--jobs', 'runs at a time (default: one for each core, or three for each GPU)')
-    _count_option(p, 'machine', '--together', 'train N seeds of a net in one pass, for nets that are too small to keep '
-                  'a GPU busy (default: %(default)s)', default=1)
+    _count_option(p, 'machine', '--together', 'train N seeds of a net in one pass, for nets that are too small '
+                  'to keep a GPU busy (default: %(default)s)', default=1)
     _count_option(p, 'machine', '--threads', 'CPU threads of each run (default: %(default)s)', default=1)
     p.option('machine', '--on', choices=('local', 'ray'), default='local',
              help='this machine, or a Ray cluster that shares a file system with it (default: %(default)s)')
-    p.option('machine', '--address', help='of the Ray cluster, such as auto or ray://host:10001 (default: a new one on '
-             'this machine)')
+    p.option('machine', '--address', help='of the Ray cluster, such as auto or ray://host:10001 (default: a new '
+             'one on this machine)')
     p.option('machine', '--gpus', type=float, default=0., metavar='SHARE',
              help='GPUs of each run on Ray; .25 lets four runs share one (default: none)')
 
@@ -467,11 +469,18 @@ def _sweep_options(p):
     p.option('output', '--out', type=_path, default='sweep',
              help='folder of the sweep; it is continued if it is there (default: %(default)s)')
 
-# %% ../nbs/90_cli.ipynb #3cf01bee
+# %% ../nbs/90_cli.ipynb #42662e2a
 def _with_recipe(args) -> str:
     "The command that trains with the recipe of a sweep"
     kept = _options(args, 'data', 'convert', 'seed', 'precision', 'device', 'threads') # What a recipe does not hold
     return command_line('train', *_from_environment(args), recipe=f'{args.out}/recipe.json', **kept)
+
+def _show_sweep(found, args):
+    "Say how good the best settings are, and what to do with them"
+    say = _say(args)
+    say(f'best: {found["valid_accuracy"]:.2%} of {found["valid_images"]:,} held-out images; '
+        f'trials and plot: {args.out}')
+    say(f'train with it: {_with_recipe(args)}')
 
 @command('sweep', 'search for better settings of a recipe on held-out training images (Optuna); the result is a recipe '
                   'file for train', _sweep_options,
@@ -485,15 +494,11 @@ def sweep_command(args) -> dict:
     about = _about(args)
     model = about.pop('model', Config.model)
     s = Sweep(args.out, model, _data(args), args.recipe, args.tune, **about | _given(args))
-    say = _say(args)
-    r = s.run(args.trials, args.threads, args.device, _bars(args), say)
+    r = s.run(args.trials, args.threads, args.device, _bars(args), _say(args))
     if not r:
         raise FastcifarError('no trial was trained to its end: try more --trials, or fewer --epochs; '
                              f'{args.out} keeps what there is')
-    found = r['found']
-    say(f'best: {found["valid_accuracy"]:.2%} of {found["valid_images"]:,} held-out images; '
-        f'trials and plot: {args.out}')
-    say(f'train with it: {_with_recipe(args)}')
+    _show_sweep(r['found'], args)
     return r
 
 # %% ../nbs/90_cli.ipynb #385dc0a1
@@ -574,18 +579,20 @@ def _check_evaluation(args):
         raise FastcifarError('--layer is for Grad-CAM, which is drawn into a folder: add --plots FOLDER')
     if args.corruptions: read_corruptions(args.corruptions)
 
-# %% ../nbs/90_cli.ipynb #f0daa40d
+# %% ../nbs/90_cli.ipynb #312e5b8a
 def _evaluation(i) -> dict:
     "What `--json` prints of an interpretation"
     return dict(views=i.views, test_accuracy=i.accuracy, test_loss=i.loss, test_images=len(i.targs),
-                one_class=i.one_class(), calibration_error=i.ece(), class_accuracy=i.class_accuracy().accuracy.to_dict(),
+                one_class=i.one_class(), calibration_error=i.ece(),
+                class_accuracy=i.class_accuracy().accuracy.to_dict(),
                 most_confused=[(a, b, int(n)) for a, b, n in i.most_confused(1)[:5]])
 
 def _show_evaluation(i, say) -> dict:
     "Print accuracy, classes and confusions of an interpretation, and return them"
     classes, res = i.class_accuracy(), _evaluation(i)
-    say(f'test accuracy {i.accuracy:.2%} ({int(classes.right.sum()):,} of {len(i.targs):,} images), '
-        f'loss {i.loss:.4f}, calibration error {100 * i.ece():.1f} points; test-time views: {i.views}\n')
+    right = f'{int(classes.right.sum()):,} of {len(i.targs):,} images'
+    say(f'test accuracy {i.accuracy:.2%} ({right}), loss {i.loss:.4f}, '
+        f'calibration error {100 * i.ece():.1f} points; test-time views: {i.views}\n')
     say(classes.to_string(formatters={k: '{:.2%}'.format for k in ('accuracy', 'low', 'high')}))
     if res['one_class']: say(f'warning: {res["one_class"]}')
     confused = ', '.join(f'{a} -> {b} {n}' for a, b, n in res['most_confused'])
@@ -656,7 +663,7 @@ def report_command(args) -> dict:
     _say(args)(f'to read: {page}')
     return dict(report=str(page))
 
-# %% ../nbs/90_cli.ipynb #835f71ae
+# %% ../nbs/90_cli.ipynb #8afaa369
 def _demo_options(p):
     p.add_argument('run', type=_path, help='run folder, exported folder, .safetensors file, or the name of a net with '
                    'weights in the package')
@@ -667,7 +674,8 @@ def _demo_options(p):
     p.option('output', '--port', type=_at_least(1, 65535), default=7860,
              help='port to listen at (default: %(default)s)')
 
-@command('demo', 'serve a page on this machine: drop images on a trained net, leaf through its mistakes', _demo_options,
+@command('demo', 'serve a page on this machine: drop images on a trained net, leaf through its mistakes',
+         _demo_options,
          'demo groupnet',
          'demo runs/my-run',
          'demo runs/my-run --port 8000')
@@ -786,7 +794,7 @@ def bench_command(args) -> dict:
     if not args.json: _show_bench(r)
     return r
 
-# %% ../nbs/90_cli.ipynb #c50bb980
+# %% ../nbs/90_cli.ipynb #c634737c
 def _cache_options(p):
     p.option('what', '--clear', metavar='WHAT', help='old (what older versions and broken-off processes have left), '
              'all, or the name of a data set')
@@ -807,9 +815,8 @@ def cache_command(args) -> list:
     kept = list_cache()
     t = kept if removed is None else removed
     if not args.json and len(t): _show_cache(t)
-    size = f'{t.MB.sum():,.1f} MB'
+    size, busy = f'{t.MB.sum():,.1f} MB', kept[~kept.free]
     say(f'removed from {cache_root()}: {len(t)}, {size}' if args.clear else f'{cache_root()}: {size}')
-    busy = kept[~kept.free]
     if len(busy): say(f'in use: {", ".join(busy.name)}')
     return _records(t)
 

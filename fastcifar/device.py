@@ -16,14 +16,17 @@ from torch import nn
 from .basics import FastcifarError
 
 # %% ../nbs/01_device.ipynb #8da712a9
-def checked_device(device=None) -> torch.device:
-    "`device`, or fastai's default one, if tensors can really be put there"
+def checked_device(
+    device=None, # Such as `'cpu'` or `'cuda:1'`; None: fastai's default one
+) -> torch.device:
+    "The device, if tensors can really be put there"
     try:
         device = default_device() if device is None else torch.device(device)
         torch.zeros(1, device=device)
         return device
     except (RuntimeError, AssertionError, TypeError) as e:
-        raise FastcifarError(f'there is no device {str(device)!r} here ({str(e).splitlines()[0][:80]}): use cpu, or leave it out') from e
+        why = str(e).splitlines()[0][:80]
+        raise FastcifarError(f'there is no device {str(device)!r} here ({why}): use cpu, or leave it out') from e
 
 # %% ../nbs/01_device.ipynb #19b5e7f1
 PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
@@ -34,9 +37,11 @@ def best_precision(
     "The fastest precision that the hardware of `device` really has"
     device = torch.device(device)
     if device.type == 'cuda':
-        with torch.cuda.device(device): return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16'
-    if device.type == 'cpu' and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()): return 'bf16'
-    return 'fp32'
+        with torch.cuda.device(device): bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return 'bf16' if bf16 else 'fp16'
+    if device.type != 'cpu': return 'fp32'
+    bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return 'bf16' if bf16 else 'fp32'
 
 # %% ../nbs/01_device.ipynb #6fb4be24
 @contextlib.contextmanager
@@ -54,16 +59,31 @@ def best_channels_last(
 ) -> bool:
     "Is the channels-last format the faster one for this net on this device?"
     kinds = [type(m) for m in model.modules()]
-    if nn.Conv2d not in kinds: return False # the images would only be rearranged, and back
-    return torch.device(device).type != 'cpu' or not any(issubclass(k, (nn.GroupNorm, nn.LayerNorm)) for k in kinds)
+    if nn.Conv2d not in kinds: return False # The images would only be rearranged, and back
+    slow = any(issubclass(k, (nn.GroupNorm, nn.LayerNorm)) for k in kinds)
+    return torch.device(device).type != 'cpu' or not slow
 
 # %% ../nbs/01_device.ipynb #e3bac416
 def keep_freed_memory() -> bool: # Whether it could be done here
     "Let the C library reuse large freed blocks instead of returning them to the system (Linux with glibc)"
     if sys.platform != 'linux' or platform.libc_ver()[0] != 'glibc': return False
     libc = ctypes.CDLL(None)
-    mmap_max, trim_threshold, top_pad = -4, -1, -2 # from malloc.h
-    return all([libc.mallopt(mmap_max, 0), libc.mallopt(trim_threshold, 2**31 - 1), libc.mallopt(top_pad, 2**28)])
+    mmap_max, trim_threshold, top_pad = -4, -1, -2 # From malloc.h
+    values = {mmap_max: 0, trim_threshold: 2**31 - 1, top_pad: 2**28}
+    return all([libc.mallopt(parameter, value) for parameter, value in values.items()])
+
+# %% ../nbs/01_device.ipynb #53c8b8d2
+def _check_compiler(device):
+    "Refuse a machine on which torch.compile cannot write a program"
+    try: torch.compile(lambda x: x * 2 + 1)(torch.ones(2, device=device))
+    except Exception as e:
+        why = ' '.join(str(e).split()) or type(e).__name__
+        raise FastcifarError(f'compile=True does not work on this machine ({why[:200]}): install a C++ compiler '
+                             '(for a GPU: triton), or leave it out') from e
+
+def _allow_many_programs():
+    "All nets of a process count as one function: after eight programs the rest would silently run as they are"
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
 
 # %% ../nbs/01_device.ipynb #7eb0448a
 def compile_net(
@@ -71,45 +91,55 @@ def compile_net(
     device, # Where it will run
 ) -> nn.Module: # The same module
     "Let torch.compile write a program for `model`"
-    try:
-        torch.compile(lambda x: x * 2 + 1)(torch.ones(2, device=device))
-    except Exception as e:
-        why = ' '.join(str(e).split()) or type(e).__name__
-        raise FastcifarError(f'compile=True does not work on this machine ({why[:200]}): install a C++ compiler (for a GPU: triton), or leave it out') from e
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit) # all nets of a process count as one function, and after eight programs the rest would silently run as they are
-    # one program for whole batches and one for the last of an epoch; a dynamic one would serve both, but slower
+    _check_compiler(device)
+    _allow_many_programs()
     def program(trained, *args, **kwargs):
-        any(trained) # what is read here makes a program of its own
+        any(trained) # What is read here makes a program of its own
         return model._call_impl(*args, **kwargs)
     compiled = torch.compile(program, dynamic=False)
     def call(*args, **kwargs):
-        trained = tuple(p.requires_grad for p in model.parameters()) # a program is for one choice of trained parts, which torch does not look at
+        trained = tuple(p.requires_grad for p in model.parameters())
         return compiled(trained, *args, **kwargs)
     model._compiled_call_impl = call
     return model
 
 # %% ../nbs/01_device.ipynb #e70956ce
-@contextlib.contextmanager
-def deterministic_only(device):
-    "Context in which only operations run that give the same numbers each time; an error where that cannot be"
-    device, old = torch.device(device), (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark)
+def _check_deterministic(device):
+    "Refuse a device that cannot compute the same numbers each time"
     if device.type == 'mps': raise FastcifarError('mps has no deterministic mode: use --device cpu, or a CUDA GPU')
-    if device.type == 'cuda': os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8') # read when the first matrices are multiplied
-    if device.type == 'cuda' and os.environ['CUBLAS_WORKSPACE_CONFIG'] not in (':4096:8', ':16:8'):
-        raise FastcifarError(f'CUBLAS_WORKSPACE_CONFIG is {os.environ["CUBLAS_WORKSPACE_CONFIG"]}: deterministic training needs :4096:8')
+    if device.type != 'cuda': return
+    space = os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8') # Read when the first matrices are multiplied
+    if space not in (':4096:8', ':16:8'):
+        raise FastcifarError(f'CUBLAS_WORKSPACE_CONFIG is {space}: deterministic training needs :4096:8')
+
+def _not_deterministic(e:RuntimeError): # None: it is about something else
+    "In a line, what torch says of an operation that it has refused"
+    why = str(e).splitlines()[0][:200]
+    if 'unable to find an engine' in why:
+        why = f'cuDNN has no deterministic program for a convolution of this net here ({why})'
+    elif 'determinis' not in why: return None
+    return FastcifarError(f'{why}: leave out --deterministic, use --precision bf16, or --device cpu')
+
+@contextlib.contextmanager
+def deterministic_only(
+    device, # Where the net runs
+):
+    "Context in which only operations run that give the same numbers each time; an error where that cannot be"
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    _check_deterministic(torch.device(device))
     try:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
         yield
     except RuntimeError as e:
-        why = str(e).splitlines()[0][:200]
-        if 'unable to find an engine' in why: why = f'cuDNN has no deterministic program for a convolution of this net here ({why})'
-        elif 'determinis' not in why: raise
-        raise FastcifarError(f'{why}: leave out --deterministic, use --precision bf16, or --device cpu') from e
+        refused = _not_deterministic(e)
+        if refused is None: raise
+        raise refused from e
     finally:
-        torch.use_deterministic_algorithms(old[0])
-        torch.backends.cudnn.benchmark = old[1]
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
 
+# %% ../nbs/01_device.ipynb #8b3dc182
 @contextlib.contextmanager
 def cpu_threads(
     n:int=None, # None: as many as there are now

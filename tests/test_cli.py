@@ -68,6 +68,17 @@ def test_help_of_every_command(main):
         for a in commands()[name]._actions:
             assert (a.option_strings or [a.metavar or a.dest])[0] in text and a.help, (name, a)
 
+def test_options_stand_in_groups_and_have_examples(main):
+    from fastcifar.cli import COMMANDS, GROUPS, parser
+    for name, p in commands().items():
+        titles = {a.dest: g.title for g in p._action_groups for a in g._group_actions}
+        positional = {a.dest for a in p._actions if not a.option_strings}
+        assert {k for k, t in titles.items() if t not in GROUPS} == positional | {'help'}
+        shown = p.format_help().partition('\nexamples:\n')[2].splitlines()
+        assert shown == [f'  fastcifar {line}' for line in COMMANDS[name].examples] and len(shown) == 3
+        for line in shown:
+            assert parser().parse_args(shlex.split(line.partition('|')[0])[1:]).command == name
+
 def test_help_without_a_command(main):
     code, said, err = main()
     assert code == 0 and err == '' and ' '.join(said.split()) == helped(main)

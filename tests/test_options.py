@@ -1,7 +1,7 @@
 """Options that contradict each other or change nothing, values that are none, folders that are damaged: one line says
 so, from the command line and from Python, before any work is done."""
-import copy, json, os, re, shutil
-from dataclasses import asdict
+import copy, json, os, re, shutil, subprocess, sys
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from fastcifar.basics import FastcifarError, as_json
 from fastcifar.bench.run import run_bench
+from fastcifar.cli import GROUPS
 from fastcifar.study.cluster import RayTasks
 from fastcifar.data.load import load_data
 from fastcifar.share.demo import serve_demo
@@ -22,6 +23,7 @@ from fastcifar.runs.config import build_model, configure
 from fastcifar.runs.reopen import evaluate_run, report_run
 from fastcifar.runs.folder import run_config
 from fastcifar.runs.run import train_run
+from fastcifar.runs.settings import Config, OneOf, RECIPES, SCHEDULES, check_setting, settings_table
 from fastcifar.study.study import Study, report_study, run_name, study_grid
 from fastcifar.study.tables import collect_runs
 from fastcifar.study.sweep import Sweep
@@ -202,6 +204,93 @@ def test_a_plot_that_cannot_be_written_is_noticed_before_the_work(place, main, r
         code, _, err = main(*args)
         assert code == 2 and 'cannot write ' in err and err.count('\n') == 1, (args, err)
     assert sorted(tmp_path.rglob('*')) == before
+
+# --- settings are declared once
+
+TORCH_FREE = """
+import sys, time
+{line}
+loaded = [m for m in ('torch', 'fastai', 'albumentations', 'matplotlib', 'pandas') if m in sys.modules]
+print(loaded, time.process_time() < 1)
+"""
+HELP = 'from fastcifar.cli import main\ntry: main({args})\nexcept SystemExit: pass'
+
+@pytest.mark.parametrize('line', ['import fastcifar.runs.settings', *(HELP.format(args=args) for args in (
+    [], ['--help'], ['train', '--help'], ['sweep', '--help']))])
+def test_settings_and_help_are_there_at_once(line):
+    done = subprocess.run([sys.executable, '-c', TORCH_FREE.format(line=line)], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == '[] True', done.stderr[-2000:]
+
+def test_declared_names_are_those_that_are_implemented():
+    from fastcifar.data.policies import POLICIES
+    from fastcifar.models.layers import NORMS
+    from fastcifar.train.optim import OPTIMIZERS
+    from fastcifar.train.tta import VIEWS
+    from fastcifar.device import PRECISIONS
+    declared = {f.name: f.metadata['rule'].names for f in fields(Config) if isinstance(f.metadata['rule'], OneOf)}
+    assert declared == dict(
+        policy=list(POLICIES), optimizer=list(OPTIMIZERS), schedule=list(SCHEDULES), anneal=['cos', 'linear'],
+        decay=['decoupled', 'l2'], views=list(VIEWS), model=list_models(), norm=list(NORMS), recipe=list(RECIPES),
+        precision=['auto', *PRECISIONS], path=['auto', 'item', 'batch'])
+    known = {f.name for f in fields(Config)}
+    assert {k for names in (*SCHEDULES.values(), *OPTIMIZERS.values()) for k in names} <= known
+
+def test_every_setting_is_declared_whole():
+    for f in fields(Config):
+        assert f.metadata['help'] and f.metadata['option'] in ('', *GROUPS), f.name
+        assert (type(None) in getattr(f.type, '__args__', ())) >= bool(f.metadata['none']), f.name
+        check_setting(f, f.default)
+    assert list(settings_table().index) == [f.name for f in fields(Config)]
+
+NEW_SETTINGS = """
+    sharpness:float = setting(0., 'weight of the sharpness in the loss', between(0, 2), option='recipe')
+    tilt:str = setting('left', 'side that images lean to', OneOf(('left', 'right')))
+"""
+WITH_NEW_SETTINGS = """
+import importlib.util, io, json, re, sys
+from contextlib import redirect_stderr, redirect_stdout
+name = 'fastcifar.runs.settings'
+spec = importlib.util.find_spec(name)
+source = open(spec.origin, encoding='utf-8').read()
+source, n = re.subn(r'(?=\\n    def __repr__)', {new!r}, source, count=1)
+assert n == 1
+module = sys.modules[name] = importlib.util.module_from_spec(spec)
+exec(compile(source, spec.origin, 'exec'), vars(module))
+from fastcifar.cli import main
+
+def run(*args):
+    "The exit code, and what is printed"
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(out):
+        try: code = main(list(args))
+        except SystemExit as e: code = e.code or 0
+    return code, ' '.join(out.getvalue().split())
+"""
+CHECKS = """
+for name in ('train', 'compare', 'sweep', 'find-lr'):
+    code, text = run(name, '--help')
+    assert "--sharpness SHARPNESS weight of the sharpness in the loss (default: the recipe's)" in text, text
+    assert 'tilt side that images lean to (left or right)' in text, text
+assert 'torch' not in sys.modules
+code, text = run('train', '--sharpness', '2')
+assert (code, text) == (2, 'fastcifar: sharpness is 2.0: choose a value of at least 0 and below 2'), text
+assert run('train', '--sharpness', 'x')[1].startswith('fastcifar: argument --sharpness: invalid float value')
+assert "no tilt named 'lef': did you mean 'left'?" in run('find-lr', '--set', 'tilt=lef')[1]
+code, text = run('recipes', 'normnet31k')
+assert 'sharpness 0.0 0.0 0.0' in text and 'tilt left left left' in text, text
+run('recipes', 'normnet31k', '--save', 'mine.json')
+with open('mine.json') as f: saved = json.load(f)
+assert saved['settings']['sharpness'] == 0 and saved['settings']['tilt'] == 'left'
+saved['settings']['sharpness'] = -1
+with open('mine.json', 'w') as f: json.dump(saved, f)
+assert 'sharpness is -1: choose' in run('train', '--recipe', 'mine.json')[1]
+print('checked')
+"""
+
+def test_a_new_setting_is_one_declaration(tmp_path):
+    "It is checked, an option with its help, in recipes and their files, and in tables, by its declaration alone"
+    program = WITH_NEW_SETTINGS.format(new=NEW_SETTINGS) + CHECKS
+    done = subprocess.run([sys.executable, '-c', program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == 'checked\n', done.stderr[-2000:]
 
 # --- Ctrl-C
 
