@@ -157,10 +157,10 @@ def recipes_command(args) -> dict:
     import dataclasses
     import pandas as pd
     from fastcifar.runs.settings import RECIPES
-    from fastcifar.runs.recipes import create_recipe
+    from fastcifar.runs.recipes import create_recipe, recipes_of
     if args.save: return _save_recipe(args)
     if args.recipe: raise FastcifarError('--recipe is the one to save: add --save FILE.json')
-    res = {n: create_recipe(n, args.model) for n in RECIPES if n != 'speedrun' or args.model == 'speednet'}
+    res = {n: create_recipe(n, args.model) for n in recipes_of(args.model)}
     res = {n: dataclasses.asdict(r) for n, r in res.items()}
     if not args.json:
         t = pd.DataFrame(res, dtype=object)
