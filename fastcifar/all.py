@@ -19,6 +19,7 @@ from .data.batch_augment import *
 from .data.loaders import *
 from .data.load import *
 from .models.layers import *
+from .models.registry import *
 from .models.custom_resnet import *
 from .models.normnet import *
 from .models.sepnet import *

@@ -906,9 +906,8 @@ def recipes_command(args) -> dict:
     "Print the settings of the recipes of a net, or save one to be changed and trained with"
     if args.save: return _save_recipe(args)
     if args.recipe: raise FastcifarError('--recipe is the one to save: add --save FILE.json')
-    from fastcifar.runs.recipes import create_recipe
-    names = [n for n in RECIPES if n != 'speedrun' or args.model == 'speednet']
-    res = {n: dataclasses.asdict(create_recipe(n, args.model)) for n in names}
+    from fastcifar.runs.recipes import create_recipe, recipes_of
+    res = {n: dataclasses.asdict(create_recipe(n, args.model)) for n in recipes_of(args.model)}
     if not args.json: _show_recipes(res)
     return res
 

@@ -301,10 +301,10 @@ def test_save_model_callback_trusts_its_own_file(tmp_path):
     with warnings.catch_warnings(action='error', category=UnpicklingWarning): fit(learn, cbs=SaveModelCallback())
     with pytest.warns(UnpicklingWarning): learn.load('model', weights_only=False)
 
-def test_a_foreign_net_with_a_method_prepare():
+def test_a_foreign_net_with_a_method_of_the_same_name():
     class Foreign(Net):
         prepared = False
-        def prepare(self, a, b, c): raise RuntimeError('not for us')
+        def init_whitening(self, a, b, c): raise RuntimeError('not for us')
     fit(learner(net=Foreign()))
 
 # --- loaders of torch

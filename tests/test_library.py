@@ -217,7 +217,7 @@ def test_a_compiled_net_trains_what_is_trained_now(monkeypatch):
     from fastcifar.device import compile_net
     monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='aot_eager')) # quicker, and as forgetful
     net, x = create_model('speednet', widths=(8, 8, 8)), torch.randn(8, 3, 32, 32)
-    net.prepare(torch.randn(50, 3, 32, 32))
+    net.init_whitening(torch.randn(50, 3, 32, 32))
     net.whiten.bias.requires_grad_(False)
     compile_net(net, 'cpu')
     for trained in (False, True, False, True):

@@ -34,7 +34,7 @@ def _timed_fit(name, recipe, data, seed, device):
     views = [TTA(recipe.views)] if recipe.views != 'none' else []
     make_resident(data, device)
     def run():
-        if hasattr(learn.model, 'prepare'): learn.model.prepare(sample_images(dls))
+        if hasattr(learn.model, 'init_whitening'): learn.model.init_whitening(sample_images(dls))
         with learn.no_bar(), learn.no_logging(): fit_recipe(learn, recipe, cbs=[_NoValidation(last=True), *views])
     return seconds(run, device), float(learn.recorder.values[-1][-1])
 

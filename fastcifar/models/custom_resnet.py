@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .layers import ConvNorm
+from .registry import TORCH_ADAM, fast_settings, register_model
 
 # %% ../../nbs/models/01_custom_resnet.ipynb #d829b6dd
 class ResBlock(nn.Module):
@@ -27,7 +28,19 @@ class SharedResBlock(nn.Module):
         self.block = ConvNorm(channels, channels, size, **kwargs)
     def forward(self, x): return 2 * x + self.block(self.block(x))
 
+# %% ../../nbs/models/01_custom_resnet.ipynb #6cb24002
+def _scaled_head(n_in, n_out, scale):
+    "A linear layer whose first weights are smaller than torch's"
+    head = nn.Linear(n_in, n_out)
+    with torch.no_grad(): head.weight *= scale
+    return head
+
 # %% ../../nbs/models/01_custom_resnet.ipynb #369cc052
+@register_model('custom_resnet', budget=6_573_130, recipes=dict(
+    reference=dict(TORCH_ADAM, epochs=24, bs=512, policy='small_crop_flip_cutout', lr_max=5.214e-4, lr_min=5.214e-6,
+        lr_end=5.214e-8, anneal='linear', wd=1e-2, stats=((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),
+        model_args=dict(head_scale=1.)),
+    fast=fast_settings(24, 'small_crop_flip_cutout', lr_max=4e-3, bs=512, label_smoothing=0.2, views='crops')))
 class CustomResNet(nn.Module):
     "The custom ResNet: prep, three layers, two of them with a residual block, max pool and a linear head"
     def __init__(self,
@@ -48,8 +61,7 @@ class CustomResNet(nn.Module):
         self.layer2 = ConvNorm(128, 256, 8, pool=True, **kw)
         self.layer3 = nn.Sequential(ConvNorm(256, 512, 4, pool=True, **kw), block(512, 4, **kw))
         self.pool = nn.MaxPool2d(4)
-        self.head = nn.Linear(512, n_out)
-        with torch.no_grad(): self.head.weight *= head_scale # unscaled, the maxima of 512 channels start it at a loss of 4.5
+        self.head = _scaled_head(512, n_out, head_scale)
 
     def forward(self,
         x:torch.Tensor, # (N, n_in, 32, 32), normalized

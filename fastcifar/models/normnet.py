@@ -9,12 +9,26 @@ __all__ = ['NormNet31k', 'NormNet41k', 'NormNet48k']
 from torch import nn
 
 from .layers import ConvNorm, ConvStack, Dropout, FeatureNet
+from .registry import TORCH_SGD, fast_settings, register_model
 
 # %% ../../nbs/models/02_normnet.ipynb #cdbb1837
 class _Residual(nn.Sequential):
     "x + layers(x)"
     def forward(self, x): return x + super().forward(x)
 
+def _second_stage(net, residual):
+    "The second stage of 31k, whose last convolution may be one beside its input"
+    net.conv(20).conv(24)
+    if residual: net.add(_Residual(ConvNorm(24, 24, net.size, **net.defaults)))
+    else: net.conv(28)
+    return net.bare(16).max_pool()
+
+# %% ../../nbs/models/02_normnet.ipynb #dcc39901
+_per_image = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)) # deviation: the mean of each image's own
+
+@register_model('normnet31k', budget=31_216, recipes=dict(fast=fast_settings(15),
+    reference=dict(TORCH_SGD, epochs=15, bs=512, policy='none', lr_max=0.02, lr_min=0.02 / 25, lr_end=0.02 / 25e4,
+        peak=0.3, stats=_per_image)))
 class NormNet31k(FeatureNet):
     "31,216 parameters; convolution, ReLU, norm, dropout; pools only a corner of the last map unless `mended`"
     def __init__(self,
@@ -24,20 +38,22 @@ class NormNet31k(FeatureNet):
         groups:int=4, # Groups of `gn`
         dropout:float=0.01, # After each norm
         mended:bool=False, # Pool the whole map?
-        residual:bool=False, # A convolution from 24 to 24 channels beside its input, in the place of that from 24 to 28?
+        residual:bool=False, # A convolution from 24 to 24 channels beside its input, in the place of one to 28?
     ):
         net = ConvStack(n_in, 32, norm=norm, groups=groups, dropout=dropout, act='first')
         net.conv(16, padding=0).conv(20, padding=0).bare(16).max_pool()
-        net.conv(20).conv(24)
-        if residual: net.add(_Residual(ConvNorm(24, 24, net.size, **net.defaults)))
-        else: net.conv(28)
-        net.bare(16).max_pool()
+        _second_stage(net, residual)
         net.conv(20).conv(24).conv(28)
-        super().__init__(net, nn.AdaptiveAvgPool2d(1) if mended else nn.AvgPool2d(4), nn.Conv2d(28, n_out, 1, bias=False))
+        pool = nn.AdaptiveAvgPool2d(1) if mended else nn.AvgPool2d(4)
+        super().__init__(net, pool, nn.Conv2d(28, n_out, 1, bias=False))
 
 # %% ../../nbs/models/02_normnet.ipynb #1fce1768
+@register_model('normnet41k', budget=41_026, recipes=dict(fast=fast_settings(20),
+    reference=dict(TORCH_SGD, epochs=20, bs=128, policy='crop_reflect_flip', schedule='constant', lr_max=0.01,
+        stats=_per_image)))
 class NormNet41k(FeatureNet):
-    "41,026 parameters; convolution, norm, ReLU, dropout; padded 1x1 transitions and dropout on the logits unless `mended`"
+    ("41,026 parameters; convolution, norm, ReLU, dropout; "
+     "padded 1x1 transitions and dropout on the logits unless `mended`")
     def __init__(self,
         n_out:int=10, # Classes
         n_in:int=3, # Input channels
@@ -55,6 +71,9 @@ class NormNet41k(FeatureNet):
         super().__init__(net, nn.AdaptiveAvgPool2d(1), head if mended else nn.Sequential(head, Dropout(dropout)))
 
 # %% ../../nbs/models/02_normnet.ipynb #4651e90d
+@register_model('normnet48k', budget=48_448, recipes=dict(fast=fast_settings(20),
+    reference=dict(TORCH_SGD, epochs=20, bs=128, policy='rare_flip', schedule='steps', lr_max=0.04, step_epochs=6,
+        gamma=0.1, stats=((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)))))
 class NormNet48k(FeatureNet):
     "48,448 parameters; convolution, ReLU, norm, dropout (none in the first block)"
     def __init__(self,

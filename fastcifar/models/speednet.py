@@ -7,10 +7,12 @@ __all__ = ['whitening_filters', 'SpeedNet']
 
 # %% ../../nbs/models/05_speednet.ipynb #c4a079ac
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from ..basics import FastcifarError
 from .layers import Dropout, norm_layer
+from .registry import register_model
 
 # %% ../../nbs/models/05_speednet.ipynb #a0cd2aea
 def whitening_filters(
@@ -19,12 +21,57 @@ def whitening_filters(
     eps:float=5e-4, # Added to the eigenvalues
 ) -> torch.Tensor: # (2 * channels * size**2, channels, size, size)
     "Filters whose answers to patches of `x` are uncorrelated and of variance 1; and their negatives"
-    patches = x.unfold(2, size, 1).unfold(3, size, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, x.shape[1] * size * size).double()
+    patches = x.unfold(2, size, 1).unfold(3, size, 1).permute(0, 2, 3, 1, 4, 5)
+    patches = patches.reshape(-1, x.shape[1] * size * size).double()
     values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches)) # ascending
     filters = (vectors / (values + eps).sqrt()).T.flip(0).reshape(-1, x.shape[1], size, size)
     return torch.cat([filters, -filters]).float()
 
+# %% ../../nbs/models/05_speednet.ipynb #0e5547e8
+def _identity_conv(n_in, n_out):
+    "A 3x3 convolution that passes its input on at the start"
+    conv = nn.Conv2d(n_in, n_out, 3, padding=1, bias=False)
+    with torch.no_grad(): nn.init.dirac_(conv.weight[:n_in])
+    return conv
+
+# %% ../../nbs/models/05_speednet.ipynb #a3af3ba4
+def _bias_norm(norm, channels, size, groups):
+    "A norm layer; batch norm learns a bias alone, and its statistics quickly"
+    m = norm_layer(norm, channels, size, groups)
+    if isinstance(m, nn.BatchNorm2d):
+        m.momentum = 0.4
+        del m.weight
+        m.register_buffer('weight', torch.ones(channels), persistent=False)
+    return m
+
+# %% ../../nbs/models/05_speednet.ipynb #1e33cdca
+def _small_head(n_in, n_out, scale):
+    "A linear layer without a bias, whose answers begin near 0 when they are multiplied by `scale`"
+    head = nn.Linear(n_in, n_out, bias=False)
+    nn.init.normal_(head.weight, std=1 / n_in / scale)
+    return head
+
+# %% ../../nbs/models/05_speednet.ipynb #a67418aa
+def _group(n_in, width, side, norm, groups):
+    "Two convolutions, each with norm and SiLU; a max pool halves the map after the first"
+    return [_identity_conv(n_in, width), nn.MaxPool2d(2), _bias_norm(norm, width, side, groups), nn.SiLU(),
+            _identity_conv(width, width), _bias_norm(norm, width, side, groups), nn.SiLU()]
+
+def _groups(n_in, widths, norm, groups):
+    "The layers between the whitening and the pool"
+    layers, side = [nn.SiLU()], 31 # what a 2x2 kernel leaves of 32
+    for width in widths:
+        side //= 2
+        layers += _group(n_in, width, side, norm, groups)
+        n_in = width
+    return nn.Sequential(*layers)
+
 # %% ../../nbs/models/05_speednet.ipynb #fcdb7b9a
+_speedrun = dict(epochs=8, bs=1000, policy='small_crop_altflip', label_smoothing=0.2, freeze=(('whiten.bias', 3),),
+    optimizer='muon', spectral=12., unit_filters=True, mom=0.6, mom_cycle=None, wd=0.,
+    lr_max=0.02, lr_min=0.02, lr_end=2e-5, peak=0.01, anneal='linear', views='crops')
+
+@register_model('speednet', budget=2_000_000, recipes=dict(speedrun=_speedrun, fast=_speedrun, reference=_speedrun))
 class SpeedNet(nn.Module):
     "1,971,352 parameters, and 288 that stay: whitening, three groups of two 3x3 convolutions, max pooling, linear head"
     def __init__(self,
@@ -38,43 +85,27 @@ class SpeedNet(nn.Module):
     ):
         super().__init__()
         if len(widths) != 3: raise FastcifarError(f'widths of speednet are {len(widths)}: give those of three groups')
-        n = 2 * n_in * 4
-        self.whiten = nn.Conv2d(n_in, n, 2)
+        n_filters = 2 * n_in * 4
+        self.whiten = nn.Conv2d(n_in, n_filters, 2)
         self.whiten.weight.requires_grad_(False)
-        layers, side = [nn.SiLU()], 31
-        for width in widths:
-            side //= 2
-            layers += [_conv(n, width), nn.MaxPool2d(2), _norm(norm, width, side, groups), nn.SiLU(), _conv(width, width), _norm(norm, width, side, groups), nn.SiLU()]
-            n = width
-        self.features, self.pool = nn.Sequential(*layers), nn.Sequential(nn.MaxPool2d(3), nn.Flatten(), Dropout(dropout))
-        self.head = nn.Linear(n, n_out, bias=False)
-        nn.init.normal_(self.head.weight, std=1 / n / scale) # answers near 0: nothing has to be unlearned first
+        self.features = _groups(n_filters, widths, norm, groups)
+        self.pool = nn.Sequential(nn.MaxPool2d(3), nn.Flatten(), Dropout(dropout))
+        self.head = _small_head(widths[-1], n_out, scale)
         self.scale = scale
-        self.register_buffer('prepared', torch.tensor(False))
-
-    @torch.no_grad()
-    def prepare(self,
-        x:torch.Tensor, # Training images (N, n_in, 32, 32), normalized
-    ):
-        "Set the whitening filters, before training; `cifar_learner` does it with 5,000 images"
-        self.whiten.weight.copy_(whitening_filters(x.float()))
-        self.whiten.bias.zero_()
-        self.prepared.fill_(True)
+        self.register_buffer('prepared', torch.tensor(False)) # has `init_whitening` seen images?
 
     def forward(self,
         x:torch.Tensor, # (N, n_in, 32, 32), normalized
     ) -> torch.Tensor: # Logits (N, n_out)
         return self.head(self.pool(self.features(self.whiten(x)))) * self.scale
 
-def _conv(n_in, n_out):
-    conv = nn.Conv2d(n_in, n_out, 3, padding=1, bias=False)
-    with torch.no_grad(): nn.init.dirac_(conv.weight[:n_in])
-    return conv
-
-def _norm(norm, n, side, groups):
-    m = norm_layer(norm, n, side, groups)
-    if isinstance(m, nn.BatchNorm2d):
-        m.momentum = 0.4 # there are only a few hundred steps to learn the statistics in
-        del m.weight # a bias is enough
-        m.register_buffer('weight', torch.ones(n), persistent=False) # without any, PyTorch's kernels for GPUs return no gradient of the bias
-    return m
+# %% ../../nbs/models/05_speednet.ipynb #e1781892
+@patch
+@torch.no_grad()
+def init_whitening(self:SpeedNet,
+    x:torch.Tensor, # Training images (N, n_in, 32, 32), normalized
+):
+    "Set the whitening filters, before training; `cifar_learner` does it with 5,000 images"
+    self.whiten.weight.copy_(whitening_filters(x.float()))
+    self.whiten.bias.zero_()
+    self.prepared.fill_(True)

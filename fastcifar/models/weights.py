@@ -18,25 +18,29 @@ from ..basics import FastcifarError, write_atomic
 # %% ../../nbs/models/06_weights.ipynb #3bb00a8f
 def _checksum(tensors, meta):
     "SHA-256 of names, types, shapes and bytes of contiguous CPU tensors, and of the texts beside them"
-    h = hashlib.sha256(json.dumps(sorted(meta.items() - {('sha256', meta.get('sha256'))})).encode())
+    texts = sorted((k, v) for k, v in meta.items() if k != 'sha256')
+    h = hashlib.sha256(json.dumps(texts).encode())
     for k in sorted(tensors):
         t = tensors[k]
         h.update(json.dumps([k, str(t.dtype), list(t.shape)]).encode())
         h.update(t.reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
+# %% ../../nbs/models/06_weights.ipynb #a6ce882c
 def save_tensors(
     path, # File to write, wholly or not at all
     tensors:dict, # Name -> tensor
     note:dict, # What else to keep, as JSON
 ) -> Path:
     "Write tensors and a JSON note to a safetensors file"
-    tensors, meta = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}, {'format': 'pt', 'fastcifar': json.dumps(note)}
+    tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+    meta = {'format': 'pt', 'fastcifar': json.dumps(note)}
     def write(tmp):
         try: save_file(tensors, tmp, {**meta, 'sha256': _checksum(tensors, meta)})
         except SafetensorError as e: raise OSError(str(e)) from e # a full disk
     return write_atomic(path, write)
 
+# %% ../../nbs/models/06_weights.ipynb #72bc0300
 def is_ours(
     path, # A file
 ) -> bool: # None: it cannot be read
@@ -45,23 +49,32 @@ def is_ours(
         with safe_open(str(path), 'pt') as f: return 'fastcifar' in (f.metadata() or {})
     except (SafetensorError, OSError): return None
 
+# %% ../../nbs/models/06_weights.ipynb #bc09698d
+def _read(path, sealed):
+    "Tensors, note and texts of a safetensors file; any exception says that it is none of ours"
+    with safe_open(str(path), 'pt') as f:
+        tensors = {k: f.get_tensor(k) for k in f.keys()}
+        meta = f.metadata() or {}
+    note = json.loads(meta.get('fastcifar', '{}'))
+    if not isinstance(note, dict): raise ValueError('its note is no table')
+    if sealed and 'sha256' not in meta: raise ValueError('it has no checksum')
+    return tensors, note, 'sha256' not in meta or meta['sha256'] == _checksum(tensors, meta)
+
 def load_tensors(
     path, # A file of `save_tensors`
     sealed:bool=False, # Refuse a file without a checksum?
 ) -> tuple: # (dict of tensors, note)
     "Read a safetensors file back; a damaged or foreign file is a `FastcifarError`"
     if not Path(path).is_file(): raise FastcifarError(f'there is no file {path}: check the path')
-    try:
-        with safe_open(str(path), 'pt') as f: tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
-        note = json.loads(meta.get('fastcifar', '{}'))
-        if not isinstance(note, dict): raise ValueError('its note is no table')
-        if sealed and 'sha256' not in meta: raise ValueError('it has no checksum')
-        whole = 'sha256' not in meta or meta['sha256'] == _checksum(tensors, meta)
-    except Exception as e: raise FastcifarError(f'{path} is not a whole safetensors file ({e}): it is damaged or of another kind') from e
-    if not whole: raise FastcifarError(f'{path} is damaged: its checksum differs from what it holds')
+    try: tensors, note, intact = _read(path, sealed)
+    except Exception as e:
+        raise FastcifarError(f'{path} is not a whole safetensors file ({e}): it is damaged or of another kind') from e
+    if not intact: raise FastcifarError(f'{path} is damaged: its checksum differs from what it holds')
     return tensors, note
 
 # %% ../../nbs/models/06_weights.ipynb #502f40c1
+def _described(t): return f'{t.dtype} of shape {tuple(t.shape)}'
+
 def load_weights(
     model, # A net with the architecture of the file
     tensors:dict, # Name -> tensor
@@ -72,7 +85,8 @@ def load_weights(
     own = model.state_dict()
     for k in own.keys() - tensors.keys(): raise FastcifarError(f'{where} lacks {k}: it belongs to another net')
     for k, v in tensors.items():
-        if k not in own: raise FastcifarError(f'{where} holds {k}, which the net does not have: it belongs to another net')
+        if k not in own:
+            raise FastcifarError(f'{where} holds {k}, which the net does not have: it belongs to another net')
         if v.shape != own[k].shape or v.dtype != own[k].dtype:
-            raise FastcifarError(f'{where}: {k} is {v.dtype} of shape {tuple(v.shape)}, the net needs {own[k].dtype} of shape {tuple(own[k].shape)}')
+            raise FastcifarError(f'{where}: {k} is {_described(v)}, the net needs {_described(own[k])}')
     if copy: model.load_state_dict(tensors)

@@ -12,39 +12,48 @@ import torch
 
 from ..basics import FastcifarError, as_json
 from ..data.load import NAMED
-from ..models.zoo import create_model
+from ..models.zoo import create_model, model_entry
 from .recipes import check_given, create_recipe
 from .settings import Config, Recipe
 
 # %% ../../nbs/runs/02_config.ipynb #c53331de
+def _names(cls): return {f.name for f in dataclasses.fields(cls)}
+
+_own_fields = _names(Config) - _names(Recipe) # not of a recipe
+
 def configure(
     recipe:str='one_cycle', # One of `list_recipes()`
     model:str='custom_resnet', # One of `list_models()`
     **settings, # Any other fields of `Config` and `Recipe`
 ) -> Config:
     "The configuration of a named recipe for a net, with some settings given"
-    own = {f.name for f in dataclasses.fields(Config)} - {f.name for f in dataclasses.fields(Recipe)}
-    r = create_recipe(recipe, model, **{k: v for k, v in settings.items() if k not in own})
-    about = {k: v for k, v in settings.items() if k in own}
+    about = {k: v for k, v in settings.items() if k in _own_fields}
+    r = create_recipe(recipe, model, **{k: v for k, v in settings.items() if k not in _own_fields})
     c = Config(recipe=recipe, model=model, **dataclasses.asdict(r), **about).checked()
     check_given(c, settings)
     if c.convert and c.data in NAMED:
         raise FastcifarError(f'convert is for your own images, and {c.data} has no others than 32x32 RGB: leave it out')
     return c
 
+# %% ../../nbs/runs/02_config.ipynb #8f559119
+_by_training = {'name', 'n_out', 'n_in', 'norm', 'pretrained', 'groups', 'dropout'} # what a training sets by itself
+
 def build_model(
     c:Config, # What is trained
     n_out:int, # Classes
 ) -> torch.nn.Module:
     "The net of a configuration"
+    more = c.model_args or {}
+    if twice := sorted(_by_training & set(more)):
+        raise FastcifarError(f'model_args has {", ".join(twice)}, which a training sets by itself: leave it out')
     own = {k: getattr(c, k) for k in ('groups', 'dropout') if getattr(c, k) is not None}
-    twice = {'name', 'n_out', 'n_in', 'norm', 'pretrained', 'groups', 'dropout'} & set(c.model_args or {})
-    if twice: raise FastcifarError(f'model_args has {", ".join(sorted(twice))}, which a training sets by itself: leave it out')
-    return create_model(c.model, n_out=n_out, norm=c.norm, **own, **(c.model_args or {}))
+    if c.dropout == 0 and 'dropout' not in model_entry(c.model).arguments: del own['dropout'] # a net without any
+    return create_model(c.model, n_out=n_out, norm=c.norm, **own, **more)
 
 # %% ../../nbs/runs/02_config.ipynb #29bc7290
 def upgrade_config(
     saved:dict, # As an older version may have written it
 ) -> dict:
     "A saved configuration with what runs had before a field existed"
-    return as_json({f.name: f.default for f in dataclasses.fields(Config)} | dict(path='item') | saved)
+    plain = {f.name: f.default for f in dataclasses.fields(Config)}
+    return as_json(plain | dict(path='item') | saved)

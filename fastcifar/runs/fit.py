@@ -19,21 +19,41 @@ from ..train.loop import CrossEntropy, piecewise
 from ..train.optim import OPTIMIZERS, optimizer
 
 # %% ../../nbs/runs/03_fit.ipynb #08c953df
+def _recipe_callbacks(r):
+    "L1, frozen parts and averaged weights, where a recipe asks for them"
+    res = [L1(r.l1)] if r.l1 else []
+    if r.freeze: res.append(FreezeParts(r.freeze))
+    if r.ema: res.append(EMA(r.ema))
+    return res
+
 def recipe_learner(
     dls, # fastai DataLoaders
     model:nn.Module, # (N, 3, 32, 32) -> logits
-    recipe:Recipe, # What to train it with; its `dropout` and `model_args` are for who makes the net, see `fastcifar.runs.config.build_model`
+    recipe:Recipe, # What to train it with; its `dropout` and `model_args` are for `fastcifar.runs.config.build_model`
     **kwargs, # What else `cifar_learner` takes
 ): # A `CifarLearner`
     "A learner with the loss, optimizer and penalties of a recipe"
     own = {k: getattr(recipe, k) for k in OPTIMIZERS[recipe.optimizer]}
     opt = optimizer(recipe.optimizer, decay=recipe.decay, nets=getattr(model, 'n_nets', 1), **own)
-    cbs = ([L1(recipe.l1)] if recipe.l1 else []) + ([FreezeParts(recipe.freeze)] if recipe.freeze else []) + ([EMA(recipe.ema)] if recipe.ema else [])
     lr = recipe.lr_max or USUAL_RATES[recipe.optimizer] # also where a range test finds nothing
-    return cifar_learner(dls, model, lr=lr, wd=recipe.wd or 0., opt_func=opt, wd_bn_bias=recipe.decay_all, cbs=cbs,
-                         loss_func=CrossEntropy(label_smoothing=recipe.label_smoothing), **kwargs)
+    loss = CrossEntropy(label_smoothing=recipe.label_smoothing)
+    return cifar_learner(dls, model, lr=lr, wd=recipe.wd or 0., opt_func=opt, wd_bn_bias=recipe.decay_all,
+                         cbs=_recipe_callbacks(recipe), loss_func=loss, **kwargs)
 
 # %% ../../nbs/runs/03_fit.ipynb #17cd92c3
+def _stepped(r, lr_max):
+    "A rate that is multiplied by `gamma` after every `step_epochs`"
+    def rate(pos):
+        epoch = math.floor(min(pos, 1 - 1e-9) * r.epochs + 1e-6)
+        return lr_max * r.gamma ** (epoch // r.step_epochs)
+    return rate
+
+def _cycle(r, start, mid, end):
+    "A value that goes from `start` to `mid` and on to `end`; `mid` is where the recipe has its peak"
+    flank = {'cos': SchedCos, 'linear': SchedLin}[r.anneal]
+    return piecewise([r.peak, 1 - r.peak], [flank(start, mid), flank(mid, end)])
+
+# %% ../../nbs/runs/03_fit.ipynb #28195301
 def recipe_rates(
     recipe:Recipe, # With its schedule
     lrs=None, # (LRMIN, LRMAX); None: those of the recipe
@@ -41,13 +61,12 @@ def recipe_rates(
     "The schedules of a recipe's hyper-parameters"
     lr_min, lr_max = lrs or (recipe.lr_min or recipe.lr_max / 50, recipe.lr_max)
     if recipe.schedule == 'constant': return dict(lr=lambda pos: lr_max)
-    if recipe.schedule == 'steps': return dict(lr=lambda pos: lr_max * recipe.gamma ** (math.floor(min(pos, 1 - 1e-9) * recipe.epochs + 1e-6) // recipe.step_epochs))
-    shape = {'cos': SchedCos, 'linear': SchedLin}[recipe.anneal]
-    def cycle(start, mid, end): return piecewise([recipe.peak, 1 - recipe.peak], [shape(start, mid), shape(mid, end)])
-    res = dict(lr=cycle(lr_min, lr_max, recipe.lr_end or lr_min))
-    if recipe.mom_cycle: res['mom'] = cycle(*recipe.mom_cycle)
+    if recipe.schedule == 'steps': return dict(lr=_stepped(recipe, lr_max))
+    res = dict(lr=_cycle(recipe, lr_min, lr_max, recipe.lr_end or lr_min))
+    if recipe.mom_cycle: res['mom'] = _cycle(recipe, *recipe.mom_cycle)
     return res
 
+# %% ../../nbs/runs/03_fit.ipynb #8ee00227
 def fit_recipe(
     learn, # From `recipe_learner`
     recipe:Recipe, # What to train it with
@@ -58,4 +77,5 @@ def fit_recipe(
     "Train a learner by a recipe"
     lr_max = lrs[1] if lrs else recipe.lr_max
     wd = recipe.wd if recipe.wd is not None else 1e-3 / lr_max
-    learn.fit(recipe.epochs, lr_max, wd=wd, start_epoch=start_epoch, cbs=[ParamScheduler(recipe_rates(recipe, lrs)), *cbs])
+    schedule = ParamScheduler(recipe_rates(recipe, lrs))
+    learn.fit(recipe.epochs, lr_max, wd=wd, start_epoch=start_epoch, cbs=[schedule, *cbs])

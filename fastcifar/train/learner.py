@@ -107,12 +107,12 @@ def sample_images(dls, n=5000):
     return torch.cat(xs)[:n]
 
 def prepare_net(
-    model:nn.Module, # Prepared if it has a method `prepare`, and a buffer `prepared` that is False
+    model:nn.Module, # Prepared if it has a buffer `prepared` that is False, by its `init_whitening`
     dls, # fastai DataLoaders
 ):
     "Show some training images to a net that wants to see them before it is trained"
-    prepared = getattr(model, 'prepared', None) # without this buffer, `prepare` is something else
-    if isinstance(prepared, torch.Tensor) and not prepared: model.prepare(sample_images(dls))
+    prepared = getattr(model, 'prepared', None)
+    if isinstance(prepared, torch.Tensor) and not prepared: model.init_whitening(sample_images(dls))
 
 def cifar_learner(
     dls, # fastai DataLoaders, such as `load_data(...).dataloaders()`
