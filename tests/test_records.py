@@ -1,5 +1,6 @@
 "What a run folder says of itself, and what a study makes of many, without a training."
-import dataclasses, json, os, select, subprocess, time
+import ast, dataclasses, json, os, select, subprocess, time
+from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -29,6 +30,37 @@ def config(**more): return configure('fast', 'normnet31k', **{**dict(data='digit
 def noise(name='noise', seed=0):
     x = {s: np.random.default_rng(seed).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8) for s in ('train', 'test')}
     return ImageData(Arrays(x, {s: np.arange(8) % 2 for s in x}, ['a', 'b']), name)
+
+# -- the files of a run folder
+
+# of a folder that is made to share
+ALSO_NAMED = {'share/export.py': {'config.json', 'model.safetensors'}, 'models/zoo.py': {'model.safetensors'}}
+
+def spelled(path):
+    "Names of files of a run in the code of a module: texts that are such a name, whole or after a slash"
+    names = {v.name for v in vars(RunFolder).values() if isinstance(v, folders._File)}
+    texts = [n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)]
+    return names & {t.rpartition('/')[2] for t in texts if isinstance(t, str) and ' ' not in t and '\n' not in t}
+
+def test_files_of_a_run_are_named_in_one_module():
+    "Whoever looks into a run folder asks `RunFolder`"
+    package = Path(folders.__file__).parents[1]
+    for path in package.rglob('*.py'):
+        room = path.relative_to(package).as_posix()
+        if room in ('runs/folder.py', '_modidx.py'): continue
+        assert spelled(path) <= ALSO_NAMED.get(room, set()), room
+    assert len(spelled(package/'runs/folder.py')) == 11
+
+def test_a_folder_is_asked(tmp_path):
+    "For its files by name and by path, and for how far its run has come"
+    run = RunFolder(tmp_path)
+    assert (RunFolder.metrics_file, run.metrics_file) == ('metrics.json', tmp_path/'metrics.json')
+    assert not (run.holds_run() or run.has_begun or run.is_finished) and run.surroundings() == {}
+    assert str(run.unfinished()) == f'{tmp_path} is not finished: continue it with fastcifar train --resume {tmp_path}'
+    c = resolve_config(config(), noise(), tmp_path, 'cpu')
+    assert run.holds_run() and not run.has_begun and run.config().seed == c.seed
+    run.write_metrics(dict(test_accuracy=.5))
+    assert run.has_begun and run.is_finished and run.metrics() == dict(test_accuracy=.5)
 
 # -- a configuration and its folder
 

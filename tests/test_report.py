@@ -15,7 +15,8 @@ def run(tmp_path_factory):
     from fastcifar.runs.config import configure
     from fastcifar.runs.run import train_run
     out = tmp_path_factory.mktemp('report')/'run'
-    train_run(configure(model='normnet31k', data='digits', epochs=3, bs=64), out, threads=1, bars=False, say=lambda s: None)
+    c = configure(model='normnet31k', data='digits', epochs=3, bs=64)
+    train_run(c, out, threads=1, bars=False, say=lambda s: None)
     return out
 
 def axe(page):
@@ -29,7 +30,8 @@ def test_run_report_in_a_browser(run, visit, width, dark):
     assert page.evaluate('document.documentElement.scrollWidth') <= width, 'nothing sticks out'
     accuracy = json.loads((run/'metrics.json').read_text())['test_accuracy']
     assert page.locator('.headline strong').inner_text() == f'{accuracy:.2%}'
-    for section in ('curves', 'rates', 'mistakes', 'classes', 'net', 'images', 'again'): assert page.locator(f'h2#{section}').is_visible(), section
+    for section in ('curves', 'rates', 'mistakes', 'classes', 'net', 'images', 'again'):
+        assert page.locator(f'h2#{section}').is_visible(), section
     assert page.locator('.plot svg').count() >= 6
     assert page.evaluate('[...document.images].every(i => i.complete && i.naturalWidth == 32)')
     assert axe(page) == []
@@ -38,7 +40,8 @@ def test_run_report_in_a_browser(run, visit, width, dark):
 def test_report_is_one_file_under_three_megabytes(run):
     text = (run/'report.html').read_text()
     assert len(text.encode()) < 3e6
-    assert not re.search(r'(?:src|href)="(?!data:|#)', text) and '@import' not in text and 'url(' not in re.sub(r'url\(#[\w-]+\)', '', text)
+    assert not re.search(r'(?:src|href)="(?!data:|#)', text) and '@import' not in text
+    assert 'url(' not in re.sub(r'url\(#[\w-]+\)', '', text)
 
 def test_tables_sort_by_mouse_and_keyboard(run, visit):
     page = visit((run/'report.html').as_uri())
@@ -89,7 +92,11 @@ def test_report_command_writes_the_same_page_again(run, main):
 def test_evaluate_draws_into_a_folder(run, main, tmp_path):
     code, out, err = main('evaluate', run, '--plots', tmp_path/'plots', '--layer', 'features.5', '--robustness', 30)
     assert code == 0, err
-    assert {p.name for p in (tmp_path/'plots').iterdir()} == {f'{n}.png' for n in ('misclassified', 'predictions', 'class_accuracy', 'calibration', 'grad_cam', 'label_errors', 'confusion_matrix', 'top_losses', 'robustness')} | {'wrong_predictions.csv', 'class_accuracy.csv', 'robustness.csv'}
+    pictures = ('misclassified', 'predictions', 'class_accuracy', 'calibration', 'grad_cam', 'label_errors',
+                'confusion_matrix', 'top_losses', 'robustness')
+    tables = ('wrong_predictions', 'class_accuracy', 'robustness')
+    made = {f'{n}.png' for n in pictures} | {f'{n}.csv' for n in tables}
+    assert {p.name for p in (tmp_path/'plots').iterdir()} == made
     t = pd.read_csv(tmp_path/'plots/robustness.csv')
     assert len(t) == 36 and (t.images == 30).all() and t.low.between(0, 1).all()
     code, out, err = main('evaluate', run, '--plots', tmp_path/'plots', '--layer', 'features.55')
@@ -110,27 +117,33 @@ def test_one_pass_of_inference_for_everything(run):
         assert sum(seen) == 300
         draw_interpretation(interp, run.parent/'drawn')
         interp.most_confused(); interp.label_errors(); interp.calibration(); interp.wrong(); interp.class_accuracy()
-    assert sum(seen) <= 300 + 2 * (10 + 1), 'ten images twice for their Grad-CAMs, after one each to see the sizes of the maps'
+    # ten images twice for their Grad-CAMs, after one each to see the sizes of the maps
+    assert sum(seen) <= 300 + 2 * (10 + 1)
 
 def test_interpretation_of_a_plain_fastai_learner(tree, tmp_path):
-    from fastai.vision.all import CrossEntropyLossFlat, ImageDataLoaders, Learner, Normalize, Resize, accuracy, imagenet_stats
+    from fastai.vision.all import CrossEntropyLossFlat, ImageDataLoaders, Learner, Normalize, Resize, accuracy
+    from fastai.vision.all import imagenet_stats
     from fastcifar.interpret.interpretation import CifarInterpretation
     from fastcifar.models.zoo import create_model
     from fastcifar.interpret.corruptions import robustness
     from fastcifar.runs.artifacts import draw_interpretation
-    dls = ImageDataLoaders.from_folder(tree, train='train', valid='test', item_tfms=Resize(32), batch_tfms=Normalize.from_stats(*imagenet_stats), bs=16, num_workers=0, device='cpu')
+    tfms = dict(item_tfms=Resize(32), batch_tfms=Normalize.from_stats(*imagenet_stats))
+    dls = ImageDataLoaders.from_folder(tree, train='train', valid='test', bs=16, num_workers=0, device='cpu', **tfms)
     learn = Learner(dls, create_model('normnet31k', n_out=3), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
     with learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(3, 1e-2)
         interp = CifarInterpretation.from_learner(learn)
         assert interp.accuracy == pytest.approx(float(learn.recorder.values[-1][-1]))
-        for i in (0, 9, 23): assert np.abs(interp.images([i])[0].astype(int) - np.asarray(Image.open(dls.valid.items[i]))).max() <= 1 # fastai cuts off where it decodes
+        for i in (0, 9, 23):
+            image = np.asarray(Image.open(dls.valid.items[i]))
+            assert np.abs(interp.images([i])[0].astype(int) - image).max() <= 1 # fastai cuts off where it decodes
         draw_interpretation(interp, tmp_path/'plots')
         t = robustness(interp, n=12, names=['blur'], severities=(1, 5))
     assert len(list((tmp_path/'plots').glob('*.png'))) == 8 and t.right.iloc[0] <= 12
 
 def test_study_report(main, visit, tmp_path):
-    code, out, err = main('compare', '--data', 'digits', '--models', 'normnet31k', '--norms', 'bn,gn', '--recipes', 'fast', '--epochs', 1, '--seeds', 2, '--lr-max', '1e-2', '--jobs', 1, '--out', tmp_path/'study')
+    grid = '--data digits --models normnet31k --norms bn,gn --recipes fast --epochs 1 --seeds 2 --lr-max 1e-2 --jobs 1'
+    code, out, err = main('compare', *grid.split(), '--out', tmp_path/'study')
     assert code == 0, err
     page = visit((tmp_path/'study/report.html').as_uri(), 390)
     assert page.evaluate('document.documentElement.scrollWidth') <= 390

@@ -8,15 +8,20 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
-SETTINGS = ('--data', 'digits', '--models', 'groupnet', '--norms', 'gn', '--seeds', 2, '--epochs', 2, '--bs', '128', '--precision', 'fp32', '--no-pictures', '--jobs', 1)
+SETTINGS = ('--data digits --models groupnet --norms gn --seeds 2 --epochs 2 --bs 128 --precision fp32 '
+            '--no-pictures --jobs 1').split()
 
-def command(out, *more): return [sys.executable, '-m', 'fastcifar', *map(str, ('compare', *SETTINGS, '--out', out, *more))]
+def apart(a, b): return float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-3))
+
+def command(out, *more):
+    return [sys.executable, '-m', 'fastcifar', *map(str, ('compare', *SETTINGS, '--out', out, *more))]
 
 @pytest.fixture(scope='module')
 def studies(tmp_path_factory):
     "A study in one pass, the same one killed in the middle and continued, and the same one run by run"
     out = tmp_path_factory.mktemp('together')
-    for name, more in (('whole', ('--together', 2)), ('alone', ())): subprocess.run(command(out/name, *more), check=True, capture_output=True, timeout=300)
+    for name, more in (('whole', ('--together', 2)), ('alone', ())):
+        subprocess.run(command(out/name, *more), check=True, capture_output=True, timeout=300)
     cmd = command(out/'killed', '--together', 2)
     p = subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     end = time.monotonic() + 200
@@ -38,7 +43,8 @@ def test_a_killed_pass_continues_exactly(studies):
     for a, b in zip(runs(out/'whole'), runs(out/'killed'), strict=True):
         x, y = (load_file(d/'model.safetensors') for d in (a, b))
         assert all(torch.equal(x[k], y[k]) for k in x), a.name
-        assert pd.read_csv(a/'history.csv').drop(columns='seconds').equals(pd.read_csv(b/'history.csv').drop(columns='seconds'))
+        h, g = (pd.read_csv(d/'history.csv').drop(columns='seconds') for d in (a, b))
+        assert h.equals(g)
 
 def test_each_seed_is_trained_as_alone(studies):
     out = studies[0]
@@ -46,12 +52,14 @@ def test_each_seed_is_trained_as_alone(studies):
         assert {f.name for f in a.iterdir()} - {'log.txt'} == {f.name for f in b.iterdir()} - {'checkpoints', 'log.txt'}
         assert json.loads((a/'config.json').read_text()) == json.loads((b/'config.json').read_text())
         h, g = (pd.read_csv(d/'history.csv') for d in (a, b))
-        assert list(h) == list(g) and (h.train_loss - g.train_loss).abs().max() < .02 and (h.accuracy - g.accuracy).abs().max() < .05
+        assert list(h) == list(g)
+        assert (h.train_loss - g.train_loss).abs().max() < .02 and (h.accuracy - g.accuracy).abs().max() < .05
         x, y = (load_file(d/'model.safetensors') for d in (a, b))
         # roundings grow from step to step, but stay far below what tells two seeds apart
-        assert max(float((x[k].float() - y[k].float()).norm() / y[k].float().norm().clamp(min=1e-3)) for k in x if x[k].ndim > 1) < .2
+        assert max(apart(x[k], y[k]) for k in x if x[k].ndim > 1) < .2
     x, y = (load_file(d/'model.safetensors') for d in runs(out/'whole')[:2])
-    assert float((x['features.0.conv.weight'] - y['features.0.conv.weight']).norm() / y['features.0.conv.weight'].norm()) > .5
+    first = 'features.0.conv.weight'
+    assert apart(x[first], y[first]) > .5
     r = pd.read_csv(out/'whole/results.csv')
     assert (r.status == 'finished').all() and r.test_accuracy.nunique() > 1
 
@@ -60,12 +68,14 @@ def test_finished_runs_stay_and_seeds_join(studies, main):
     before = {f: f.stat().st_mtime_ns for f in out.glob('runs/*/*')}
     code, said, err = main('compare', *SETTINGS, '--seeds', 4, '--together', 3, '--out', out)
     assert code == 0, err
-    assert '4 runs, 2 finished' in said and '2/2' in said and pd.read_csv(out/'results.csv').status.tolist() == ['finished'] * 4
+    assert '4 runs, 2 finished' in said and '2/2' in said
+    assert pd.read_csv(out/'results.csv').status.tolist() == ['finished'] * 4
     assert before == {f: f.stat().st_mtime_ns for f in before}
 
 def test_a_pass_that_fails_says_which_run_does(main):
     "A learning rate at which every net explodes: each run has its own reason"
-    code, said, _ = main('compare', *SETTINGS, '--seeds', 2, '--epochs', 1, '--optimizer', 'sgd', '--lr-max', 900, '--lr-min', 900, '--together', 2, '--out', 's')
+    wild = '--seeds 2 --epochs 1 --optimizer sgd --lr-max 900 --lr-min 900 --together 2 --out s'
+    code, said, _ = main('compare', *SETTINGS, *wild.split())
     assert code == 1 and said.count('failed: groupnet') == 2 and 'NaN or infinite' in said
     assert pd.read_csv('s/results.csv').status.tolist() == ['failed', 'failed']
 

@@ -124,6 +124,10 @@ def check_rates_kept(self:Training, c):
                          'put it back, or choose another --out')
 
 # %% ../../nbs/runs/07_run.ipynb #640a8d3e
+def _fit_rest(learn, c, lrs, done, cbs):
+    "Train the epochs that are left, in all processes"
+    with learn.distrib_ctx(sync_bn=False): fit_recipe(learn, c, lrs[:2], done, cbs=cbs)
+
 @patch
 def fit(self:Training, learn, c, start) -> tuple: # (`LRRange`, a dict an epoch)
     "Train to the end, from the newest checkpoint if there is one"
@@ -140,9 +144,7 @@ def fit(self:Training, learn, c, start) -> tuple: # (`LRRange`, a dict an epoch)
     if not rank(): note_start(self.folder.path, start, done, batch) # now it can train
     if begun and done < c.epochs: _say_continued(self.say, done, batch, c.epochs)
     with request:
-        if done < c.epochs:
-            cbs = [checkpoints] if rank() else [checkpoints, history]
-            with learn.distrib_ctx(sync_bn=False): fit_recipe(learn, c, lrs[:2], done, cbs=cbs)
+        if done < c.epochs: _fit_rest(learn, c, lrs, done, [checkpoints] if rank() else [checkpoints, history])
         else: checkpoints.conclude(learn)
     _check_not_stopped(request, c.epochs)
     return lrs, checkpoints.history
@@ -190,15 +192,19 @@ def introduce(self:Training, learn, c):
         self.say(f'{c.epochs} epochs of {batches} batches are few steps to learn in: a smaller --bs makes more')
 
 @patch
+def loaders(self:Training, c):
+    "The data as they are trained on"
+    return self.data.dataloaders(bs=c.bs, policy=c.policy, num_workers=self.options.get('workers', 0), seed=c.seed,
+                                 valid=c.valid, device=self.device, stats=c.stats, path=c.path)
+
+@patch
 def train(self:Training) -> dict: # The metrics; none in another process than the first
     "Train, evaluate and draw, while the folder is this process's own"
     out, options = self.folder.path, self.options
     with main_process_first(): c = resolve_config(self.asked, self.data, out, self.device)
     compile = options.get('compile', False)
-    dls = self.data.dataloaders(bs=c.bs, policy=c.policy, num_workers=options.get('workers', 0), seed=c.seed,
-                                valid=c.valid, device=self.device, stats=c.stats, path=c.path)
-    commands = self.commands(c)
-    start = None if rank() else write_surroundings(c, out, self.device, *commands, options, compile=compile)
+    dls = self.loaders(c)
+    start = None if rank() else write_surroundings(c, out, self.device, *self.commands(c), options, compile=compile)
     learn = recipe_learner(dls, self.net, c, precision=c.precision, compile=compile)
     self.introduce(learn, c)
     bars = contextlib.nullcontext() if self.bars else learn.no_bar()
@@ -232,7 +238,8 @@ def _finished(c, folder, pictures, say):
     m = folder.metrics()
     try: say(f'{out} is finished, test accuracy {m["test_accuracy"]:.2%}; nothing to do')
     except (KeyError, TypeError, ValueError):
-        raise FastcifarError(f'{folder.metrics_file} is damaged: remove it, and the same command evaluates again') from None
+        raise FastcifarError(f'{folder.metrics_file} is damaged: remove it, '
+                             'and the same command evaluates again') from None
     if pictures and not folder.page_file.exists():
         say(f'its page is missing, to write it: {command_line("report", out)}')
     return m
@@ -242,6 +249,19 @@ def _check_loggers(names):
     for name in names: check_name(name, ('tensorboard', 'wandb'), 'logger')
     if len(set(names)) < len(names):
         raise FastcifarError(f'the same logger twice ({", ".join(names)}): give each once')
+
+def _data_and_net(c):
+    "The data set and the net of a run, before there is a folder: arguments of a net can be refused"
+    with main_process_first(): data = load_data(c.data, c.convert) # the first prepares the cache
+    seed_everything(c.seed)
+    return data, build_model(c, len(data.classes))
+
+@contextlib.contextmanager
+def _own_folder(folder, wait, device, deterministic):
+    "Context of a training: the folder is locked by the first process, and errors are explained"
+    own = contextlib.nullcontext() if rank() else folder.lock(wait)
+    exact = deterministic_only(device) if deterministic else contextlib.nullcontext()
+    with own, explain_errors(folder.path), exact: yield
 
 def _resuming(c, out, options, pictures):
     "The command that goes on with a run that was stopped"
@@ -258,7 +278,7 @@ def train_run(
     bars:bool=None, # Progress bars? None: if this is a terminal
     compile:bool=False, # Compile the net with torch.compile?
     checkpoint_every:int=None, # Write a checkpoint after so many batches, besides the one after each epoch
-    deterministic:bool=False, # Refuse operations that may give other numbers each time? On a CPU, at one number of threads, none does
+    deterministic:bool=False, # Refuse operations that may give other numbers each time, as some of a GPU do?
     pictures:bool=True, # Draw pictures and write report.html at the end? That takes some seconds
     wait:float=0, # Seconds to wait for the folder if another process trains in it
     log=(), # `'tensorboard'`, `'wandb'` (offline, unless $WANDB_MODE says otherwise), or both
@@ -280,12 +300,8 @@ def train_run(
     again = _resuming(c, out, options, pictures)
     device = checked_device(rank_device(device)) # each process looks at its own GPU alone
     with cpu_threads(threads), process_group(device):
-        with main_process_first(): data = load_data(c.data, c.convert) # the first prepares the cache
-        seed_everything(c.seed)
-        net = build_model(c, len(data.classes)) # before there is a folder: arguments of a net can be refused
+        data, net = _data_and_net(c)
         training = Training(c, net, data, folder, device, options, command, bars, pictures, say)
-        own = contextlib.nullcontext() if rank() else folder.lock(wait)
-        exact = deterministic_only(device) if deterministic else contextlib.nullcontext()
-        with own, explain_errors(out), exact:
+        with _own_folder(folder, wait, device, deterministic):
             try: return training.train()
             except Stopped as e: raise Stopped(f'{e}; go on with: {again}', e.exit_code - 128) from None

@@ -9,10 +9,26 @@ __all__ = ['RayTasks', 'everywhere']
 import math, os
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from ..basics import FastcifarError, import_extra
 from ..data.load import place_of
 
 # %% ../../nbs/study/01_cluster.ipynb #11933c30
+def _check_shares(cpus, gpus):
+    "Refuse shares of a machine that Ray cannot give"
+    if cpus < 1 or not 0 <= gpus < math.inf or gpus > 1 and gpus != int(gpus):
+        raise FastcifarError(f'a task with {cpus} processors and {gpus} GPUs: give at least 1 processor, '
+                             'and a fraction of a GPU or whole ones')
+
+def _connect(ray, address):
+    "Join a cluster, or make this machine one"
+    try: ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level='ERROR')
+    except (ConnectionError, ValueError, RuntimeError) as e:
+        why = str(e).splitlines()[0][:120]
+        raise FastcifarError(f'there is no Ray cluster at {address!r} ({why}): give another --address, '
+                             'or leave it out') from e
+
 class RayTasks:
     "Calls a function for many arguments on a Ray cluster, and gives what it returns in the order in which it is ready"
     def __init__(self,
@@ -21,41 +37,48 @@ class RayTasks:
         gpus:float=0., # GPUs of each task; a fraction lets several share one
         retries:int=5, # How often a task is started again when its process or machine dies
     ):
-        if cpus < 1 or not 0 <= gpus < math.inf or gpus > 1 and gpus != int(gpus):
-            raise FastcifarError(f'a task with {cpus} processors and {gpus} GPUs: give at least 1 processor, '
-                                 'and a fraction of a GPU or whole ones')
+        _check_shares(cpus, gpus)
         os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
         self.ray = import_extra('ray', 'ray', 'a study on Ray')
         self.cpus, self.gpus, self.retries = cpus, gpus, retries
         self._mine = not self.ray.is_initialized()
-        try:
-            if self._mine: self.ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level='ERROR')
-        except (ConnectionError, ValueError, RuntimeError) as e: raise FastcifarError(f'there is no Ray cluster at {address!r} ({str(e).splitlines()[0][:120]}): give another --address, or leave it out') from e
+        if self._mine: _connect(self.ray, address)
+        have = self._resources()
+        if cpus > have[0] or gpus > have[1]:
+            raise FastcifarError(f'the cluster has {have[0]:g} processors and {have[1]:g} GPUs, '
+                                 f'a run needs {cpus} and {gpus:g}: ask for less')
+
+    def _resources(self):
+        "(processors, GPUs) of the cluster"
         have = self.ray.cluster_resources()
-        if cpus > have.get('CPU', 0) or gpus > have.get('GPU', 0): raise FastcifarError(f'the cluster has {have.get("CPU", 0):g} processors and {have.get("GPU", 0):g} GPUs, a run needs {cpus} and {gpus:g}: ask for less')
+        return have.get('CPU', 0), have.get('GPU', 0)
 
-    def at_a_time(self) -> int:
-        "How many tasks the cluster has room for"
-        have = self.ray.cluster_resources()
-        return max(1, int(min(have.get('CPU', 0) / self.cpus, have.get('GPU', 0) / self.gpus if self.gpus else 1e9)))
+# %% ../../nbs/study/01_cluster.ipynb #f711776e
+@patch
+def at_a_time(self:RayTasks) -> int:
+    "How many tasks the cluster has room for"
+    cpus, gpus = self._resources()
+    return max(1, int(min(cpus / self.cpus, gpus / self.gpus if self.gpus else 1e9)))
 
-    def __call__(self,
-        call, # A function that Ray can send (of a module, or a closure over plain things)
-        tasks, # Arguments of each call
-    ): # Generator of (position of the task, what came back, or the exception that ended it)
-        "Run all tasks"
-        remote = self.ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=self.retries)(call)
-        waiting = {remote.remote(*t): i for i, t in enumerate(tasks)}
-        try:
-            while waiting:
-                (ready,), _ = self.ray.wait(list(waiting), num_returns=1)
-                i = waiting.pop(ready)
-                try: yield i, self.ray.get(ready)
-                except self.ray.exceptions.RayError as e: yield i, e
-        finally:
-            for ref in waiting: self.ray.cancel(ref, force=True)
-            if self._mine: self.ray.shutdown()
+@patch
+def __call__(self:RayTasks,
+    call, # A function that Ray can send (of a module, or a closure over plain things)
+    tasks, # Arguments of each call
+): # Generator of (position of the task, what came back, or the exception that ended it)
+    "Run all tasks"
+    remote = self.ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=self.retries)(call)
+    waiting = {remote.remote(*t): i for i, t in enumerate(tasks)}
+    try:
+        while waiting:
+            (ready,), _ = self.ray.wait(list(waiting), num_returns=1)
+            i = waiting.pop(ready)
+            try: yield i, self.ray.get(ready)
+            except self.ray.exceptions.RayError as e: yield i, e
+    finally:
+        for ref in waiting: self.ray.cancel(ref, force=True)
+        if self._mine: self.ray.shutdown()
 
+# %% ../../nbs/study/01_cluster.ipynb #9206a999
 def everywhere(
     place, # A path, or a name of a data set
 ) -> str:

@@ -26,30 +26,40 @@ LOST_WAIT = 60 # Seconds that a run waits for its folder, which the process of a
 # %% ../../nbs/study/02_pool.ipynb #07756b84
 def _numbered(i, work, args): return i, work(*args)
 
-def _on_pool(work, calls, jobs, say):
-    "(key, what `work` gives) of each call, in the order in which they are ready; a string where the system ended the process each time"
-    left, jobs, broken = dict(calls), min(jobs, len(calls)), False
-    warnings.filterwarnings('ignore', 'A worker stopped while some jobs', UserWarning) # a worker that has grown makes place for a fresh one
-    while left:
-        alone = list(left)
-        if not broken or jobs > 1:
-            try:
-                for i, back in Parallel(n_jobs=jobs, return_as='generator_unordered', idle_worker_timeout=5)([delayed(_numbered)(i, work, args) for i, args in left.items()]): # or workers would keep their memory for minutes
-                    left.pop(i)
-                    yield i, back
-                return
-            except BrokenProcessPool: # it does not say which process, and the others went with it
-                broken, alone = True, list(left)[:jobs]
-                say('the system ended a run, most likely for want of memory: those that were under way go on one at a time')
-        backs = []
-        for i in alone:
-            backs.append(_by_itself(work, left.pop(i)))
-            yield i, backs[-1]
-        if not any(isinstance(back, str) for back in backs): jobs //= 2 # none of them is too large, they were too many
+def _in_parallel(work, calls, jobs):
+    "(key, what `work` gives) of each call, in the order in which they are ready"
+    parallel = Parallel(n_jobs=jobs, return_as='generator_unordered',
+                        idle_worker_timeout=5) # or workers would keep their memory for minutes
+    yield from parallel([delayed(_numbered)(i, work, args) for i, args in calls.items()])
 
 def _by_itself(work, args):
     "What `work` gives in a process of its own; a string if the system ends that"
     pool = ProcessPoolExecutor(1)
     try: return pool.submit(work, *args).result()
-    except BrokenProcessPool: return 'the system ended its process, most likely for want of memory: use a smaller --bs'
+    except BrokenProcessPool:
+        return 'the system ended its process, most likely for want of memory: use a smaller --bs'
     finally: pool.shutdown(kill_workers=True)
+
+# %% ../../nbs/study/02_pool.ipynb #81fd312a
+def _on_pool(work, calls, jobs, say):
+    "(key, what `work` gives) of each call, as they are ready; a string where the system ended the process each time"
+    left, jobs, broken = dict(calls), min(jobs, len(calls)), False
+    # a worker that has grown makes place for a fresh one
+    warnings.filterwarnings('ignore', 'A worker stopped while some jobs', UserWarning)
+    while left:
+        alone = list(left)
+        if not broken or jobs > 1:
+            try:
+                for i, back in _in_parallel(work, left, jobs):
+                    left.pop(i)
+                    yield i, back
+                return
+            except BrokenProcessPool: # it does not say which process, and the others went with it
+                broken, alone = True, list(left)[:jobs]
+                say('the system ended a run, most likely for want of memory: '
+                    'those that were under way go on one at a time')
+        backs = []
+        for i in alone:
+            backs.append(_by_itself(work, left.pop(i)))
+            yield i, backs[-1]
+        if not any(isinstance(back, str) for back in backs): jobs //= 2 # none is too large, they were too many

@@ -144,7 +144,7 @@ def _fused(cs, outs, work, threads, device, wait, pictures):
             say(f'{type(e).__name__}: {e}; now each by itself')
 
 def _one_pass(cs, folder, threads, device, parent=None, wait=0, pictures=True):
-    "Train configurations that differ in their seeds alone, together if there are several; None for each, or why it failed"
+    "Train runs that differ in their seeds alone, together if there are several; None for each, or why it failed"
     if os.getpid() != parent: # a single one needs no process of its own
         import matplotlib; matplotlib.use('agg')
         if parent: _die_with(parent)
@@ -207,7 +207,7 @@ def _is_study(folder) -> bool:
 
 # %% ../../nbs/study/04_study.ipynb #05a28a19
 def _first_difference(old, new, data):
-    "In words, what the runs of a study have in another way than those that are asked for; None if seeds were added alone"
+    "What the runs of a study have in another way than those that are asked for; None if seeds were added alone"
     def cells(runs): return {k.rpartition('-seed')[0] for k in runs}
     if cells(old) != cells(new) or not set(old) <= set(new): return f'{len(old)} runs'
     for k, c in old.items():

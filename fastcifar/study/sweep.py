@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 from fastai.callback.core import Callback
+from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from ..basics import FastcifarError, as_json, attempt, check_name, import_extra, read_json, say, seed_everything
@@ -23,15 +24,16 @@ from ..runs.config import build_model, configure
 from ..runs.fit import fit_recipe, recipe_learner
 from ..runs.folder import own_folder, settings_on
 from ..runs.recipes import override_recipe, write_recipe
-from ..train.checkpoint import StopRequest, Stopped
+from ..train.checkpoint import Checkpoints, StopRequest, Stopped
 
 # %% ../../nbs/study/05_sweep.ipynb #690fdc10
 STRENGTHS = ('none', 'flip', 'small_crop_flip', 'crop_flip', 'crop_flip_cutout') # policies, the weakest first
+TUNABLE = ('lr_max', 'wd', 'label_smoothing', 'policy')
 
-def _rate(trial, r): return dict(lr_max=trial.suggest_float('lr_max', r.lr_max / 8, r.lr_max * 8, log=True)) # `override_recipe` takes the others along
+def _rate(trial, r): # `override_recipe` takes the other rates along
+    return dict(lr_max=trial.suggest_float('lr_max', r.lr_max / 8, r.lr_max * 8, log=True))
 
 def _decay(trial, r, lr): return dict(wd=trial.suggest_float('decay', 1e-6, 1e-2, log=True) / lr)
-TUNABLE = ('lr_max', 'wd', 'label_smoothing', 'policy')
 
 def suggest_settings(
     trial, # An Optuna trial
@@ -45,20 +47,17 @@ def suggest_settings(
     if 'policy' in tune: s['policy'] = trial.suggest_categorical('policy', STRENGTHS)
     return s
 
+# %% ../../nbs/study/05_sweep.ipynb #50817939
+def _check_tuned(tune, valid, settings):
+    "Refuse a search that has nothing to find, or no images to measure it on"
+    for k in tune: check_name(k, TUNABLE, 'setting to tune')
+    if not tune: raise FastcifarError(f'there is nothing to tune: name some of {", ".join(TUNABLE)}')
+    lost = [k for k in tune if k != 'lr_max' and settings.get(k) is not None] # of lr_max the search goes out
+    left = ','.join(k for k in tune if k not in lost) or 'others'
+    if lost: raise FastcifarError(f'{", ".join(lost)} is given, and searched: leave it out, or search --tune {left}')
+    if not valid or valid < 1: raise FastcifarError('a sweep needs held-out images: give --valid of at least 1')
+
 # %% ../../nbs/study/05_sweep.ipynb #154e810a
-class _Report(Callback):
-    "Tell Optuna the accuracy of each epoch; stop where it says so, or where somebody asks for it"
-    order = 75
-    def __init__(self, trial, request): self.trial, self.request = trial, request
-    def after_epoch(self):
-        import optuna
-        self.accuracy = float(self.recorder.log[self.recorder.metric_names.index('accuracy')])
-        self.trial.report(self.accuracy, self.epoch + 1)
-        if self.request.number: raise Stopped('stopped; the same command continues the sweep', self.request.number)
-        if self.trial.should_prune(): raise optuna.TrialPruned('it lags behind the others')
-
-def _loaders(c, data, device): return data.dataloaders(bs=c.bs, policy=c.policy, seed=c.seed, valid=c.valid, device=device, stats=c.stats, path=c.path)
-
 class Sweep:
     "A search in one folder"
     def __init__(self,
@@ -70,114 +69,15 @@ class Sweep:
         valid:int=5000, # Training images held out, on which accuracy is measured
         **settings, # Any other fields of `Config` and `Recipe`, the same for all trials
     ):
-        for k in tune: check_name(k, TUNABLE, 'setting to tune')
-        if not tune: raise FastcifarError(f'there is nothing to tune: name some of {", ".join(TUNABLE)}')
-        lost = [k for k in tune if k != 'lr_max' and settings.get(k) is not None] # of lr_max the search goes out
-        left = ','.join(k for k in tune if k not in lost) or 'others'
-        if lost:
-            raise FastcifarError(f'{", ".join(lost)} is given, and searched: leave it out, or search --tune {left}')
-        if not valid or valid < 1: raise FastcifarError('a sweep needs held-out images: give --valid of at least 1')
+        _check_tuned(tune, valid, settings)
         self.out, self.tune = user_path(out), tuple(tune)
         of_decay = ('decay', 'decay_all') if 'wd' in tune else () # which may begin at 0
         later = {k: settings.pop(k) for k in of_decay if k in settings}
         base = configure(recipe, model, data=str(data), valid=valid, **settings)
         self.base = dataclasses.replace(base, **later).checked()
-        if self.base.lr_max is None: raise FastcifarError(f'the recipe {recipe} has no learning rate of its own: give --lr-max, or use fast or reference')
-
-    def _settle(self, data):
-        "Write what the sweep is, or compare with what is there"
-        judged = dict(judged_with_views=self.base.views) # older sweeps judged without
-        new = as_json(dict(dataclasses.asdict(self.base), data=data.source, tune=sorted(self.tune), **judged))
-        f = self.out/'sweep.json'
-        old = read_json(f) if f.exists() else new
-        was = settings_on({'judged_with_views': 'none', **old}, data) if isinstance(old, dict) else {}
-        apart = [f'{k}={was.get(k)!r}, not {v!r}' for k, v in new.items() if was.get(k) != v]
-        if apart: raise FastcifarError(f'{self.out} holds a sweep of another configuration ({apart[0]}): give the same one, or choose another --out')
-        write_json(f, new)
-
-    def _storage(self):
-        "The sweep as Optuna keeps it: a journal of JSON lines"
-        optuna = import_extra('optuna', 'sweep', 'a sweep')
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
-        if (self.out/'journal.log').is_symlink():
-            raise FastcifarError(f'{self.out}/journal.log is a link, and a sweep writes into its own folder alone: '
-                                 'remove it')
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        try:
-            storage = JournalStorage(JournalFileBackend(str(self.out/'journal.log')))
-            return optuna.create_study(storage=storage, study_name='sweep', direction='maximize', load_if_exists=True, pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=max(1, self.base.epochs // 4)))
-        except (ValueError, LookupError, TypeError, AttributeError, OSError) as e:
-            raise FastcifarError(f'{self.out}/journal.log is damaged ({type(e).__name__}): choose another --out') from e
-
-    def run(self,
-        trials:int=20, # How many in all, with those that are done
-        threads:int=None, # CPU threads; torch's own choice if None
-        device=None, # fastai's default device if None
-        bars:bool=None, # A progress bar? None: if this is a terminal
-        say=say, # Called with a line for each trial
-    ) -> dict: # What is in recipe.json
-        "Try settings and write the best as a recipe file"
-        import_extra('optuna', 'sweep', 'a sweep')
-        if trials < 1: raise FastcifarError(f'{trials} trials: give at least 1')
-        device, data = checked_device(device), load_data(self.base.data, self.base.convert)
-        _loaders(self.base, data, device) # what cannot work is to be said before anything is written
-        with own_folder(self.out, _is_sweep, 'a sweep'): return self._run(trials, threads, device, data, bars, say)
-
-    def _run(self, trials, threads, device, data, bars, say):
-        "What `run` does while the folder is its own"
-        import optuna
-        self._settle(data)
-        study, request = self._storage(), StopRequest(say)
-        over = [t for t in study.trials if t.state.is_finished() and t.state.name != 'FAIL']
-        say(f'{trials} trials, {min(len(over), trials)} done; {data.name}, {self.base.valid:,} training images held out, test-time views: {self.base.views}')
-        study.sampler = optuna.samplers.TPESampler(seed=self.base.seed + len(study.trials))
-        with request, cpu_threads(threads):
-            for i in tqdm(range(len(over), trials), disable=not (sys.stdout.isatty() if bars is None else bars), unit='trial'):
-                trial = study.ask()
-                c = override_recipe(self.base, **suggest_settings(trial, self.base, self.tune))
-                said = self._try(study, trial, c, data, device, request)
-                say(f'{i + 1}/{trials} ' + ', '.join(f'{k} {v:.3g}' if isinstance(v, float) else f'{k} {v}' for k, v in trial.params.items()) + f': {said}')
-                self.write(study, data, say)
-        return self.write(study, data, say)
-
-    def _try(self, study, trial, c, data, device, request):
-        "Train once; what to say of it"
-        import optuna
-        seed_everything(c.seed)
-        learn, report = recipe_learner(_loaders(c, data, device), build_model(c, len(data.classes)), c, precision=c.precision), _Report(trial, request)
-        try:
-            with learn.no_bar(), learn.no_logging():
-                fit_recipe(learn, c, cbs=[report])
-                valid = CifarInterpretation.from_learner(learn, 1,
-                    views=c.views).accuracy # as `train` evaluates what is found
-        except optuna.TrialPruned:
-            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-            return f'{report.accuracy:.2%} after epoch {learn.epoch + 1}, given up'
-        except Stopped:
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            raise
-        except FastcifarError as e: # the loss became NaN
-            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-            return str(e).split(':')[0]
-        study.tell(trial, valid)
-        return f'{valid:.2%}'
-
-    def write(self, study, data, say=say) -> dict: # What is in recipe.json
-        "Write the trials, a picture of them, and the best recipe"
-        t = pd.DataFrame([dict(trial=o.number, state=o.state.name.lower(), valid_accuracy=o.value, epochs=len(o.intermediate_values), **o.params) for o in study.trials])
-        with attempt('trials.csv', say): write_atomic(self.out/'trials.csv', lambda tmp: t.to_csv(tmp, index=False))
-        done = t[t.state == 'complete']
-        if not len(done): return {}
-        best = study.best_trial
-        found = dict(trials=len(t), complete=len(done), valid_accuracy=best.value, valid_images=self.base.valid,
-            views=self.base.views, data=data.name, data_sha256=data.source, epochs=self.base.epochs,
-            seed=self.base.seed)
-        best = override_recipe(self.base, **suggest_settings(_again(best), self.base, self.tune))
-        about = dict(norm=best.norm, groups=best.groups, found=found)
-        res = write_recipe(self.out/'recipe.json', best, best.recipe, best.model, True, **about)
-        save_plot(lambda: plot_sweep(t), self.out/'sweep.png', say)
-        return res
+        if self.base.lr_max is None:
+            raise FastcifarError(f'the recipe {recipe} has no learning rate of its own: give --lr-max, '
+                                 'or use fast or reference')
 
 def _is_sweep(folder) -> bool:
     "Does a folder hold a sweep, by what is in its sweep.json?"
@@ -185,24 +85,181 @@ def _is_sweep(folder) -> bool:
     except FastcifarError: return False
     return isinstance(saved, dict) and {'model', 'recipe', 'tune'} <= set(saved)
 
+# %% ../../nbs/study/05_sweep.ipynb #9c92abf0
+@patch
+def _settle(self:Sweep, data):
+    "Write what the sweep is, or compare with what is there"
+    judged = dict(judged_with_views=self.base.views) # older sweeps judged without
+    new = as_json(dict(dataclasses.asdict(self.base), data=data.source, tune=sorted(self.tune), **judged))
+    f = self.out/'sweep.json'
+    old = read_json(f) if f.exists() else new
+    was = settings_on({'judged_with_views': 'none', **old}, data) if isinstance(old, dict) else {}
+    apart = [f'{k}={was.get(k)!r}, not {v!r}' for k, v in new.items() if was.get(k) != v]
+    if apart:
+        raise FastcifarError(f'{self.out} holds a sweep of another configuration ({apart[0]}): give the same one, '
+                             'or choose another --out')
+    write_json(f, new)
+
+@patch
+def _storage(self:Sweep):
+    "The sweep as Optuna keeps it: a journal of JSON lines"
+    optuna = import_extra('optuna', 'sweep', 'a sweep')
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+    file = self.out/'journal.log'
+    if file.is_symlink():
+        raise FastcifarError(f'{file} is a link, and a sweep writes into its own folder alone: remove it')
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=max(1, self.base.epochs // 4))
+    try:
+        return optuna.create_study(storage=JournalStorage(JournalFileBackend(str(file))), study_name='sweep',
+                                   direction='maximize', load_if_exists=True, pruner=pruner)
+    except (ValueError, LookupError, TypeError, AttributeError, OSError) as e:
+        raise FastcifarError(f'{file} is damaged ({type(e).__name__}): choose another --out') from e
+
+# %% ../../nbs/study/05_sweep.ipynb #8b349ac9
+class _Report(Callback):
+    "Tell Optuna the accuracy of each epoch; stop where it says so, or where somebody asks for it"
+    order = Checkpoints.order + 5 # after all that an epoch leaves
+    def __init__(self, trial, request): self.trial, self.request = trial, request
+    def after_epoch(self):
+        import optuna
+        self.accuracy = float(self.recorder.log[self.recorder.metric_names.index('accuracy')])
+        self.trial.report(self.accuracy, self.epoch + 1)
+        if self.request.number:
+            raise Stopped('stopped; the same command continues the sweep', self.request.number)
+        if self.trial.should_prune(): raise optuna.TrialPruned('it lags behind the others')
+
+def _loaders(c, data, device):
+    return data.dataloaders(bs=c.bs, policy=c.policy, seed=c.seed, valid=c.valid, device=device, stats=c.stats,
+                            path=c.path)
+
+# %% ../../nbs/study/05_sweep.ipynb #607386ad
+def _validated(learn, c, report):
+    "Train, and give the accuracy on the held-out images, as `train` evaluates what is found"
+    with learn.no_bar(), learn.no_logging():
+        fit_recipe(learn, c, cbs=[report])
+        return CifarInterpretation.from_learner(learn, 1, views=c.views).accuracy
+
+@patch
+def _try(self:Sweep, study, trial, c, data, device, request):
+    "Train once; what to say of it"
+    import optuna
+    states = optuna.trial.TrialState
+    seed_everything(c.seed)
+    dls = _loaders(c, data, device)
+    learn = recipe_learner(dls, build_model(c, len(data.classes)), c, precision=c.precision)
+    report = _Report(trial, request)
+    try: valid = _validated(learn, c, report)
+    except optuna.TrialPruned:
+        study.tell(trial, state=states.PRUNED)
+        return f'{report.accuracy:.2%} after epoch {learn.epoch + 1}, given up'
+    except Stopped:
+        study.tell(trial, state=states.FAIL)
+        raise
+    except FastcifarError as e: # the loss became NaN
+        study.tell(trial, state=states.PRUNED)
+        return str(e).split(':')[0]
+    study.tell(trial, valid)
+    return f'{valid:.2%}'
+
+# %% ../../nbs/study/05_sweep.ipynb #285fee4b
+def _trials_table(study):
+    "A row for each trial"
+    def row(o):
+        return dict(trial=o.number, state=o.state.name.lower(), valid_accuracy=o.value,
+                    epochs=len(o.intermediate_values), **o.params)
+    return pd.DataFrame([row(o) for o in study.trials])
+
 def _again(trial):
     "A trial that suggests what it was"
     import optuna
     return optuna.trial.FixedTrial(trial.params)
+
+@patch
+def write(self:Sweep,
+    study, # Of Optuna
+    data, # The `ImageData` that trials are trained on
+    say=say, # Called with a line for what fails
+) -> dict: # What is in recipe.json
+    "Write the trials, a picture of them, and the best recipe"
+    t, base = _trials_table(study), self.base
+    with attempt('trials.csv', say): write_atomic(self.out/'trials.csv', lambda tmp: t.to_csv(tmp, index=False))
+    done = t[t.state == 'complete']
+    if not len(done): return {}
+    found = dict(trials=len(t), complete=len(done), valid_accuracy=study.best_trial.value, valid_images=base.valid,
+                 views=base.views, data=data.name, data_sha256=data.source, epochs=base.epochs, seed=base.seed)
+    best = override_recipe(base, **suggest_settings(_again(study.best_trial), base, self.tune))
+    about = dict(norm=best.norm, groups=best.groups, found=found)
+    res = write_recipe(self.out/'recipe.json', best, best.recipe, best.model, True, **about)
+    save_plot(lambda: plot_sweep(t), self.out/'sweep.png', say)
+    return res
+
+# %% ../../nbs/study/05_sweep.ipynb #31ffdc54
+def _plot_setting(ax, name, done):
+    "Validation accuracy against one setting; `done` has the best trial last"
+    values, accuracy = done[name], 100 * done.valid_accuracy
+    ax.scatter(values, accuracy, c=done.trial, cmap='viridis', s=22)
+    ax.scatter(values.tail(1), accuracy.tail(1), s=110, facecolors='none', edgecolors='tab:red')
+    numeric = pd.api.types.is_numeric_dtype(values)
+    if numeric and name in ('lr_max', 'decay'): ax.set_xscale('log')
+    if not numeric: ax.tick_params(axis='x', rotation=40)
+    ax.set_xlabel(dict(decay='weight decay x learning rate').get(name, name.replace('_', ' ')))
+    ax.grid(alpha=.3)
 
 def plot_sweep(
     trials:pd.DataFrame, # As in trials.csv
 ):
     "Validation accuracy against each setting that was searched; returns the matplotlib figure"
     params = [c for c in trials if c not in ('trial', 'state', 'valid_accuracy', 'epochs')]
-    fig, axs = plt.subplots(1, len(params), figsize=(3.4 * len(params), 3), layout='constrained', sharey=True, squeeze=False)
+    size = (3.4 * len(params), 3)
+    fig, axs = plt.subplots(1, len(params), figsize=size, layout='constrained', sharey=True, squeeze=False)
     done = trials[trials.state == 'complete'].sort_values('valid_accuracy')
-    for ax, k in zip(axs[0], params):
-        ax.scatter(done[k], 100 * done.valid_accuracy, c=done.trial, cmap='viridis', s=22)
-        ax.scatter(done[k].tail(1), 100 * done.valid_accuracy.tail(1), s=110, facecolors='none', edgecolors='tab:red')
-        if pd.api.types.is_numeric_dtype(done[k]) and k in ('lr_max', 'decay'): ax.set_xscale('log')
-        if not pd.api.types.is_numeric_dtype(done[k]): ax.tick_params(axis='x', rotation=40)
-        ax.set_xlabel(dict(decay='weight decay x learning rate').get(k, k.replace('_', ' ')))
-        ax.grid(alpha=.3)
+    for ax, name in zip(axs[0], params): _plot_setting(ax, name, done)
     axs[0, 0].set_ylabel('validation accuracy (%)')
     return fig
+
+# %% ../../nbs/study/05_sweep.ipynb #e6e41eee
+def _named(params):
+    "The settings of a trial in words"
+    return ', '.join(f'{k} {v:.3g}' if isinstance(v, float) else f'{k} {v}' for k, v in params.items())
+
+@patch
+def _next(self:Sweep, study, data, device, request):
+    "Try the settings that are suggested next; what to say of it"
+    trial = study.ask()
+    c = override_recipe(self.base, **suggest_settings(trial, self.base, self.tune))
+    said = self._try(study, trial, c, data, device, request)
+    return f'{_named(trial.params)}: {said}'
+
+@patch
+def _run(self:Sweep, trials, threads, device, data, bars, say):
+    "What `run` does while the folder is its own"
+    import optuna
+    self._settle(data)
+    study, request, base = self._storage(), StopRequest(say), self.base
+    over = [t for t in study.trials if t.state.is_finished() and t.state.name != 'FAIL']
+    say(f'{trials} trials, {min(len(over), trials)} done; {data.name}, {base.valid:,} training images held out, '
+        f'test-time views: {base.views}')
+    study.sampler = optuna.samplers.TPESampler(seed=base.seed + len(study.trials))
+    bars = sys.stdout.isatty() if bars is None else bars
+    with request, cpu_threads(threads):
+        for i in tqdm(range(len(over), trials), disable=not bars, unit='trial'):
+            say(f'{i + 1}/{trials} {self._next(study, data, device, request)}')
+            self.write(study, data, say)
+    return self.write(study, data, say)
+
+@patch
+def run(self:Sweep,
+    trials:int=20, # How many in all, with those that are done
+    threads:int=None, # CPU threads; torch's own choice if None
+    device=None, # fastai's default device if None
+    bars:bool=None, # A progress bar? None: if this is a terminal
+    say=say, # Called with a line for each trial
+) -> dict: # What is in recipe.json
+    "Try settings and write the best as a recipe file"
+    import_extra('optuna', 'sweep', 'a sweep')
+    if trials < 1: raise FastcifarError(f'{trials} trials: give at least 1')
+    device, data = checked_device(device), load_data(self.base.data, self.base.convert)
+    _loaders(self.base, data, device) # what cannot work is to be said before anything is written
+    with own_folder(self.out, _is_sweep, 'a sweep'): return self._run(trials, threads, device, data, bars, say)

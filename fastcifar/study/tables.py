@@ -74,6 +74,9 @@ def _plain(text):
     "The text of a file as one line that can be shown and written anywhere"
     return ' '.join(''.join(c if c.isprintable() else ' ' for c in text[:1000]).split())
 
+_SHOWN = ('test_accuracy', 'test_loss', 'train_accuracy', 'test_images', 'parameters', 'precision', 'seconds',
+          'data') # of the numbers of a run
+
 def _finished(run, c, given, h, reason):
     "What a row says of a finished run"
     if given: check_settings(c, run.path)
@@ -82,8 +85,7 @@ def _finished(run, c, given, h, reason):
     if 0 < len(h) < settled.epochs:
         reason = f'{run.history_file} has {len(h)} of {settled.epochs} epochs'
         h = h[:0]
-    numbers = ('test_accuracy', 'test_loss', 'train_accuracy', 'test_images', 'parameters', 'precision', 'seconds', 'data')
-    return dict(status='finished', reason=_plain(reason), **{k: m[k] for k in numbers}, path=settled.path,
+    return dict(status='finished', reason=_plain(reason), **{k: m[k] for k in _SHOWN}, path=settled.path,
                 views=settled.views, train_views=m.get('train_views', 'none'),
                 epochs_to_60=_epochs_to(h, .6), epochs_to_70=_epochs_to(h, .7))
 
