@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 from ..basics import FastcifarError, seed_everything
 from .cpu import MARGIN, accuracy_difference
-from .timing import Row, _NoValidation, seconds
+from .timing import Row, _NoValidation, _spread, seconds
 from ..data.images import ImageData
 from ..data.load import Arrays, load_data
 from ..data.loaders import make_resident
@@ -38,11 +39,13 @@ def _timed_fit(name, recipe, data, seed, device):
         with learn.no_bar(), learn.no_logging(): fit_recipe(learn, recipe, cbs=[_NoValidation(last=True), *views])
     return seconds(run, device), float(learn.recorder.values[-1][-1])
 
+# %% ../../nbs/bench/02_gpu.ipynb #db2a6b96
 def _random_labels(data):
     "The same images with labels that mean nothing, to warm up on"
     y = {s: np.random.default_rng(0).permutation(v) for s, v in data.y.items()}
     return ImageData(Arrays(data.x, y, data.classes), data.name, policy=data.policy, stats=(data.mean, data.std))
 
+# %% ../../nbs/bench/02_gpu.ipynb #ec9a47cb
 class Airbench:
     "An unmodified airbench94_muon.py on our images, run by run; between its runs the process stands still"
     def __init__(self,
@@ -51,13 +54,10 @@ class Airbench:
         device='cuda', # The GPU
         limit:float=300, # Seconds that a run may take, its warm-up included
     ):
-        self.script, self.limit, self.tail, self._folder = Path(script).resolve(), limit, [], tempfile.TemporaryDirectory()
-        (images := Path(self._folder.name)/'cifar10').mkdir()
-        for s in ('train', 'test'):
-            split = dict(images=torch.from_numpy(np.array(data.x[s])), labels=torch.from_numpy(data.y[s]))
-            torch.save(dict(split, classes=list(data.classes)), images/f'{s}.pt')
-        visible, index = os.environ.get('CUDA_VISIBLE_DEVICES'), torch.device(device).index or 0
-        self.env = {**os.environ, 'CUDA_VISIBLE_DEVICES': visible.split(',')[index] if visible else str(index)}
+        self.script, self.limit, self.tail = Path(script).resolve(), limit, []
+        self._folder = tempfile.TemporaryDirectory()
+        _write_images(Path(self._folder.name)/'cifar10', data)
+        self.env = {**os.environ, 'CUDA_VISIBLE_DEVICES': _visible_device(device)}
 
     def __enter__(self):
         self.process = subprocess.Popen([sys.executable, '-u', str(self.script)], cwd=self._folder.name, env=self.env,
@@ -74,37 +74,86 @@ class Airbench:
         self.process.stdout.close()
         self._folder.cleanup()
 
-    def _stop(self):
-        self.late = True
-        self.process.kill()
+# %% ../../nbs/bench/02_gpu.ipynb #a28f3884
+def _write_images(folder, data):
+    "Images and labels as the files in which the script keeps CIFAR-10"
+    folder.mkdir()
+    for s in ('train', 'test'):
+        split = dict(images=torch.from_numpy(np.array(data.x[s])), labels=torch.from_numpy(data.y[s]))
+        torch.save(dict(split, classes=list(data.classes)), folder/f'{s}.pt')
 
-    def run(self) -> tuple: # (seconds, accuracy)
-        "Its next training"
-        self.process.send_signal(signal.SIGCONT)
-        self.late = False
-        late = threading.Timer(self.limit, self._stop)
-        late.start()
-        try:
-            for line in self.process.stdout:
-                self.tail = [*self.tail[-20:], line]
-                cells = [c.strip() for c in line.split('|')]
-                if 'eval' not in cells: continue
-                self.process.send_signal(signal.SIGSTOP)
-                return float(cells[-2]), float(cells[-3])
-        finally: late.cancel()
-        why = f'took more than {self.limit:g} s' if self.late else 'ended'
-        raise FastcifarError(f'{self.script} {why}: {" ".join(self.tail)[-300:]}')
+def _visible_device(device):
+    "What `CUDA_VISIBLE_DEVICES` has to be for a script that takes the first GPU it sees"
+    visible, index = os.environ.get('CUDA_VISIBLE_DEVICES'), torch.device(device).index or 0
+    return visible.split(',')[index] if visible else str(index)
+
+# %% ../../nbs/bench/02_gpu.ipynb #a29eed9e
+@patch
+def run(self:Airbench) -> tuple: # (seconds, accuracy)
+    "Its next training"
+    self.process.send_signal(signal.SIGCONT)
+    self.late = False
+    late = threading.Timer(self.limit, self._stop)
+    late.start()
+    try: row = self._next_row()
+    finally: late.cancel()
+    if row: return row
+    why = f'took more than {self.limit:g} s' if self.late else 'ended'
+    raise FastcifarError(f'{self.script} {why}: {" ".join(self.tail)[-300:]}')
+
+@patch
+def _next_row(self:Airbench):
+    "Time and accuracy from its next table row, after which it is stopped; None if it ended before"
+    for line in self.process.stdout:
+        self.tail = [*self.tail[-20:], line]
+        cells = [c.strip() for c in line.split('|')]
+        if 'eval' not in cells: continue
+        self.process.send_signal(signal.SIGSTOP)
+        return float(cells[-2]), float(cells[-3])
+
+@patch
+def _stop(self:Airbench):
+    "End a run that takes too long"
+    self.late = True
+    self.process.kill()
+
+# %% ../../nbs/bench/02_gpu.ipynb #51bae5ab
+def _median_ratio_interval(times, their_times):
+    "Bootstrapped 95 % interval of the ratio of the medians of two sets of times"
+    rng = np.random.default_rng(0)
+    ours, theirs = (np.median(rng.choice(t, (10_000, len(t))), axis=1) for t in (times, their_times))
+    return map(float, np.quantile(ours / theirs, (.025, .975)))
 
 def _against(times, accs, their_times, their_accs):
     "The row of two sets of trainings; a time counts only if the accuracy is shown to be no worse"
     low, high = accuracy_difference(accs, their_accs)
-    rng = np.random.default_rng(0)
-    medians = [np.median(rng.choice(t, (10_000, len(t))), axis=1) for t in (times, their_times)]
-    a, b = statistics.median(times), statistics.median(their_times)
-    return Row('gpu/speedrun_vs_airbench', a / b, *map(float, np.quantile(medians[0] / medians[1], (.025, .975))),
-        'share', a, b, f'n = {len(times)}, 95 % interval', *((None, None) if math.isnan(low) else (1.3, 1.0)),
-               f'accuracy: ours {statistics.mean(accs):.4f}, theirs {statistics.mean(their_accs):.4f}, difference {low:+.4f} to {high:+.4f}', counts=bool(low >= -MARGIN))
+    ours, theirs = statistics.median(times), statistics.median(their_times)
+    thresholds = {} if math.isnan(low) else dict(must=1.3, goal=1.0) # one run each says nothing
+    return Row('gpu/speedrun_vs_airbench', ours / theirs, *_median_ratio_interval(times, their_times), 'share',
+               ours, theirs, f'n = {len(times)}, 95 % interval', counts=bool(low >= -MARGIN), **thresholds,
+               note=f'accuracy: ours {statistics.mean(accs):.4f}, theirs {statistics.mean(their_accs):.4f}, '
+                    f'difference {low:+.4f} to {high:+.4f}')
 
+# %% ../../nbs/bench/02_gpu.ipynb #19709db4
+def _trainings(name, recipe, data, device, n, airbench=None):
+    "(seconds, accuracy) of `n` trainings of ours, and of airbench if it is given"
+    runs, theirs = [], [] # in turns, so that what else the machine does meets both
+    _timed_fit(name, recipe, _random_labels(data), 0, device) # warms up
+    with contextlib.ExitStack() as stack:
+        rival = stack.enter_context(Airbench(airbench, data, device)) if airbench else None
+        for seed in range(n):
+            runs.append(_timed_fit(name, recipe, data, seed, device))
+            if rival: theirs.append(rival.run())
+    return runs, theirs
+
+def _seconds_row(name, epochs, data, runs, **thresholds):
+    "The seconds of whole trainings, and their accuracy"
+    times, accs = zip(*runs)
+    _, _, low, high = mean_interval(accs, bounds=(0, 1))
+    note = f'accuracy {statistics.mean(accs):.4f} (95 % interval {low:.4f} to {high:.4f}) on {data.name}'
+    return Row(f'gpu/{name}_s', *_spread(times), 's', per=f'{epochs} epochs, n = {len(runs)}', note=note, **thresholds)
+
+# %% ../../nbs/bench/02_gpu.ipynb #bc5ec59a
 def bench_gpu_speedrun(
     data, # What `load_data` takes
     device='cuda', # The GPU
@@ -112,22 +161,12 @@ def bench_gpu_speedrun(
     airbench=None, # Path of airbench94_muon.py; without it the row is left out
 ) -> list: # Of `Row`
     "Seconds of whole trainings on a GPU"
-    if airbench and not Path(airbench).is_file(): raise FastcifarError(f'there is no file {airbench}: give the path of airbench94_muon.py')
+    if airbench and not Path(airbench).is_file():
+        raise FastcifarError(f'there is no file {airbench}: give the path of airbench94_muon.py')
     data, rows = load_data(data), []
-    warm = _random_labels(data)
-    for name, recipe, bounds in (('speednet', 'speedrun', (None, None)), ('custom_resnet', 'fast', (15, 8))):
+    for name, recipe, thresholds in (('speednet', 'speedrun', {}), ('custom_resnet', 'fast', dict(must=15, goal=8))):
         r = create_recipe(recipe, name)
-        _timed_fit(name, r, warm, 0, device)
-        runs, theirs = [], []
-        with contextlib.ExitStack() as stack:
-            rival = stack.enter_context(Airbench(airbench, data, device)) if airbench and name == 'speednet' else None
-            for s in range(n): # in turns, so that what else the machine does meets both
-                runs.append(_timed_fit(name, r, data, s, device))
-                if rival: theirs.append(rival.run())
-        times, accs = zip(*runs)
-        _, _, low, high = mean_interval(accs, bounds=(0, 1))
-        note = f'accuracy {statistics.mean(accs):.4f} (95 % interval {low:.4f} to {high:.4f}) on {data.name}'
-        rows.append(Row(f'gpu/{name}_s', statistics.median(times), min(times), max(times), 's', must=bounds[0], goal=bounds[1],
-                        per=f'{r.epochs} epochs, n = {n}', note=note))
-        if theirs: rows.append(_against(times, accs, *zip(*theirs)))
+        runs, theirs = _trainings(name, r, data, device, n, airbench if name == 'speednet' else None)
+        rows.append(_seconds_row(name, r.epochs, data, runs, **thresholds))
+        if theirs: rows.append(_against(*zip(*runs), *zip(*theirs)))
     return rows

@@ -19,6 +19,39 @@ from ..runs.folder import environment
 
 # %% ../../nbs/bench/03_run.ipynb #4af0c5a6
 BENCHES = ('data', 'step', 'epoch', 'speedrun', 'parallel', 'together')
+_ON_GPU = ('epoch', 'speedrun', 'together')
+
+def _bench_device(name, device, airbench):
+    "The device of a benchmark: the one that is given, or a GPU where that is the point"
+    if (str(device).startswith('cuda') or airbench) and not torch.cuda.is_available():
+        raise FastcifarError('the GPU rows need a CUDA device, and there is none here: '
+                             'leave --device and --airbench out for the CPU rows')
+    if device is None: device = 'cuda' if name in ('speedrun', 'together') and torch.cuda.is_available() else 'cpu'
+    return checked_device(device)
+
+# %% ../../nbs/bench/03_run.ipynb #275927a0
+def _check_options(name, gpu, rounds, data, n, airbench, results):
+    "Refuse options that this benchmark does not have"
+    speedrun = name == 'speedrun'
+    whole = gpu and speedrun # trainings, not parts of them
+    if airbench and not whole: raise FastcifarError('--airbench is for the speedrun on a GPU: leave it out')
+    if results and (gpu or not speedrun):
+        raise FastcifarError('--results is for the speedrun on a CPU: leave it out')
+    if gpu and name not in _ON_GPU: raise FastcifarError(f'{name} has CPU rows only: leave --device out')
+    for option, given, there in (('runs', n, whole), ('data', data, whole), ('rounds', rounds, not whole)):
+        if given is None or there: continue
+        raise FastcifarError(f'--{option} is {"not " if whole else ""}for the speedrun on a GPU: leave it out')
+
+# %% ../../nbs/bench/03_run.ipynb #80815778
+def _rows(name, device, rounds, data, n, airbench, results):
+    "The rows of a benchmark"
+    if name == 'data': return bench_data(rounds)
+    if name == 'step': return bench_step(rounds)
+    if name == 'parallel': return bench_parallel(rounds=rounds)
+    if name == 'epoch': return bench_epoch(rounds=rounds, device=device)
+    if name == 'together': return bench_together(rounds=rounds, device=device)
+    if device.type == 'cuda': return bench_gpu_speedrun(data, device, n, airbench)
+    return bench_cpu_speedrun(rounds, results=results)
 
 def run_bench(
     name:str, # One of `BENCHES`
@@ -31,19 +64,11 @@ def run_bench(
 ) -> dict: # rows, machine, versions
     "Run a benchmark"
     check_name(name, BENCHES, 'benchmark')
-    if (str(device).startswith('cuda') or airbench) and not torch.cuda.is_available(): raise FastcifarError('the GPU rows need a CUDA device, and there is none here: leave --device and --airbench out for the CPU rows')
-    if device is None: device = 'cuda' if name in ('speedrun', 'together') and torch.cuda.is_available() else 'cpu'
-    device = checked_device(device)
-    gpu = device.type == 'cuda'
-    if airbench and not (gpu and name == 'speedrun'): raise FastcifarError('--airbench is for the speedrun on a GPU: leave it out')
-    if results and (gpu or name != 'speedrun'): raise FastcifarError('--results is for the speedrun on a CPU: leave it out')
-    if gpu and name not in ('epoch', 'speedrun', 'together'): raise FastcifarError(f'{name} has CPU rows only: leave --device out')
-    whole = gpu and name == 'speedrun' # trainings, not parts of them
-    for option, given, there in (('runs', n, whole), ('data', data, whole), ('rounds', rounds, not whole)):
-        if given is not None and not there:
-            raise FastcifarError(f'--{option} is {"not " if whole else ""}for the speedrun on a GPU: leave it out')
-    rounds, n, data = rounds or 5, n or 10, data or os.environ.get('FASTCIFAR_DATA') or 'cifar10'
-    if whole: rows = bench_gpu_speedrun(data, device, n, airbench)
-    else: rows = dict(data=lambda: bench_data(rounds), step=lambda: bench_step(rounds), epoch=lambda: bench_epoch(rounds=rounds, device=device), parallel=lambda: bench_parallel(rounds=rounds), together=lambda: bench_together(rounds=rounds, device=device), speedrun=lambda: bench_cpu_speedrun(rounds, results=results))[name]()
+    device = _bench_device(name, device, airbench)
+    _check_options(name, device.type == 'cuda', rounds, data, n, airbench, results)
+    data = data or os.environ.get('FASTCIFAR_DATA') or 'cifar10'
+    rows = _rows(name, device, rounds or 5, data, n or 10, airbench, results)
     e = environment(device)
-    return dict(rows=[dict(dataclasses.asdict(r), met=r.met) for r in rows], machine={k: e[k] for k in ('system', 'device', 'device_name', 'threads', 'cores')}, versions=dict(e['versions'], python=e['python']), commit=e['commit'])
+    return dict(rows=[dict(dataclasses.asdict(r), met=r.met) for r in rows],
+                machine={k: e[k] for k in ('system', 'device', 'device_name', 'threads', 'cores')},
+                versions=dict(e['versions'], python=e['python']), commit=e['commit'])
