@@ -271,6 +271,13 @@ def _clean_class(raw, where):
     if name: return name
     raise FastcifarError(f'{where}: the class name {ascii(raw)} has no character that can be seen: rename it')
 
+def _warn_of_changes(found, where):
+    "Say which class names have changed; `found` maps the normal form to what was found"
+    changed = ', '.join(f'{ascii(raw)} is now {name!r}' for name, raw in found.items() if name != raw)
+    form = 'class names in their normal form (NFC, no invisible characters, single blanks)'
+    if changed: warnings.warn(f'{where}: {form}: {changed}')
+
+# %% ../../nbs/data/01_archive.ipynb #06bab863
 def clean_names(
     names, # Class names as they were found
     where, # Their place, for messages
@@ -283,7 +290,5 @@ def clean_names(
             both = f'the class names {ascii(found[name])} and {ascii(raw)} both read {name!r}'
             raise FastcifarError(f'{where}: {both}: rename one, or put their images together')
         found[name] = raw
-    changed = ', '.join(f'{ascii(raw)} is now {name!r}' for name, raw in found.items() if name != raw)
-    form = 'class names in their normal form (NFC, no invisible characters, single blanks)'
-    if changed: warnings.warn(f'{where}: {form}: {changed}')
+    _warn_of_changes(found, where)
     return list(found)

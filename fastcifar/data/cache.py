@@ -62,14 +62,18 @@ def _identified(a, sha):
     return a, dict(source=source, known=known, order=order, former=former, arranged=order != read)
 
 # %% ../../nbs/data/05_cache.ipynb #c239639d
+def _pixel_hashes(x):
+    "A short hash of each image"
+    return [hashlib.blake2b(im, digest_size=16).digest() for im in np.ascontiguousarray(x)]
+
 def count_copies(
     a:Arrays, # A decoded set
 ) -> tuple: # (test images that are training images too, those of them that have another label there)
     "How many test images a net has seen in training, pixel for pixel"
-    def keys(s): return [hashlib.blake2b(im, digest_size=16).digest() for im in np.ascontiguousarray(a.x[s])]
-    seen = {}
-    for k, label in zip(keys('train'), a.y['train'].tolist()): seen.setdefault(k, set()).add(label)
-    copies = [label in seen[k] for k, label in zip(keys('test'), a.y['test'].tolist()) if k in seen]
+    pairs = {s: zip(_pixel_hashes(a.x[s]), a.y[s].tolist()) for s in ('train', 'test')}
+    seen = {} # hash -> labels of the training images with these pixels
+    for k, label in pairs['train']: seen.setdefault(k, set()).add(label)
+    copies = [label in seen[k] for k, label in pairs['test'] if k in seen]
     return len(copies), copies.count(False)
 
 # %% ../../nbs/data/05_cache.ipynb #76873f05
@@ -145,16 +149,31 @@ def _in_use(folder):
     return False
 
 # %% ../../nbs/data/05_cache.ipynb #f65ef660
+def _mapped(folder, classes, coarse_classes):
+    "The arrays of a cache folder, images mapped into memory"
+    x, y = _load(folder, 'x', 'r'), _load(folder, 'y')
+    return Arrays(x, y, classes, _load(folder, 'coarse') if coarse_classes else None, coarse_classes)
+
 def _open(folder, name, policy):
-    "The set of a cache folder, its images mapped into memory"
+    "The set of a cache folder"
     _use(folder)
     meta = read_json(folder/'meta.json')
-    x, y = _load(folder, 'x', 'r'), _load(folder, 'y')
-    coarse = _load(folder, 'coarse') if meta['coarse_classes'] else None
-    a = Arrays(x, y, meta['classes'], coarse, meta['coarse_classes'])
+    a = _mapped(folder, meta['classes'], meta['coarse_classes'])
     about = {k: meta[k] for k in ('source', 'stats', 'order', 'former', 'arranged')}
     return _told(ImageData(a, meta['known'] or name, policy=policy, folder=folder, **about), meta['copies'])
 
+def _make(folder, decode, name, place, download):
+    "Decode a set into its cache folder, unless another process has done so meanwhile"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f'{folder}.lock'):
+            if not folder.exists(): _save(folder, name, place, *decode())
+            if download: clear_download(download, cache_root()) # while nobody else can be filling it
+    except OSError as e:
+        raise FastcifarError(f'cannot write the cache folder {folder}: {e.strerror or e}; '
+                             'set FASTCIFAR_CACHE to a folder with free space') from e
+
+# %% ../../nbs/data/05_cache.ipynb #65d042c3
 def cached(
     key:str, # Hash of the source
     decode, # Gives (`Arrays`, sha256 of their file, or None); not called when the cache has them
@@ -165,15 +184,7 @@ def cached(
 ) -> ImageData: # Backed by memory-mapped files
     "The data set of `key` from the cache, decoded first if need be"
     folder = cache_root()/f'{key[:32]}-{_FORMAT}'
-    if not folder.exists():
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f'{folder}.lock'):
-                if not folder.exists(): _save(folder, name, place, *decode())
-                if download: clear_download(download, cache_root()) # while nobody else can be filling it
-        except OSError as e:
-            raise FastcifarError(f'cannot write the cache folder {folder}: {e.strerror or e}; '
-                                 'set FASTCIFAR_CACHE to a folder with free space') from e
+    if not folder.exists(): _make(folder, decode, name, place, download)
     return _open(folder, name, policy)
 
 # %% ../../nbs/data/05_cache.ipynb #9aab6b9f
@@ -272,15 +283,20 @@ def _remove(path):
     shutil.rmtree(gone)
     return True
 
+def _meant(t, what):
+    "Which rows of `list_cache` a word means: `'old'`, `'all'` or the name of a set"
+    if what == 'old': return t.what.isin(('old', 'damaged', 'unfinished', 'download'))
+    return (t.name == what) | (what == 'all')
+
+# %% ../../nbs/data/05_cache.ipynb #d689f774
 def clear_cache(
     what:str='old', # `'old'`: what no version or process needs any more; `'all'`; or the name of a data set
 ) -> pd.DataFrame: # Of `list_cache`: what was removed
     "Remove decoded sets and leavings; what a process is using stays, and so does whatever is not ours"
     t = list_cache()
-    ours, old = t.what != 'not ours', t.what.isin(('old', 'damaged', 'unfinished', 'download'))
+    ours = t.what != 'not ours'
     names = sorted({*t.name[ours]} - {'-'})
     if what not in ('old', 'all'): check_name(what, names, 'data set in the cache')
-    meant = old if what == 'old' else (t.name == what) | (what == 'all')
-    chosen = t[t.free & ours & meant]
+    chosen = t[t.free & ours & _meant(t, what)]
     removed = [_remove(Path(path)) for path in chosen.path]
     return chosen[removed] if removed else chosen

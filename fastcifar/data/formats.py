@@ -225,7 +225,7 @@ def _folders_below(folders, split, roots):
     return {path[:-1] for root, s, path in places if s == split and root in roots}
 
 def _by_class(images, folders, where):
-    "class -> [(path below it, image), ...], without any for an empty one of the class `folders`"
+    "class -> [(path below it, image), ...]; a class folder among `folders` that has no image has an empty list"
     n = _wrappers([p for p, _ in images])
     around = images[0][0][:n]
     res = {p[n]: [] for p in sorted(folders) if len(p) == n + 1 and p[:n] == around}
@@ -446,6 +446,14 @@ def _read_official(found, where):
     "The set whose files, name -> bytes, were found in one folder"
     return check_arrays(_official_reader(found)(found, where), where)
 
+def _one_whole_set(official, tree, where):
+    "The folder of the official set, or None if none is whole; several sets, an image `tree` among them, are refused"
+    whole = [folder for folder in official if _official_reader(official[folder])]
+    places = whole if tree is None else [*whole, tree]
+    if len(places) > 1: raise _several(where, sorted(places))
+    return whole[0] if whole else None
+
+# %% ../../nbs/data/02_formats.ipynb #f1772506
 def _check_complete(official, where):
     "Name the file that an official set lacks; `train` alone may be anything"
     for found in official.values():
@@ -476,10 +484,8 @@ def read_images(
     files = _without_official(path, folders, official)
     first = next((m for m in files if _tree_place(m.name)), None)
     tree = first and read_tree(itertools.chain([first], files), path, convert, folders)
-    whole = [folder for folder in official if _official_reader(official[folder])]
-    places = [*whole, _tree_place(first.name)[0]] if first else whole
-    if len(places) > 1: raise _several(path, sorted(places))
+    whole = _one_whole_set(official, first and _tree_place(first.name)[0], path)
     if tree: return tree
-    if whole: return _read_official(official[whole[0]], path)
+    if whole: return _read_official(official[whole], path)
     _check_complete(official, path)
     return read_tree(iter(()), path) # which says what it would need

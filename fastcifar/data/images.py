@@ -19,14 +19,19 @@ from .archive import clean_names
 from .formats import Arrays
 
 # %% ../../nbs/data/03_images.ipynb #213a2b8c
+def _byte_counts(x):
+    "How often each byte occurs in each colour of NHWC images, (3, 256)"
+    counts = np.zeros((3, 256), np.int64)
+    for i in range(0, len(x), 1024): # of a file, perhaps, that is larger than the memory
+        counts += [np.bincount(x[i:i + 1024, ..., c].ravel(), minlength=256) for c in range(3)]
+    return counts
+
 def pixel_stats(
     x:np.ndarray, # uint8 (N, H, W, 3)
 ) -> tuple: # (mean, std), each three floats in 0..1
     "Exact mean and standard deviation of each colour over all pixels"
-    counts = np.zeros((3, 256), np.int64)
-    for i in range(0, len(x), 1024): # of a file, perhaps, that is larger than the memory
-        counts += [np.bincount(x[i:i + 1024, ..., c].ravel(), minlength=256) for c in range(3)]
-    v, n = np.arange(256) / 255, counts[0].sum()
+    counts, v = _byte_counts(x), np.arange(256) / 255
+    n = counts[0].sum()
     mean = counts @ v / n
     return mean.tolist(), np.sqrt(np.maximum(counts @ v**2 / n - mean**2, 0)).tolist()
 
@@ -303,7 +308,7 @@ def stratified_holdout(
     classes, counts = np.unique(y, return_counts=True)
     _check_divisible(classes, counts, names)
     _check_holdout(classes, counts, n)
-    rng, parts = np.random.default_rng(seed), []
-    for c, k in zip(classes, _apportion(counts, n)): parts.append(rng.permutation(np.flatnonzero(y == c))[:k])
-    out = np.sort(np.concatenate(parts))
+    rng, take = np.random.default_rng(seed), _apportion(counts, n)
+    drawn = [rng.permutation(np.flatnonzero(y == c))[:k] for c, k in zip(classes, take)]
+    out = np.sort(np.concatenate(drawn))
     return np.setdiff1d(np.arange(len(y)), out), out
