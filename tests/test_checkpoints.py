@@ -16,7 +16,8 @@ from fastcifar.basics import FastcifarError
 from fastcifar.data.load import Arrays
 from fastcifar.data.images import ImageData
 from fastcifar.data.loaders import CifarDataLoaders # with this import an ImageData has its dataloaders
-from fastcifar.train.checkpoint import Checkpoints, Stopped, StopRequest, checkpoint_state, of_this_process, restore_parts
+from fastcifar.train.checkpoint import Checkpoints, Stopped, StopRequest
+from fastcifar.train.checkpoint import checkpoint_state, of_this_process, restore_parts
 from fastcifar.train.learner import cifar_learner
 from fastcifar.models.weights import load_tensors, save_tensors
 

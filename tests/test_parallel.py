@@ -10,12 +10,18 @@ import torch
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
-SETTINGS = ['--data', 'digits', '--model', 'normnet31k', '--norm', 'gn', '--precision', 'fp32', '--epochs', '2', '--bs', '128', '--lr-max', '1e-2', '--threads', '1', '--device', 'cpu', '--no-pictures']
+SETTINGS = ['--data', 'digits', '--model', 'normnet31k', '--norm', 'gn', '--precision', 'fp32', '--epochs', '2',
+            '--bs', '128', '--lr-max', '1e-2', '--threads', '1', '--device', 'cpu', '--no-pictures']
 
 def torchrun(*args, n=2):
     return [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(n), *args]
 
-def run(cmd, **env): return subprocess.run(cmd, capture_output=True, text=True, timeout=400, cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1', **env})
+def environment(**more): return {**os.environ, 'OMP_NUM_THREADS': '1', **more}
+
+def run(cmd, **env):
+    return subprocess.run(cmd, capture_output=True, text=True, timeout=400, cwd=ROOT, env=environment(**env))
+
+def train(*args): return ['-m', 'fastcifar', 'train', *args]
 
 def weights(out): return load_file(out/'model.safetensors')
 
@@ -25,8 +31,8 @@ def history(out): return pd.read_csv(out/'history.csv').drop(columns='seconds')
 def alone_and_shared(tmp_path_factory):
     "The same training by one process and by two"
     d = tmp_path_factory.mktemp('parallel')
-    one = run([sys.executable, '-m', 'fastcifar', 'train', *SETTINGS, '--dropout', '0', '--out', str(d/'one')])
-    two = run(torchrun('-m', 'fastcifar', 'train', *SETTINGS, '--dropout', '0', '--out', str(d/'two')))
+    args = train(*SETTINGS, '--dropout', '0', '--out')
+    one, two = run([sys.executable, *args, str(d/'one')]), run(torchrun(*args, str(d/'two')))
     assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
     return d/'one', d/'two', two.stdout
 
@@ -50,10 +56,13 @@ def test_a_smooth_net_gets_the_same_weights(tmp_path):
         import os
         from fastcifar.all import *
         torch.manual_seed(0)
-        net = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.GELU(), nn.Conv2d(8, 16, 3, stride=2), nn.GELU(), nn.Flatten(), nn.Linear(784, 10))
-        learn = cifar_learner(load_data('digits').dataloaders(bs=128, device='cpu'), net, precision='fp32', opt_func=SGD)
+        net = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.GELU(), nn.Conv2d(8, 16, 3, stride=2), nn.GELU(),
+                            nn.Flatten(), nn.Linear(784, 10))
+        dls = load_data('digits').dataloaders(bs=128, device='cpu')
+        learn = cifar_learner(dls, net, precision='fp32', opt_func=SGD)
         with learn.distrib_ctx(in_notebook=True, cpu=True), learn.no_bar(), learn.no_logging(): learn.fit(1, .2)
-        torch.save(learn.model.state_dict(), r'{tmp_path}' + '/' + os.environ.get('WORLD_SIZE', '1') + os.environ.get('RANK', '0') + '.pt')
+        name = os.environ.get('WORLD_SIZE', '1') + os.environ.get('RANK', '0') + '.pt'
+        torch.save(learn.model.state_dict(), r'{tmp_path}' + '/' + name)
     '''))
     for cmd in ([sys.executable, str(script)], torchrun(str(script))):
         done = run(cmd)
@@ -76,7 +85,9 @@ def test_parts_are_disjoint_and_complete_in_every_epoch(tmp_path):
             return seen[-1][1]
         type(dls.train).get_idxs = logged
         with learn.distrib_ctx(), learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-3)
-        Path(r'{tmp_path}', f'rank{{os.environ["RANK"]}}.json').write_text(json.dumps(dict(seen=seen, values=[[float(v) for v in r] for r in learn.recorder.values])))
+        values = [[float(v) for v in r] for r in learn.recorder.values]
+        file = Path(r'{tmp_path}', f'rank{{os.environ["RANK"]}}.json')
+        file.write_text(json.dumps(dict(seen=seen, values=values)))
     '''))
     done = run(torchrun(str(script)))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -112,15 +123,17 @@ def test_a_net_gets_its_own_batch_norm_back(monkeypatch):
     assert net[1][0] is own and not own.training and own.num_batches_tracked == 3
 
 def test_resume_after_one_process_is_killed(tmp_path):
-    args = [*SETTINGS, '--dropout', '.1', '--checkpoint-every', '4', '--recipe', 'fast'] # with random numbers of each process
-    assert run(torchrun('-m', 'fastcifar', 'train', *args, '--out', str(tmp_path/'whole'))).returncode == 0
-    p = subprocess.Popen(torchrun('-m', 'fastcifar', 'train', *args, '--out', str(tmp_path/'killed')), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    # with random numbers of each process
+    args = train(*SETTINGS, '--dropout', '.1', '--checkpoint-every', '4', '--recipe', 'fast', '--out')
+    assert run(torchrun(*args, str(tmp_path/'whole'))).returncode == 0
+    killed = torchrun(*args, str(tmp_path/'killed'))
+    p = subprocess.Popen(killed, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
     while p.poll() is None and not list((tmp_path/'killed/checkpoints').glob('*batch*.safetensors')): time.sleep(.05)
     victims = [c for c in psutil.Process(p.pid).children() if c.environ().get('RANK') == '1']
     victims[0].send_signal(signal.SIGKILL)
     assert p.wait(120) != 0
     assert not (tmp_path/'killed/metrics.json').exists()
-    again = run(torchrun('-m', 'fastcifar', 'train', *args, '--out', str(tmp_path/'killed')))
+    again = run(killed)
     assert again.returncode == 0 and 'continuing after' in again.stdout, again.stdout + again.stderr
     a, b = weights(tmp_path/'whole'), weights(tmp_path/'killed')
     assert all((a[k] == b[k]).all() for k in a)
@@ -131,7 +144,8 @@ def test_what_is_refused(tmp_path):
         done = run(cmd, **env)
         assert done.returncode != 0
         return done.stderr
-    assert 'cannot be shared evenly by 2 processes' in line(torchrun('-m', 'fastcifar', 'train', *SETTINGS, '--bs', '127', '--out', str(tmp_path/'a')))
+    uneven = line(torchrun(*train(*SETTINGS, '--bs', '127', '--out', str(tmp_path/'a'))))
+    assert 'cannot be shared evenly by 2 processes' in uneven
     assert 'only train runs on several processes' in line(torchrun('-m', 'fastcifar', 'evaluate', str(tmp_path)))
-    err = line([sys.executable, '-m', 'fastcifar', 'train', *SETTINGS, '--out', str(tmp_path/'b')], ACCELERATE_MIXED_PRECISION='no')
+    err = line([sys.executable, *train(*SETTINGS, '--out', str(tmp_path/'b'))], ACCELERATE_MIXED_PRECISION='no')
     assert 'accelerate launch has started one process alone' in err and len(err.splitlines()) == 1

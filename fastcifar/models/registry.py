@@ -61,8 +61,10 @@ def _may_register(name, cls):
     "Is the name free, or is this the same class again, as when a cell is run again?"
     if name not in _registry: return True
     old = _registry[name].cls
-    if old.__qualname__ == cls.__qualname__ and old.__module__ in (cls.__module__, '__main__'):
-        return old.__module__ == cls.__module__ # in the notebook of a net of the package, what is written there stays
+    modules = old.__module__, cls.__module__
+    again = modules[0] == modules[1] or '__main__' in modules
+    # in the notebook of a net of the package, what is written there stays
+    if again and old.__qualname__ == cls.__qualname__: return modules[0] == modules[1] or modules[1] == '__main__'
     raise FastcifarError(f'there is a net named {name!r} already ({old.__module__}.{old.__qualname__}): '
                          'choose another name')
 

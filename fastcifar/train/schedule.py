@@ -33,6 +33,7 @@ class RangeTest(LRFinder):
 
     def after_fit(self): pass
 
+# %% ../../nbs/train/01_schedule.ipynb #a3c83fb2
 def generators_of(
     dl, # A loader of fastai or of torch
 ) -> list: # Its own `torch.Generator`s, each once
@@ -45,12 +46,12 @@ def generators_of(
 @contextlib.contextmanager
 def _same_weights(learn):
     "Whatever is trained inside: weights and optimizer are afterwards as before"
-    model, opt = copy.deepcopy(learn.model.state_dict()), learn.opt
+    net, opt = learn.model, learn.opt
+    weights, training = copy.deepcopy(net.state_dict()), net.training
     opt_state = copy.deepcopy(opt.state_dict()) if opt is not None else None
-    training = learn.model.training
     try: yield
     finally:
-        learn.model.load_state_dict(model)
+        learn.model.load_state_dict(weights)
         learn.model.train(training)
         learn.opt = opt
         if opt is not None:
@@ -59,18 +60,23 @@ def _same_weights(learn):
         for p in learn.model.parameters(): p.grad = None
 
 @contextlib.contextmanager
-def preserve_learner(learn:Learner):
+def _same_loaders(loaders):
+    "Whatever is loaded inside: epochs and random generators of the loaders are afterwards as before"
+    with_rng = [(dl, dl.rng.getstate()) for dl in loaders if hasattr(dl, 'rng')]
+    with_epoch = [(dl, dl.epoch) for dl in loaders if getattr(dl, 'epoch', None) is not None]
+    generators = [(g, g.get_state()) for dl in loaders for g in generators_of(dl)]
+    try: yield
+    finally:
+        for dl, rng in with_rng: dl.rng.setstate(rng)
+        for dl, epoch in with_epoch: dl.epoch = epoch
+        for g, state in generators: g.set_state(state)
+
+@contextlib.contextmanager
+def preserve_learner(
+    learn:Learner, # With any loaders
+):
     "Whatever is trained inside: weights, optimizer, loaders and every random generator are afterwards as before"
-    with_rng = [(dl, dl.rng.getstate()) for dl in learn.dls.loaders if hasattr(dl, 'rng')]
-    with_epoch = [(dl, dl.epoch) for dl in learn.dls.loaders if getattr(dl, 'epoch', None) is not None]
-    generators = [(g, g.get_state()) for dl in learn.dls.loaders for g in generators_of(dl)]
-    with preserve_rng():
-        try:
-            with _same_weights(learn): yield
-        finally:
-            for dl, rng in with_rng: dl.rng.setstate(rng)
-            for dl, epoch in with_epoch: dl.epoch = epoch
-            for g, state in generators: g.set_state(state)
+    with preserve_rng(), _same_loaders(learn.dls.loaders), _same_weights(learn): yield
 
 # %% ../../nbs/train/01_schedule.ipynb #f4073432
 class LRRange(NamedTuple):
@@ -89,6 +95,7 @@ class LRRange(NamedTuple):
     def __repr__(self):
         return f'LRRange(lr_min={self.lr_min:.2e}, lr_max={self.lr_max:.2e}' + (f', {self.note})' if self.note else ')')
 
+# %% ../../nbs/train/01_schedule.ipynb #ece6f5d6
 def smooth(
     losses, # (N,)
     width:float=2.5, # Standard deviation of the bell, in steps
@@ -115,7 +122,38 @@ def _lowest(s, start, least_gain):
 def _last(above):
     "The last place of the first part of a curve that is above some level; 0 if none is"
     return int(np.flatnonzero(above)[-1]) if above.any() else 0
+
+# %% ../../nbs/train/01_schedule.ipynb #401030fd
+class _Fall(NamedTuple):
+    "The largest fall of a curve that lasts"
+    smoothed:np.ndarray # The curve
+    start:float # Level before the fall
+    low:int # Place where it ends
+    half:int # Place where half of it is done
+    noise:float # Standard deviation of what noise is left in the smoothed curve
+
+    @property
+    def depth(self): return self.start - self.smoothed[self.low]
+
+def _find_fall(losses, width):
+    "The largest fall of a curve that lasts, smoothed with a bell of this width"
+    flat = losses[:max(len(losses) // 5, 3)]
+    s, start = smooth(losses, width), flat.mean()
+    kept = (2 * np.sqrt(np.pi) * width) ** -.5 # share of the noise that is left after smoothing
+    low = _lowest(s, start, max((start - s.min()) / 10, 4 * kept * _noise(flat)))
+    half = _last(s[:low + 1] > start - (start - s[low]) / 2)
+    within = _noise(losses[half:low + 1]) if low - half > 5 else 0.
+    return _Fall(s, start, low, half, kept * max(_noise(flat), within))
+
+# %% ../../nbs/train/01_schedule.ipynb #da459423
 LEAST_FALL = 8 # times the noise of the smoothed curve
+
+def _usual_rates(fall, rates, losses, default):
+    "What is used in the place of rates that cannot be read"
+    lr_max = min(default, float(rates[-1]) / 10)
+    note = (f'uncertain: the loss falls by {max(fall.depth, 0.):.2g}, with noise of {fall.noise:.2g}; '
+            f'LRMAX {lr_max:.2g} is a usual rate instead')
+    return LRRange(lr_max / 50, lr_max, rates.tolist(), losses.tolist(), note)
 
 def read_range(
     rates, # Learning rates, growing exponentially
@@ -128,38 +166,41 @@ def read_range(
     if len(losses) < 10:
         raise FastcifarError(f'the range test gave {len(losses)} finite losses, too few to read: '
                              'start lower, or check data and model')
-    width, flat = _width(rates), losses[:max(len(losses) // 5, 3)]
-    s, start = smooth(losses, width), flat.mean()
-    kept = (2 * np.sqrt(np.pi) * width) ** -.5 # share of the noise that is left after smoothing
-    low = _lowest(s, start, max((start - s.min()) / 10, 4 * kept * _noise(flat)))
-    fall = start - s[low]
-    half = _last(s[:low + 1] > start - fall / 2)
-    noise = kept * max(_noise(flat), _noise(losses[half:low + 1]) if low - half > 5 else 0.)
-    curve = rates.tolist(), losses.tolist()
-    if not fall > max(LEAST_FALL * noise, abs(start) / 10):
-        lr_max = min(default, float(rates[-1]) / 10)
-        return LRRange(lr_max / 50, lr_max, *curve, f'uncertain: the loss falls by {max(fall, 0.):.2g}, with noise of '
-                       f'{noise:.2g}; LRMAX {lr_max:.2g} is a usual rate instead')
-    lr_max = float(np.sqrt(rates[half] * rates[low]))
-    lr_min = float(rates[_last(s[:half + 1] >= start - max(.02 * fall, noise))])
-    return LRRange(float(np.clip(lr_min, lr_max / 1000, lr_max / 2)), lr_max, *curve)
+    fall = _find_fall(losses, _width(rates))
+    if not fall.depth > max(LEAST_FALL * fall.noise, abs(fall.start) / 10):
+        return _usual_rates(fall, rates, losses, default)
+    lr_max = float(np.sqrt(rates[fall.half] * rates[fall.low]))
+    at_start = fall.smoothed[:fall.half + 1] >= fall.start - max(.02 * fall.depth, fall.noise)
+    lr_min = float(np.clip(rates[_last(at_start)], lr_max / 1000, lr_max / 2))
+    return LRRange(lr_min, lr_max, rates.tolist(), losses.tolist())
 
 # %% ../../nbs/train/01_schedule.ipynb #16da95ac
-def plot_range(r:LRRange):
-    "The curve of a range test with LRMIN and LRMAX marked; returns the matplotlib figure"
+def plot_range(
+    r:LRRange, # From `read_range` or `lr_range`
+): # A matplotlib figure
+    "The curve of a range test with LRMIN and LRMAX marked"
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(6, 3.6), layout='constrained')
     s = smooth(r.losses, _width(r.rates))
     ax.plot(r.rates, r.losses, lw=.8, alpha=.5, label='loss of each step')
     ax.plot(r.rates, s, lw=2, label='smoothed')
-    for v, n, m in ((r.lr_min, 'LRMIN', 'o'), (r.lr_max, 'LRMAX', 's')):
-        ax.plot(v, np.interp(np.log(v), np.log(r.rates), s), m, ms=8, label=f'{n} {v:.2e}')
+    def mark(rate, name, marker):
+        at = np.interp(np.log(rate), np.log(r.rates), s)
+        ax.plot(rate, at, marker, ms=8, label=f'{name} {rate:.2e}')
+    mark(r.lr_min, 'LRMIN', 'o')
+    mark(r.lr_max, 'LRMAX', 's')
     ax.set(xscale='log', xlabel='learning rate', ylabel='training loss', ylim=(s.min() * .9, s[0] * 1.3))
     if r.note: ax.set_title(r.note.replace('; ', '\n'), fontsize='small')
     ax.legend()
     return fig
 
 # %% ../../nbs/train/01_schedule.ipynb #86513c4c
+def _test_rates(learn, start_lr, end_lr, steps):
+    "Rates and losses of one pass, after which the weights are as before"
+    test = RangeTest(start_lr, end_lr, steps)
+    with _same_weights(learn): learn.fit(steps // max(len(learn.dls.train), 1) + 1, cbs=test)
+    return test.rates, test.raw
+
 def lr_range(
     learn:Learner, # Left as it was: weights, optimizer, loaders, random generators
     start_lr:float=1e-6, # First rate
@@ -172,9 +213,7 @@ def lr_range(
     if default is None: default = float(getattr(learn.lr, 'stop', learn.lr)) # of a slice, the rate of the head
     with preserve_learner(learn), learn.no_logging():
         for steps in (num_it, 3 * num_it):
-            test = RangeTest(start_lr, end_lr, steps)
-            with _same_weights(learn): learn.fit(steps // max(len(learn.dls.train), 1) + 1, cbs=test)
-            r = read_range(test.rates, test.raw, default)
+            r = read_range(*_test_rates(learn, start_lr, end_lr, steps), default)
             if r.certain: break
     if not r.certain: warnings.warn(f'the range test is {r.note}', stacklevel=2)
     if show_plot: plot_range(r)
@@ -187,8 +226,11 @@ def one_cycle(
     peak_epoch:float=5, # Epoch at which the rate is LRMAX
     wd:float=None, # Decoupled weight decay; None: 0.001 / LRMAX
 ) -> dict: # `lr_max`, `div`, `div_final`, `pct_start`, `wd`
-    "Arguments for `learn.fit_one_cycle` that start at LRMIN, peak at LRMAX after `peak_epoch` epochs and end at LRMIN"
+    "Arguments of `fit_one_cycle`: from LRMIN to LRMAX in `peak_epoch` epochs, and back to LRMIN in the others"
     lo, hi = lrs[0], lrs[1]
-    if not 0 < lo <= hi: raise FastcifarError(f'LRMIN is {lo} and LRMAX {hi}: they must be positive, LRMIN the smaller')
-    if not 0 < peak_epoch < epochs: raise FastcifarError(f'the peak at epoch {peak_epoch} does not lie within {epochs} epochs: choose one between')
-    return dict(lr_max=hi, div=hi / lo, div_final=hi / lo, pct_start=peak_epoch / epochs, wd=1e-3 / hi if wd is None else wd)
+    if not 0 < lo <= hi:
+        raise FastcifarError(f'LRMIN is {lo} and LRMAX {hi}: they must be positive, LRMIN the smaller')
+    if not 0 < peak_epoch < epochs:
+        raise FastcifarError(f'the peak at epoch {peak_epoch} does not lie within {epochs} epochs: choose one between')
+    if wd is None: wd = 1e-3 / hi
+    return dict(lr_max=hi, div=hi / lo, div_final=hi / lo, pct_start=peak_epoch / epochs, wd=wd)
