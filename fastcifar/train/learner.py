@@ -141,7 +141,7 @@ def prepare_net(
     dls, # fastai DataLoaders
 ):
     "Show some training images to a net that wants to see them before it is trained"
-    prepared = getattr(model, 'prepared', None)
+    prepared = getattr(model, 'prepared', None) # without this buffer, `init_whitening` is something else
     if isinstance(prepared, torch.Tensor) and not prepared: model.init_whitening(sample_images(dls))
 
 # %% ../../nbs/train/07_learner.ipynb #3a21790c
