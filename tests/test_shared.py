@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from fastcifar import export
-from fastcifar.basics import file_sha256
-from fastcifar.basics import FastcifarError
+from fastcifar.share import export
+from fastcifar.basics import FastcifarError, file_sha256
 from fastcifar.share.export import compare_predictions, export_run, model_card
 
 class Says:
