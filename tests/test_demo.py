@@ -73,7 +73,7 @@ def test_mistakes_by_pair(demo, visit):
     a, b, n = re.match(r'.*?(\d) -> (\d)\s+\((\d+)\)', option.inner_text(), re.S).groups()
     option.click()
     page.wait_for_function(f'document.querySelectorAll(".pixels button img").length == {n}')
-    assert f'{a}, taken for {b}' in page.locator('.pixels').last.inner_text()
+    assert f'{a} -> {b} (' in page.locator('.pixels').last.inner_text()
 
 def test_the_page_reads_on_a_phone(demo, visit):
     page = visit(demo[0], 390, True)

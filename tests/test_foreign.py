@@ -1,5 +1,5 @@
 "Text, folders and requests of others: shown, not obeyed."
-import hmac, http.client, json, os, shutil
+import gc, hmac, http.client, json, os, shutil
 from pathlib import Path
 
 import pytest
@@ -134,8 +134,19 @@ def test_the_demo_answers_to_its_own_names_and_keeps_no_uploads(tmp_path):
         assert [status(h) for h in hosts] == [200, 200, 400, 400]
         Image.new('RGB', (32, 32), (1, 2, 3)).save(tmp_path/'private.png')
         Client(url, verbose=False).predict(handle_file(tmp_path/'private.png'), api_name='/classify')
-        assert not [p for p in Path(app.uploads.name).rglob('*private*') if p.is_file()]
+        uploads = Path(os.environ['GRADIO_TEMP_DIR'])
+        assert uploads.is_dir() and not [p for p in uploads.rglob('*private*') if p.is_file()]
     finally: app.close()
-    folder = Path(app.uploads.name)
-    app.uploads.cleanup()
-    assert not folder.exists()
+
+def test_the_folder_for_uploads_goes_with_the_page(monkeypatch):
+    import fastcifar.share.demo as demo
+    class Page: pass
+    monkeypatch.setenv('GRADIO_TEMP_DIR', '') # so that it is as before afterwards
+    monkeypatch.setattr(demo, 'demo_app', lambda *_: Page())
+    monkeypatch.setattr(demo, '_launch', lambda *_: 'http://127.0.0.1')
+    page, _ = demo.serve_demo('groupnet', block=False, say=lambda *_: None)
+    uploads = Path(os.environ['GRADIO_TEMP_DIR'])
+    (uploads/'private.png').touch()
+    del page
+    gc.collect()
+    assert not uploads.exists()

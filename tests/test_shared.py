@@ -7,8 +7,7 @@ import pytest
 from scipy.stats import binomtest
 
 from fastcifar.share import export
-from fastcifar.basics import file_sha256
-from fastcifar.basics import FastcifarError
+from fastcifar.basics import FastcifarError, file_sha256
 from fastcifar.share.export import compare_predictions, export_run, model_card
 
 class Says:

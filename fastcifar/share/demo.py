@@ -6,7 +6,7 @@
 __all__ = ['MAX_UPLOAD', 'LOCAL', 'explain_image', 'mistakes_of', 'demo_app', 'serve_demo']
 
 # %% ../../nbs/share/02_demo.ipynb #640c4db6
-import html, os, tempfile
+import html, os, tempfile, weakref
 from pathlib import Path
 
 import torch
@@ -19,22 +19,23 @@ from ..models.zoo import load_model
 from ..runs.reopen import evaluate_run
 from .predict import pixel_net
 
-# %% ../../nbs/share/02_demo.ipynb #143fd2ea
-MAX_UPLOAD = 5 * 2**20 # Bytes of an image that the page takes
-LOCAL = ('127.0.0.1', 'localhost', '[::1]', '::1') # Names of this machine
-
 # %% ../../nbs/share/02_demo.ipynb #b9bcb769
+MAX_UPLOAD = 5 * 2**20 # Bytes of an image that the page takes
+
 def explain_image(
     net, # Of `pixel_net`
     classes:list, # Their names
     data, # Bytes of an image file, or its path
-) -> tuple: # ({class: probability}, the image as the net sees it, the same under its Grad-CAM); images are uint8 (32, 32, 3)
+) -> tuple: # ({class: probability}, the image as the net sees it, that under its Grad-CAM), uint8 (32, 32, 3)
     "Classes of one image of any size, and where the net looked"
-    if (len(data) if isinstance(data, bytes) else Path(data).stat().st_size) > MAX_UPLOAD: raise FastcifarError(f'the image has more than {MAX_UPLOAD // 2**20} MB: use a smaller one')
+    size = len(data) if isinstance(data, bytes) else Path(data).stat().st_size
+    if size > MAX_UPLOAD:
+        raise FastcifarError(f'the image has more than {MAX_UPLOAD // 2**20} MB: use a smaller one')
     image = decode_image(data, 'the file', convert=True)
-    x = torch.from_numpy(image.copy())[None]
-    with torch.no_grad(): p = net(x)[0]
-    cam = grad_cam(net.model, (x.permute(0, 3, 1, 2).float() / 255 - net.mean) / net.std, [int(p.argmax())])[0]
+    pixels = torch.from_numpy(image.copy())[None]
+    with torch.no_grad(): p = net(pixels)[0]
+    x = (pixels.permute(0, 3, 1, 2).float() / 255 - net.mean) / net.std
+    cam = grad_cam(net.model, x, [int(p.argmax())])[0]
     return {c: float(v) for c, v in zip(classes, p)}, image, overlay(image, cam)
 
 # %% ../../nbs/share/02_demo.ipynb #43253b4a
@@ -48,7 +49,42 @@ def mistakes_of(
     pairs = (t.truth + ' -> ' + t.prediction).rename('pair')
     counts = [(f'{k}  ({v})', k) for k, v in pairs.value_counts().items()]
     t = (t if pair is None else t[pairs == pair]).head(n)
-    return counts, [(im, f'{r.truth}, taken for {r.prediction} ({r.probability:.0%})') for im, r in zip(interp.images(t.image), t.itertuples())]
+    captions = [f'{r.truth} -> {r.prediction} ({100 * r.probability:.0f} %)' for r in t.itertuples()]
+    return counts, list(zip(interp.images(t.image), captions))
+
+# %% ../../nbs/share/02_demo.ipynb #831f6201
+def _classifier(gr, net, classes):
+    "What the page does with a file that is dropped on it"
+    def classify(path):
+        if path is None: return None, None, None
+        try: return explain_image(net, classes, path)
+        except FastcifarError as e: raise gr.Error(html.escape(str(e)), print_exception=False) from None
+        finally: # an upload is nobody's but its owner's
+            uploads = os.environ.get('GRADIO_TEMP_DIR')
+            if uploads and Path(path).is_relative_to(uploads): Path(path).unlink(missing_ok=True)
+    return classify
+
+def _image_tab(gr, classify):
+    "The first tab: a place for a file on the left, what the net says of it on the right"
+    def picture(label):
+        return gr.Image(label=label, interactive=False, format='png', height=220, elem_classes='pixels', buttons=[])
+    with gr.Column():
+        kinds = f'PNG, JPEG, BMP, PPM, WebP, TIFF, GIF; at most {MAX_UPLOAD // 2**20} MB'
+        label, accepted = f'Drop an image here, or click ({kinds})', list(IMAGE_SUFFIXES)
+        file = gr.File(label=label, file_types=accepted, type='filepath', height=180)
+        with gr.Row(): seen, cam = picture('As the net sees it'), picture('Where it looks (Grad-CAM)')
+    label = gr.Label(label='Prediction', num_top_classes=5)
+    file.change(classify, file, [label, seen, cam])
+
+def _mistakes_tab(gr, interp):
+    "The second tab: the wrong predictions of a pair of classes, which can be chosen"
+    pairs, shown = mistakes_of(interp)
+    gr.Markdown(f'{len(interp.wrong()):,} of {len(interp.targs):,} test images are classified wrongly; '
+                'the surest come first.')
+    pair = gr.Dropdown([('all pairs', ''), *pairs], value='', label='Actual class -> predicted class')
+    gallery = gr.Gallery(shown, label='Wrong predictions', columns=6, height='auto', object_fit='contain', format='png',
+                         elem_classes='pixels', interactive=False)
+    pair.change(lambda k: mistakes_of(interp, k or None)[1], pair, gallery)
 
 # %% ../../nbs/share/02_demo.ipynb #db9e9775
 def demo_app(
@@ -61,36 +97,56 @@ def demo_app(
     gr = import_extra('gradio', 'demo', 'the demo')
     model = load_model(source)
     net, classes = pixel_net(model, source)
-    def classify(path):
-        if path is None: return None, None, None
-        try: return explain_image(net, classes, path)
-        except FastcifarError as e: raise gr.Error(html.escape(str(e)), print_exception=False) from None
-        finally: # an upload is nobody's but its owner's
-            uploads = os.environ.get('GRADIO_TEMP_DIR')
-            if uploads and Path(path).is_relative_to(uploads): Path(path).unlink(missing_ok=True)
     title = f'{model.note.get("model", {}).get("name", "a net")}: {len(classes)} classes'
     with gr.Blocks(title=f'fastcifar demo: {title}', analytics_enabled=False) as app:
         gr.Markdown(f'# {as_markdown(title)}\n{as_markdown(source)} sees images of 32x32 pixels; '
                     'larger ones are made small before it looks.')
-        with gr.Tab('Your image'), gr.Row():
-            with gr.Column():
-                kinds = f'PNG, JPEG, BMP, PPM, WebP, TIFF, GIF; at most {MAX_UPLOAD // 2**20} MB'
-                label, accepted = f'Drop an image here, or click ({kinds})', list(IMAGE_SUFFIXES)
-                file = gr.File(label=label, file_types=accepted, type='filepath', height=180)
-                with gr.Row():
-                    seen = gr.Image(label='As the net sees it', interactive=False, format='png', height=220, elem_classes='pixels', buttons=[])
-                    cam = gr.Image(label='Where it looks (Grad-CAM)', interactive=False, format='png', height=220, elem_classes='pixels', buttons=[])
-            label = gr.Label(label='Prediction', num_top_classes=5)
-            file.change(classify, file, [label, seen, cam])
+        with gr.Tab('Your image'), gr.Row(): _image_tab(gr, _classifier(gr, net, classes))
         with gr.Tab('Mistakes'):
             if interp is None: gr.Markdown(f'The mistakes on the test images cannot be shown: {as_markdown(note)}.')
-            else:
-                pairs, shown = mistakes_of(interp)
-                gr.Markdown(f'{len(interp.wrong()):,} of {len(interp.targs):,} test images are classified wrongly; the surest come first.')
-                pair = gr.Dropdown([('all pairs', ''), *pairs], value='', label='Actual class -> predicted class')
-                gallery = gr.Gallery(shown, label='Wrong predictions', columns=6, height='auto', object_fit='contain', format='png', elem_classes='pixels', interactive=False)
-                pair.change(lambda k: mistakes_of(interp, k or None)[1], pair, gallery)
+            else: _mistakes_tab(gr, interp)
     return app
+
+# %% ../../nbs/share/02_demo.ipynb #a69bcaf4
+LOCAL = ('127.0.0.1', 'localhost', '[::1]', '::1') # Names of this machine
+
+def _guard(host, names):
+    "What refuses requests by any other name: a page of somebody else could lead its own here, and then read answers"
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    hosts = [*LOCAL, host, *names] if host in LOCAL or names else ['*']
+    return Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
+
+def _launch(app, host, port, names):
+    "Serve a page in the background; returns its address"
+    import gradio as gr
+    plain = gr.themes.Default(font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace'])
+    css = '.pixels img { image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain }'
+    try:
+        _, url, _ = app.launch(server_name=host, server_port=port, share=False, inbrowser=False, quiet=True,
+                               prevent_thread_lock=True, max_file_size=MAX_UPLOAD, ssr_mode=False,
+                               app_kwargs=dict(middleware=[_guard(host, names)]), enable_monitoring=False,
+                               footer_links=[], theme=plain, css=css)
+    except OSError as e:
+        raise FastcifarError(f'cannot listen at {host}:{port} ({str(e).splitlines()[0][:80]}): '
+                             'choose another --port, or a --host of this machine') from e
+    return url
+
+# %% ../../nbs/share/02_demo.ipynb #49980e2f
+def _is_run(folder):
+    "Is this a finished run?"
+    return (Path(folder)/'config.json').is_file() and (Path(folder)/'metrics.json').is_file()
+
+def _test_predictions(source, data, device, say):
+    "(predictions of the test split or None, why there are none)"
+    if not _is_run(source):
+        if data or device:
+            raise FastcifarError(f'data and device are for the test images of a run folder, and {source} is none: '
+                                 'leave them out')
+        return None, 'only a run folder knows its test images'
+    say('predicting the test images once')
+    try: return evaluate_run(source, data, device, bars=False), ''
+    except FastcifarError as e: return None, str(e)
 
 def serve_demo(
     source, # What `demo_app` takes
@@ -101,34 +157,14 @@ def serve_demo(
     block:bool=True, # Wait until it is stopped?
     names=(), # By what other names than `host` and those of this machine browsers may ask for it
     say=say, # Called with a line for each thing to know
-): # (the app, its address)
+) -> tuple: # (the app, its address)
     "Serve the page of a trained net"
-    interp, note = None, 'only a run folder knows its test images'
-    of_a_run = (Path(source)/'config.json').is_file() and (Path(source)/'metrics.json').is_file()
-    if not of_a_run and (data or device):
-        raise FastcifarError(f'data and device are for the test images of a run folder, and {source} is none: '
-                             'leave them out')
-    if of_a_run:
-        say('predicting the test images once')
-        try: interp = evaluate_run(source, data, device, bars=False)
-        except FastcifarError as e: note = str(e)
+    interp, note = _test_predictions(source, data, device, say)
     uploads = tempfile.TemporaryDirectory(prefix='fastcifar-demo-') # gone with the process
     os.environ['GRADIO_TEMP_DIR'] = uploads.name
     app = demo_app(source, interp, note)
-    app.uploads = uploads
-    import gradio as gr
-    from starlette.middleware import Middleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
-    # a page of somebody else could have its name lead here, and then read what this one answers
-    hosts = [*LOCAL, host, *names] if host in LOCAL or names else ['*']
-    guard = Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
-    plain = gr.themes.Default(font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace'])
-    try:
-        _, url, _ = app.launch(server_name=host, server_port=port, share=False, inbrowser=False, quiet=True,
-                               prevent_thread_lock=True, max_file_size=MAX_UPLOAD, ssr_mode=False,
-                               app_kwargs=dict(middleware=[guard]), enable_monitoring=False,
-                               footer_links=[], theme=plain, css='.pixels img { image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain }')
-    except OSError as e: raise FastcifarError(f'cannot listen at {host}:{port} ({str(e).splitlines()[0][:80]}): choose another --port, or a --host of this machine') from e
+    weakref.finalize(app, uploads.cleanup)
+    url = _launch(app, host, port, names)
     say(f'open {url} (Ctrl-C stops it)')
     if block: app.block_thread()
     return app, url
