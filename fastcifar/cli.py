@@ -514,7 +514,7 @@ def _find_lr_options(p):
              help='where to draw the curve (default: %(default)s)')
     _overwrite_option(p, 'a picture')
 
-# %% ../nbs/90_cli.ipynb #20f48081
+# %% ../nbs/90_cli.ipynb #27274de4
 def _given_of_a_step(args):
     "The settings of a recipe that were given, if a range test depends on each"
     given = _given(args)
@@ -546,12 +546,13 @@ def find_lr_command(args) -> dict:
     from fastcifar.train.schedule import plot_range
     check_plot(args.plot, args.overwrite)
     learn, say = _range_learner(args), _say(args)
-    with nullcontext() if _bars(args) else learn.no_bar(): r = learn.lr_range(show_plot=False)
+    with nullcontext() if _bars(args) else learn.no_bar():
+        r = learn.lr_range(show_plot=False)
     doubt = '' if r.certain else ' (uncertain)'
     say(f'LRMIN {r.lr_min:.2e}\nLRMAX {r.lr_max:.2e}{doubt}')
-    drawn = save_plot(lambda: plot_range(r), args.plot, say)
-    if drawn: say(f'plot:  {args.plot}')
-    return dict(lr_min=r.lr_min, lr_max=r.lr_max, note=r.note, plot=args.plot if drawn else None)
+    plot = args.plot if save_plot(lambda: plot_range(r), args.plot, say) else None
+    if plot: say(f'plot:  {plot}')
+    return dict(lr_min=r.lr_min, lr_max=r.lr_max, note=r.note, plot=plot)
 
 # %% ../nbs/90_cli.ipynb #a7017c48
 def _evaluate_options(p):
@@ -578,7 +579,7 @@ def _check_evaluation(args):
         raise FastcifarError('--layer is for Grad-CAM, which is drawn into a folder: add --plots FOLDER')
     if args.corruptions: read_corruptions(args.corruptions)
 
-# %% ../nbs/90_cli.ipynb #312e5b8a
+# %% ../nbs/90_cli.ipynb #853ba5f5
 def _evaluation(i) -> dict:
     "What `--json` prints of an interpretation"
     return dict(views=i.views, test_accuracy=i.accuracy, test_loss=i.loss, test_images=len(i.targs),
@@ -586,13 +587,16 @@ def _evaluation(i) -> dict:
                 class_accuracy=i.class_accuracy().accuracy.to_dict(),
                 most_confused=[(a, b, int(n)) for a, b, n in i.most_confused(1)[:5]])
 
+def _in_short(i, right) -> str:
+    "An evaluation in a line"
+    return (f'test accuracy {i.accuracy:.2%} ({right:,} of {len(i.targs):,} images), loss {i.loss:.4f}, '
+            f'calibration error {100 * i.ece():.1f} points; test-time views: {i.views}')
+
 def _show_evaluation(i, say) -> dict:
     "Print accuracy, classes and confusions of an interpretation, and return them"
     classes, res = i.class_accuracy(), _evaluation(i)
-    right = f'{int(classes.right.sum()):,} of {len(i.targs):,} images'
-    say(f'test accuracy {i.accuracy:.2%} ({right}), loss {i.loss:.4f}, '
-        f'calibration error {100 * i.ece():.1f} points; test-time views: {i.views}\n')
-    say(classes.to_string(formatters={k: '{:.2%}'.format for k in ('accuracy', 'low', 'high')}))
+    say(_in_short(i, int(classes.right.sum())) + '\n')
+    say(classes.to_string(formatters=dict.fromkeys(('accuracy', 'low', 'high'), '{:.2%}'.format)))
     if res['one_class']: say(f'warning: {res["one_class"]}')
     confused = ', '.join(f'{a} -> {b} {n}' for a, b, n in res['most_confused'])
     say(f'\nmost confused (actual, predicted, times): {confused}')
@@ -793,7 +797,7 @@ def bench_command(args) -> dict:
     if not args.json: _show_bench(r)
     return r
 
-# %% ../nbs/90_cli.ipynb #c634737c
+# %% ../nbs/90_cli.ipynb #c5d54363
 def _cache_options(p):
     p.option('what', '--clear', metavar='WHAT', help='old (what older versions and broken-off processes have left), '
              'all, or the name of a data set')
@@ -810,13 +814,14 @@ def _show_cache(t):
 def cache_command(args) -> list:
     "List what the cache folder holds, or clear it"
     from fastcifar.data.cache import cache_root, clear_cache, list_cache
-    say, removed = _say(args), clear_cache(args.clear) if args.clear else None
-    kept = list_cache()
-    t = kept if removed is None else removed
+    say = _say(args)
+    t = clear_cache(args.clear) if args.clear else list_cache()
     if not args.json and len(t): _show_cache(t)
-    size, busy = f'{t.MB.sum():,.1f} MB', kept[~kept.free]
-    say(f'removed from {cache_root()}: {len(t)}, {size}' if args.clear else f'{cache_root()}: {size}')
-    if len(busy): say(f'in use: {", ".join(busy.name)}')
+    removed = f'removed from {cache_root()}: {len(t)}, ' if args.clear else f'{cache_root()}: '
+    say(f'{removed}{t.MB.sum():,.1f} MB')
+    kept = list_cache() if args.clear else t
+    busy = kept.name[~kept.free]
+    if len(busy): say(f'in use: {", ".join(busy)}')
     return _records(t)
 
 # %% ../nbs/90_cli.ipynb #216e9765
