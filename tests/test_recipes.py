@@ -12,11 +12,9 @@ from fastcifar.basics import FastcifarError
 from fastcifar.models.zoo import list_models
 from fastcifar.train.callbacks import L1
 from fastcifar.runs.settings import RECIPES, Recipe, list_recipes
-from fastcifar.runs.recipes import USUAL_RATES, create_recipe
-from fastcifar.runs.fit import fit_recipe
-from fastcifar.runs.recipes import override_recipe, read_recipe
-from fastcifar.runs.fit import recipe_learner, recipe_rates
-from fastcifar.runs.recipes import recipe_table, write_recipe
+from fastcifar.runs.fit import fit_recipe, recipe_learner, recipe_rates
+from fastcifar.runs.recipes import (USUAL_RATES, create_recipe, override_recipe, read_recipe, recipe_table, recipes_of,
+    write_recipe)
 
 PLAIN = dict(epochs=24, bs=512, policy=None, optimizer='adam', schedule='one_cycle', lr_max=None, lr_min=None,
     lr_end=None, peak=5 / 24, anneal='cos', step_epochs=1, gamma=.1, mom=.9, mom_cycle=(.95, .85, .95), sqr_mom=.99,
@@ -63,20 +61,32 @@ def same(a, b):
 def test_every_setting_of_every_recipe():
     assert list_recipes() == list(RECIPES) == ['one_cycle', 'reference', 'fast', 'speedrun']
     for name, nets in SETTINGS.items():
-        assert set(nets) == ({'speednet'} if name == 'speedrun' else set(list_models()))
         for net, settings in nets.items():
             got = dataclasses.asdict(create_recipe(name, net))
             wrong = {k: (got[k], v) for k, v in (PLAIN | settings).items() if not same(got[k], v)}
             assert got.keys() == PLAIN.keys() and not wrong, (name, net, wrong)
     assert same(dataclasses.asdict(create_recipe()), PLAIN)
 
+@pytest.mark.parametrize('net', list_models())
+def test_every_recipe_of_every_net(net):
+    "Whatever a net was registered with makes a recipe, and it has no other"
+    own = recipes_of(net)
+    assert own[0] == 'one_cycle' and set(own) <= set(RECIPES)
+    for name in own: assert create_recipe(name, net).checked() == create_recipe(name, net)
+    for name in set(RECIPES) - set(own):
+        with pytest.raises(FastcifarError, match=f'recipe {name}.*: choose '): create_recipe(name, net)
+
 def test_table_of_a_recipe():
-    "What differs from the defaults for some net, for every net"
-    for name, nets in SETTINGS.items():
+    "What differs from the defaults for some net, for every net that has it"
+    for name, known in SETTINGS.items():
         t = recipe_table(name)
+        assert set(t.columns) == {m for m in list_models() if name in recipes_of(m)} >= set(known)
+        nets = {m: dataclasses.asdict(create_recipe(name, m)) for m in t.columns}
         assert set(t.index) == {k for s in nets.values() for k, v in s.items() if not same(v, PLAIN[k])}
-        assert set(t.columns) == set(nets)
-        for net in nets: assert all(same(t[net][k], (PLAIN | nets[net])[k]) for k in t.index)
+        for net, settings in nets.items(): assert all(same(t[net][k], settings[k]) for k in t.index)
+
+def test_speedrun_is_for_one_net():
+    assert [m for m in SETTINGS['one_cycle'] if 'speedrun' in recipes_of(m)] == ['speednet']
 
 def test_text_of_a_recipe():
     assert repr(Recipe()) == 'Recipe()'
