@@ -16,6 +16,7 @@ from ..data.formats import IMAGE_SUFFIXES, decode_image
 from ..interpret.gradcam import grad_cam, overlay
 from ..interpret.interpretation import CifarInterpretation
 from ..models.zoo import load_model
+from ..runs.folder import RunFolder
 from ..runs.reopen import evaluate_run
 from .predict import pixel_net
 
@@ -104,7 +105,8 @@ def serve_demo(
 ): # (the app, its address)
     "Serve the page of a trained net"
     interp, note = None, 'only a run folder knows its test images'
-    of_a_run = (Path(source)/'config.json').is_file() and (Path(source)/'metrics.json').is_file()
+    run = RunFolder(source)
+    of_a_run = run.config_file.is_file() and run.metrics_file.is_file()
     if not of_a_run and (data or device):
         raise FastcifarError(f'data and device are for the test images of a run folder, and {source} is none: '
                              'leave them out')

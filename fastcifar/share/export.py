@@ -15,11 +15,11 @@ import torch
 from filelock import FileLock, Timeout
 from scipy.stats import binomtest
 
-from ..basics import FastcifarError, as_markdown, command_line, file_sha256, is_left, import_extra, read_json
+from ..basics import FastcifarError, as_markdown, file_sha256, is_left, import_extra, read_json
 from ..basics import spread_evenly, unfinished_name, user_path, write_atomic, write_json, write_text
 from ..data.formats import SIDE
 from ..models.zoo import load_model, save_model
-from ..runs.folder import run_config
+from ..runs.folder import RunFolder, run_config
 from ..runs.reopen import run_data
 from .predict import checked_onnx, open_predictor, pixel_net
 
@@ -159,13 +159,14 @@ def _continued(env):
 
 def _fill(folder, run, onnx, pt2, data):
     "Write all files of an exported run into an empty folder"
-    metrics, env = read_json(run/'metrics.json'), read_json(run/'environment.json')
+    saved = RunFolder(run)
+    metrics, env = saved.metrics(), read_json(saved.environment_file)
     model = load_model(run)
     net, classes = pixel_net(model, run)
     save_model(model, folder/'model.safetensors', **{k: v for k, v in model.note.items() if k != 'model'})
     keep = ('test_accuracy', 'test_loss', 'test_images', 'wrong', 'train_accuracy', 'epochs', 'seed', 'recipe', 'bs', 'precision', 'data', 'data_sha256', 'parameters')
     c = dict(library='fastcifar', architecture=model.config, classes=classes, mean=model.note['mean'], std=model.note['std'], views=net.views, input='uint8 (N, 32, 32, 3), RGB', metrics=dict({k: metrics[k] for k in keep}, n=1),
-             training=read_json(run/'config.json'), continued=_continued(env),
+             training=saved.saved_config(), continued=_continued(env),
              environment={k: env[k] for k in ('python', 'versions', 'device_name', 'threads')})
     if onnx or pt2: images, ours = _test_images(run, data), open_predictor(folder)
     if onnx:
@@ -188,8 +189,7 @@ def export_run(
     run = user_path(run)
     run_config(run) # refuses what is no run folder
     out = user_path(out) if out else run.resolve().with_name(f'{run.resolve().name}-export')
-    if not (run/'metrics.json').is_file():
-        raise FastcifarError(f'{run} is not finished: continue it with {command_line("train", resume=run)}')
+    if not RunFolder(run).metrics_file.is_file(): raise RunFolder(run).unfinished()
     if data and not (onnx or pt2):
         raise FastcifarError('data are for comparing formats on its images, and none is written: leave them out')
     if out.exists(): raise FastcifarError(f'{out} exists already and is left as it is: remove it, or choose another --out')
