@@ -7,7 +7,7 @@ import pandas as pd
 from fastcifar.basics import read_json, write_atomic, write_json
 from fastcifar.models.layers import NORMS
 from fastcifar.models.zoo import list_models
-from fastcifar.runs.folder import read_surroundings, run_config
+from fastcifar.runs.folder import RunFolder, run_config
 from fastcifar.study.tables import collect_curves, collect_runs
 from fastcifar.study.study import run_name
 
@@ -30,12 +30,13 @@ def joined(file, new):
 def about(run):
     "Settings and surroundings of a run, without its commands, which name folders of the machine"
     def shared(d): return {k: v for k, v in d.items() if k != 'command'}
-    env = shared(read_surroundings(run))
+    run = RunFolder(run)
+    env = shared(run.surroundings())
     if 'starts' in env: env['starts'] = [shared(s) for s in env['starts']]
-    return dict(config=read_json(run/'config.json'), environment=env)
+    return dict(config=run.saved_config(), environment=env)
 
 if __name__ == '__main__':
-    out, runs = Path(sys.argv[1]), [Path(r) for r in sys.argv[2:] if (Path(r)/'metrics.json').exists()]
+    out, runs = Path(sys.argv[1]), [Path(r) for r in sys.argv[2:] if RunFolder(r).is_finished]
     names = [run_name(run_config(r)) for r in runs]
     if twice := {n for n in names if names.count(n) > 1}: raise SystemExit(f'two runs of {", ".join(sorted(twice))}: leave one out')
     if not runs: raise SystemExit('no finished runs: give folders with a metrics.json')

@@ -7,13 +7,14 @@ import pandas as pd
 from fastcifar.basics import file_sha256
 from fastcifar.basics import read_json, write_json
 from fastcifar.models.weights import load_tensors, save_tensors
+from fastcifar.runs.folder import RunFolder
 
 FOLDER = Path(__file__).resolve().parents[1]/'fastcifar/models/pretrained'
 
 def add(run, results):
     "Copy one net with a note of where it comes from, and return its line of the index"
-    tensors, note = load_tensors(run/'model.safetensors')
-    m, path = read_json(run/'metrics.json'), read_json(run/'config.json').get('path', 'item')
+    tensors, note = load_tensors(run.weights_file)
+    m, path = run.metrics(), run.saved_config().get('path', 'item')
     cell = results[(results.status == 'finished') & (results[['model', 'norm', 'recipe', 'bs']] == [m['model'], m['norm'], m['recipe'], m['bs']]).all(axis=1)]
     origin = dict(recipe=m['recipe'], epochs=m['epochs'], seed=m['seed'], precision=m['precision'], path=path, data=m['data'], data_sha256=m['data_sha256'], test_accuracy=m['test_accuracy'],
                   n=len(cell), mean_accuracy=round(float(cell.test_accuracy.mean()), 6), parameters=m['parameters'])
@@ -24,6 +25,6 @@ def add(run, results):
 if __name__ == '__main__':
     results, index = pd.read_csv(sys.argv[1]), FOLDER/'index.json'
     old = read_json(index) if index.exists() else {}
-    new = dict(add(Path(r), results) for r in sys.argv[2:])
+    new = dict(add(RunFolder(r), results) for r in sys.argv[2:])
     write_json(index, dict(sorted((old | new).items())))
     print('\n'.join(f'{k}: {v["test_accuracy"]:.2%}' for k, v in new.items()))

@@ -17,7 +17,7 @@ import pandas as pd
 import fastcifar.train.checkpoint, fastcifar.models.weights
 from fastcifar.basics import read_json, write_json
 from fastcifar.runs.config import configure
-from fastcifar.runs.folder import environment
+from fastcifar.runs.folder import RunFolder, environment
 from fastcifar.runs.run import train_run
 from fastcifar.models.weights import load_tensors
 
@@ -78,8 +78,10 @@ def train(kind, out, workers=0, prepare=None):
 
 def outcome(out):
     "What has to be equal: weights, history and metrics without their times"
-    tensors, note = load_tensors(out/'model.safetensors', sealed=True)
-    return tensors, note, pd.read_csv(out/'history.csv').drop(columns='seconds'), {k: v for k, v in read_json(out/'metrics.json').items() if k != 'seconds'}
+    run = RunFolder(out)
+    tensors, note = load_tensors(run.weights_file, sealed=True)
+    history = pd.read_csv(run.history_file).drop(columns='seconds')
+    return tensors, note, history, {k: v for k, v in run.metrics().items() if k != 'seconds'}
 
 def equal(a, b): return a[0].keys() == b[0].keys() and all(v.equal(b[0][k]) for k, v in a[0].items()) and a[1] == b[1] and a[2].equals(b[2]) and a[3] == b[3]
 
@@ -87,9 +89,10 @@ def kill_once(kind, out, rng) -> str: # At which moment; None if the run came to
     "Go on with a run and kill it, after a checkpoint"
     stage, n, workers = rng.choice(('half written', 'written', 'renamed', 'any moment', 'any moment', 'any moment')), rng.randint(2, 12), rng.choice((0, 1)) if kind == 'item' else 0
     p = Child(lambda: train(kind, out, workers, None if stage == 'any moment' else (n, stage)))
-    while stage == 'any moment' and not p.wait(.002) and not list((out/'checkpoints').glob('epoch_*.safetensors')): pass
+    while stage == 'any moment' and not p.wait(.002) and not list(RunFolder(out).checkpoints.glob('epoch_*.safetensors')): pass
     if not p.wait(rng.uniform(0, 3) if stage == 'any moment' else 120): p.kill()
-    if p.status != signal.SIGKILL and not (out/'metrics.json').exists(): raise RuntimeError(f'{out}: the run ended by itself, with status {p.status}')
+    if p.status != signal.SIGKILL and not RunFolder(out).is_finished:
+        raise RuntimeError(f'{out}: the run ended by itself, with status {p.status}')
     return stage if p.status == signal.SIGKILL else None
 
 def killed_run(kind, out, rng) -> list: # The moments

@@ -38,6 +38,13 @@ def _prediction_plots(interp, layer):
                 top_losses=lambda: interp.plot_top_losses(n, figsize=(9, 9)))
 
 # %% ../../nbs/runs/06_artifacts.ipynb #d249c023
+def _make_folder(out):
+    "Make a folder for plots, unless it holds something of somebody else"
+    check_folder(out, _holds_plots, 'plots of a run')
+    try: out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise FastcifarError(f'cannot write {out}: {e.strerror}; choose a folder you can write to') from e
+
 def draw_interpretation(
     interp:CifarInterpretation, # Predictions of a split
     out, # Folder, made if need be
@@ -47,10 +54,7 @@ def draw_interpretation(
     "Draw what a net gets right and wrong, and write the tables behind it: all that needs no history of the training"
     out = user_path(out)
     if layer: interp.grad_cam([0], layer) # a wrong name is an error before anything is written
-    check_folder(out, _holds_plots, 'plots of a run')
-    try: out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise FastcifarError(f'cannot write {out}: {e.strerror}; choose a folder you can write to') from e
+    _make_folder(out)
     tables = dict(wrong_predictions=interp.wrong(), class_accuracy=interp.class_accuracy().reset_index())
     for name, table in tables.items():
         with attempt(f'{name}.csv', say): write_atomic(out/f'{name}.csv', lambda tmp: table.to_csv(tmp, index=False))
@@ -98,11 +102,14 @@ def _save_weights(run, learn, c):
     save_model(learn.model, run.weights_file, classes=list(data.classes), mean=mean, std=std, data=data.name,
                data_sha256=data.source, views=c.views)
 
+def _accuracies(test, train):
+    return dict(test_accuracy=test.accuracy, test_loss=test.loss, test_images=len(test.targs), wrong=len(test.wrong()),
+                train_accuracy=train.accuracy, train_loss=train.loss)
+
 def _metrics(learn, c, lrs, history, test, train, valid):
     "What metrics.json says, from the predictions of test and training split and the accuracy of the held-out images"
     data = learn.dls.data
-    return dict(test_accuracy=test.accuracy, test_loss=test.loss, test_images=len(test.targs), wrong=len(test.wrong()),
-                train_accuracy=train.accuracy, train_loss=train.loss, valid_accuracy=valid, valid_images=c.valid,
+    return dict(**_accuracies(test, train), valid_accuracy=valid, valid_images=c.valid,
                 epochs=c.epochs, seed=c.seed, lr_min=lrs.lr_min, lr_max=lrs.lr_max, lr_note=lrs.note,
                 one_class=test.one_class(), model=c.model, norm=c.norm, recipe=c.recipe, bs=c.bs,
                 views=test.views, train_views=train.views, parameters=count_parameters(learn.model),

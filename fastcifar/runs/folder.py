@@ -257,7 +257,7 @@ def resolve_config(
     old = _first_config(RunFolder(out), new | {k: chosen[k] for k in auto}, begun)
     _check_data(old, data, out, ordered=True)
     new |= {k: old.get(k) for k in auto}
-    for k in sorted((set(old) | set(new)) - set(about)): _check_equal(k, old.get(k), new.get(k), out)
+    for k in sorted({*old, *new} - {*about}): _check_equal(k, old.get(k), new.get(k), out)
     return dataclasses.replace(c, **{k: new[k] for k in chosen})
 
 # %% ../../nbs/runs/04_folder.ipynb #73a02437
@@ -450,6 +450,8 @@ def read_surroundings(
     return RunFolder(out).surroundings()
 
 # %% ../../nbs/runs/04_folder.ipynb #36198805
+def _now(): return datetime.now(UTC).isoformat(timespec='seconds')
+
 def write_surroundings(
     c:Config, # What is trained
     out:Path, # Run folder
@@ -463,7 +465,7 @@ def write_surroundings(
     "Write how and on which data a run is trained, unless it has begun: then that stays"
     now = dict(environment(device), deterministic=torch.are_deterministic_algorithms_enabled(),
                command=command, options=options, **more)
-    start = dict(time=datetime.now(UTC).isoformat(timespec='seconds'), typed=typed, now=now)
+    start = dict(time=_now(), typed=typed, now=now)
     run = RunFolder(out)
     env = run.surroundings()
     if not begun and not run.has_begun: env = _begun_by(start, env) | dict(starts=[])

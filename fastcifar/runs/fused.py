@@ -159,6 +159,10 @@ def _seeded(data, c, device, build):
     prepare_net(net, dls)
     return net, dls, _state(device)
 
+def _of_wide(c):
+    "The configuration of the wide net, whose parts have names of their own"
+    return dataclasses.replace(c, freeze=tuple((f'wide.{pattern}', epochs) for pattern, epochs in c.freeze))
+
 def fused_learner(
     data, # An `ImageData`
     configs, # `Config`s that differ in their seeds alone
@@ -170,9 +174,8 @@ def fused_learner(
     configs = list(configs)
     c, device = check_fusable(configs), checked_device(device)
     nets, parts, states = zip(*[_seeded(data, one, device, build) for one in configs])
-    wide = dataclasses.replace(c, freeze=tuple((f'wide.{pattern}', epochs) for pattern, epochs in c.freeze))
-    fused = FusedNet(list(nets), Streams(list(states)))
-    learn = recipe_learner(FusedLoaders(parts, device), fused, wide, precision=c.precision, compile=compile)
+    dls, net = FusedLoaders(parts, device), FusedNet(list(nets), Streams(list(states)))
+    learn = recipe_learner(dls, net, _of_wide(c), precision=c.precision, compile=compile)
     learn.add_cb(FusedRecorder(len(nets), c.label_smoothing))
     return learn
 
@@ -208,11 +211,16 @@ class FusedTraining:
 
 # %% ../../nbs/runs/09_fused.ipynb #51642671
 @patch
-def begin(self:FusedTraining, configs, begun) -> dict: # Folder -> its start, for `note_start`
-    "Write how the runs are trained into the folders of those that are not finished"
+def command(self:FusedTraining, configs) -> str:
+    "The call that makes the same runs again"
     shown = {} if self.pictures else dict(pictures=False)
     where = [str(f.path) for f in self.folders], str(self.work.path)
-    call = python_call('train_fused', configs, *where, **machine_options(self.device) | self.options | shown)
+    return python_call('train_fused', configs, *where, **machine_options(self.device) | self.options | shown)
+
+@patch
+def begin(self:FusedTraining, configs, begun) -> dict: # Folder -> its start, for `note_start`
+    "Write how the runs are trained into the folders of those that are not finished"
+    call = self.command(configs)
     more = dict(together=len(configs), compile=self.options.get('compile', False))
     starts = {}
     for c, f in zip(configs, self.folders):
@@ -250,15 +258,20 @@ def finish(self:FusedTraining, learn, configs, history):
 
 # %% ../../nbs/runs/09_fused.ipynb #2ae3efe7
 @patch
+def introduce(self:FusedTraining):
+    "Say what is trained on what"
+    c, seeds = self.asked[0], ', '.join(str(c.seed) for c in self.asked)
+    self.say(f'{self.data}\n{len(self.asked)} nets {c.model} ({c.norm}) in one pass, recipe {c.recipe}, '
+             f'{c.precision} on {self.device}, seeds {seeds}')
+
+@patch
 def train(self:FusedTraining):
     "Train, evaluate and draw, while the folders are this process's own"
     begun = any(self.work.checkpoints.glob('*'))
     configs = [resolve_config(c, self.data, f.path, self.device, begun) for c, f in zip(self.asked, self.folders)]
     starts = self.begin(configs, begun)
     learn = fused_learner(self.data, configs, self.device, self.options.get('compile', False))
-    c, numbers = self.asked[0], ', '.join(str(c.seed) for c in configs)
-    self.say(f'{self.data}\n{len(configs)} nets {c.model} ({c.norm}) in one pass, recipe {c.recipe}, {c.precision} on '
-             f'{self.device}, seeds {numbers}')
+    self.introduce()
     with learn.no_bar(), learn.no_logging(): history = self.fit(learn, starts)
     self.finish(learn, configs, history)
 

@@ -44,7 +44,8 @@ def load_run(
     c, weights = run.config(), run.weights_file
     if not weights.is_file(): raise run.unfinished()
     tensors, note = load_tensors(weights)
-    data = run_data(run.path, data, lambda d: c.valid is not None or note.get('classes', d.classes) != d.classes)
+    def ordered(data): return c.valid is not None or note.get('classes', data.classes) != data.classes
+    data = run_data(run.path, data, ordered)
     dls = data.dataloaders(bs=c.bs, policy=c.policy, seed=c.seed, valid=c.valid, device=device, stats=c.stats,
                            path=c.path)
     learn = recipe_learner(dls, build_model(c, len(data.classes)), c, precision=c.precision)

@@ -137,13 +137,16 @@ def _shown(interp, t):
                  probability=f'{r.probability:.0%}', loss=f'{r.loss:.2f}')
             for im, r in zip(interp.images(t.image), t.itertuples())]
 
+def _overlays(interp, idxs, classes):
+    "Images under what speaks for a class of each"
+    return [picture_uri(overlay(im, m)) for im, m in zip(interp.images(idxs), interp.grad_cam(idxs, None, classes))]
+
 def _losses(interp, n):
     "The largest losses, each as image, what speaks for the truth, and what speaks for the prediction"
     t = interp.top_losses_table(n)
-    shown, idxs, images = _shown(interp, t), t.image.tolist(), interp.images(t.image)
-    maps = [interp.grad_cam(idxs, None, classes) for classes in (interp.targs[idxs], interp.decoded[idxs])]
-    for i, f in enumerate(shown):
-        for_truth, for_prediction = (picture_uri(overlay(images[i], m[i])) for m in maps)
+    shown, idxs = _shown(interp, t), t.image.tolist()
+    overlays = [_overlays(interp, idxs, classes) for classes in (interp.targs[idxs], interp.decoded[idxs])]
+    for f, for_truth, for_prediction in zip(shown, *overlays):
         f['pictures'] = [(f['uri'], f['truth']), (for_truth, f'what speaks for {f["truth"]}'),
                          (for_prediction, f'what speaks for {f["prediction"]}')]
     return shown
@@ -198,15 +201,19 @@ def _said_of_starts(starts, made, apart):
     unsure = (made.isna().any() & made.notna().any()).any() # something is known of some of them alone
     return f'{said} Nothing that is known of them differs.' if unsure else f'{said} All were made in the same way.'
 
+def _starts_table(starts, differ):
+    "A row for each start, with what differs; what is the same stands in the table of the environment"
+    t = pd.DataFrame([dict(time=_minute(s.get('time')), began_after=_position(s)) for s in starts], dtype=object)
+    t = t.join(differ).assign(command=[s.get('command') for s in starts])
+    return table_cells(t.astype(object).where(t.notna(), '-'))
+
 def _starts(environment):
     "(a sentence on a run that was not trained in one go, a table of its starts)"
     starts = environment.get('starts') or []
     if len(starts) < 2: return '', None
     made = pd.DataFrame([_made(s) for s in starts], dtype=object)
     apart = [k for k in made if made[k].nunique() > 1] # what is not known of a start does not differ
-    t = pd.DataFrame([dict(time=_minute(s.get('time')), began_after=_position(s)) for s in starts], dtype=object)
-    t = t.join(made[apart]).assign(command=[s.get('command') for s in starts]) # what is the same stands below
-    return _said_of_starts(starts, made, apart), table_cells(t.astype(object).where(t.notna(), '-'))
+    return _said_of_starts(starts, made, apart), _starts_table(starts, made[apart])
 
 # %% ../../nbs/runs/05_report.ipynb #ea8cded8
 def _source_of_rates(config, metrics):
@@ -239,14 +246,17 @@ def _cards(metrics, ece, environment):
             ('test loss', f'{metrics["test_loss"]:.4f}'), ('calibration error', ece),
             ('precision', metrics['precision']), ('device', _devices(environment))]
 
+def _interval(right, images):
+    low, high = (100 * float(v[0]) for v in wilson_interval(right, images))
+    return f'{low:.2f} to {high:.2f} %'
+
 def _result(config, metrics):
     "What came out, with the interval that chance leaves for these images"
     right = metrics['test_images'] - metrics['wrong']
-    low, high = (100 * float(v[0]) for v in wilson_interval(right, metrics['test_images']))
     return dict(title=f'{config["model"]} ({config["norm"]}), recipe {config["recipe"]}, on {metrics["data"]}',
                 accuracy=f'{metrics["test_accuracy"]:.2%}', right=f'{right:,}', images=f'{metrics["test_images"]:,}',
                 data=metrics['data'], seed=metrics['seed'], views=metrics.get('views', 'none'),
-                interval=f'{low:.2f} to {high:.2f} %', wrong=f'{metrics["wrong"]:,}',
+                interval=_interval(right, metrics['test_images']), wrong=f'{metrics["wrong"]:,}',
                 rates=_rates(config, metrics), warning=metrics.get('one_class', ''))
 
 # %% ../../nbs/runs/05_report.ipynb #5fbc34df

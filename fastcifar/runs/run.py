@@ -150,11 +150,15 @@ def fit(self:Training, learn, c, start) -> tuple: # (`LRRange`, a dict an epoch)
     return lrs, checkpoints.history
 
 # %% ../../nbs/runs/07_run.ipynb #54ed639b
+def _without_state(cls):
+    "A class of callbacks, of which a checkpoint is to hold nothing"
+    return type(cls.__name__, (cls,), dict(stateless=True))
+
 def _tensorboard(out):
     "fastai's callback for TensorBoard, which writes into the run folder"
     import_extra('tensorboard', 'loggers', '--log tensorboard')
     from fastai.callback.tensorboard import TensorBoardCallback
-    return TensorBoardCallback(out/'tensorboard', trace_model=False, log_preds=False)
+    return _without_state(TensorBoardCallback)(out/'tensorboard', trace_model=False, log_preds=False)
 
 def _wandb(c, out):
     "(wandb, fastai's callback for it), which keeps its files in the run folder"
@@ -164,7 +168,7 @@ def _wandb(c, out):
     mode = os.environ.get('WANDB_MODE', 'offline')
     wandb.init(project='fastcifar', name=out.name, dir=out, config=as_json(dataclasses.asdict(c)), mode=mode,
                settings=wandb.Settings(silent=True))
-    return wandb, WandbCallback(log_preds=False)
+    return wandb, _without_state(WandbCallback)(log_preds=False)
 
 @contextlib.contextmanager
 def _loggers(names, c, out):
@@ -175,7 +179,6 @@ def _loggers(names, c, out):
         else:
             wandb, cb = _wandb(c, out)
             cbs.append(cb)
-    for cb in cbs: cb.stateless = True # a checkpoint holds nothing of them
     try: yield cbs
     finally:
         if wandb: wandb.finish()

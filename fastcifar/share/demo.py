@@ -16,6 +16,7 @@ from ..data.formats import IMAGE_SUFFIXES, decode_image
 from ..interpret.gradcam import grad_cam, overlay
 from ..interpret.interpretation import CifarInterpretation
 from ..models.zoo import load_model
+from ..runs.folder import RunFolder
 from ..runs.reopen import evaluate_run
 from .predict import pixel_net
 
@@ -135,7 +136,8 @@ def _launch(app, host, port, names):
 # %% ../../nbs/share/02_demo.ipynb #49980e2f
 def _is_run(folder):
     "Is this a finished run?"
-    return (Path(folder)/'config.json').is_file() and (Path(folder)/'metrics.json').is_file()
+    run = RunFolder(folder)
+    return run.config_file.is_file() and run.metrics_file.is_file()
 
 def _test_predictions(source, data, device, say):
     "(predictions of the test split or None, why there are none)"

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from ..basics import FastcifarError, as_markdown, command_line, file_sha256, is_left, import_extra, read_json
+from ..basics import FastcifarError, as_markdown, file_sha256, is_left, import_extra, read_json
 from ..basics import spread_evenly, unfinished_name, user_path, write_atomic, write_json, write_text
 from ..data.formats import SIDE
 from ..interpret.interpretation import wilson_interval
 from ..models.zoo import load_model, save_model
-from ..runs.folder import run_config
+from ..runs.folder import RunFolder, run_config
 from ..runs.reopen import run_data
 from .predict import checked_onnx, open_predictor, pixel_net
 
@@ -230,11 +230,12 @@ def _write_programs(folder, run, net, classes, onnx, pt2, data):
 
 def _fill(folder, run, onnx, pt2, data):
     "Write all files of an exported run into an empty folder"
-    metrics, env = read_json(run/'metrics.json'), read_json(run/'environment.json')
+    saved = RunFolder(run)
+    metrics, env = saved.metrics(), read_json(saved.environment_file)
     model = load_model(run)
     net, classes = pixel_net(model, run)
     save_model(model, folder/'model.safetensors', **{k: v for k, v in model.note.items() if k != 'model'})
-    c = _about_net(model, net, classes) | _about_run(metrics, read_json(run/'config.json'), env)
+    c = _about_net(model, net, classes) | _about_run(metrics, saved.saved_config(), env)
     c |= _write_programs(folder, run, net, classes, onnx, pt2, data)
     c['files'] = {f.name: file_sha256(f) for f in sorted(folder.iterdir())}
     write_json(folder/'config.json', c)
@@ -292,8 +293,7 @@ def export_run(
     run = user_path(run)
     run_config(run) # refuses what is no run folder
     out = user_path(out) if out else run.resolve().with_name(f'{run.resolve().name}-export')
-    if not (run/'metrics.json').is_file():
-        raise FastcifarError(f'{run} is not finished: continue it with {command_line("train", resume=run)}')
+    if not RunFolder(run).metrics_file.is_file(): raise RunFolder(run).unfinished()
     if data and not (onnx or pt2):
         raise FastcifarError('data are for comparing formats on its images, and none is written: leave them out')
     if out.exists():

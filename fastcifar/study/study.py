@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from fastai.torch_core import default_device
-from fastcore.basics import patch
+from fastcore.basics import groupby, patch
 from joblib import cpu_count
 from tqdm.auto import tqdm
 
@@ -170,9 +170,8 @@ def _begun_passes(cell, cs, folder):
 
 def _passes(grid, folder, together):
     "The unfinished runs in passes of up to `together` seeds of a cell; a pass that was begun is gone on with"
-    cells, res = {}, []
-    for c in grid: cells.setdefault(_cell(c), []).append(c)
-    for cell, cs in cells.items():
+    res = []
+    for cell, cs in groupby(grid, _cell).items():
         begun = _begun_passes(cell, cs, folder) if together > 1 else []
         left = [c for c in cs if not _is_finished(c, folder) and not any(c in b for b in begun)]
         res += [b for b in begun if not all(_is_finished(c, folder) for c in b)]
@@ -206,6 +205,12 @@ def _is_study(folder) -> bool:
     return all(f.is_dir() and _is_run(f) for f in _runs(Path(folder)).iterdir())
 
 # %% ../../nbs/study/04_study.ipynb #05a28a19
+def _saved_runs(f):
+    "The configurations in a study.json, by the names of their runs"
+    saved = read_json(f)
+    if isinstance(saved, dict) and isinstance(saved.get('runs'), dict): return saved['runs']
+    raise FastcifarError(f'{f} does not hold a study: choose another --out')
+
 def _first_difference(old, new, data):
     "What the runs of a study have in another way than those that are asked for; None if seeds were added alone"
     def cells(runs): return {k.rpartition('-seed')[0] for k in runs}
@@ -221,14 +226,10 @@ def _settle(self:Study):
     f = self.out/'study.json'
     data = load_data(self.data, self.grid[0].convert) # prepares the cache once, before many processes need it
     new = as_json({run_name(c): {**dataclasses.asdict(c), 'data': data.source} for c in self.grid})
-    if f.exists():
-        old = read_json(f)
-        if not isinstance(old, dict) or not isinstance(old.get('runs'), dict):
-            raise FastcifarError(f'{f} does not hold a study: choose another --out')
-        apart = _first_difference(old['runs'], new, data)
-        if apart:
-            raise FastcifarError(f'{self.out} holds a study of another configuration ({apart}): give the same one '
-                                 '(seeds may be added), or choose another --out')
+    apart = _first_difference(_saved_runs(f), new, data) if f.exists() else None
+    if apart:
+        raise FastcifarError(f'{self.out} holds a study of another configuration ({apart}): give the same one '
+                             '(seeds may be added), or choose another --out')
     for c in self.grid:
         folder = _runs(self.out)/run_name(c)
         if RunFolder(folder).is_finished: check_same(c, folder, data)
@@ -262,8 +263,9 @@ def _write_table(t, file, say):
     "Write a table that nothing depends on; a spreadsheet may hold it locked"
     with attempt(file.name, say): write_atomic(file, lambda tmp: t.to_csv(tmp, index=False))
 
-def _study_plots(r, parts, differences, split):
+def _study_plots(r, parts, differences, valid):
     "Name -> function that draws it"
+    split = 'validation' if valid else 'test'
     # a curve that ends early would move the means
     whole = _curves_table([p for p, s in zip(parts, r.status) if s == 'finished'])
     plots = dict(curves=lambda: plot_study_curves(whole, split)) if len(whole) else {}
@@ -281,7 +283,7 @@ def _write(out, grid, r, parts, say, page=attempt): # `page` is the context in w
     for name, t in tables.items(): _write_table(t, out/f'{name}.csv', say)
     answer = study_answer(r)
     with attempt('answer.txt', say): write_text(out/'answer.txt', '\n'.join(answer) + '\n')
-    plots = _study_plots(r, parts, differences, 'validation' if grid[0].valid else 'test')
+    plots = _study_plots(r, parts, differences, grid[0].valid)
     for name, plot in plots.items(): save_plot(plot, out/f'{name}.png', say)
     r, svgs = r.assign(folder=_pages(out, grid)), drawn_svgs(plots, plots, say)
     with page(RunFolder.page_file, say): return write_study_report(out, r, summary, differences, answer, svgs)
@@ -310,11 +312,15 @@ class _Plan:
     together:int # Seeds of a pass at most
     pictures:bool # Draw pictures of each run?
 
-    def at_a_time(self): return min(self.tasks.at_a_time() if self.tasks else self.jobs, len(self.todo))
-    def where(self): return 'a Ray cluster' if self.tasks else ', '.join(self.places)
+    def said(self):
+        "In words, how many passes run at a time, and where"
+        at_a_time = min(self.tasks.at_a_time() if self.tasks else self.jobs, len(self.todo))
+        seeds = '' if self.together == 1 else f', each up to {self.together} seeds in one pass,'
+        return f'{at_a_time} at a time{seeds} on {"a Ray cluster" if self.tasks else ", ".join(self.places)}'
 
 def _gpus(device):
     "The devices that runs are put on in turn"
+    device = default_device().type if device is None else str(device)
     every = device == 'cuda' or device.startswith('cuda') and ':' not in device
     return [f'cuda:{i}' for i in range(torch.cuda.device_count())] if every else [device]
 
@@ -337,16 +343,19 @@ def _on_ray(plan):
         yield i, in_a_line(back) if isinstance(back, Exception) else back # it died each time
 
 # %% ../../nbs/study/04_study.ipynb #e212319b
+def _outcome(run, failed, say):
+    "How a run ended, in words; the reason of a failure is left in its folder"
+    if run.is_finished or not failed: # the others of its pass may have failed
+        return f'{run.metrics()["test_accuracy"]:.2%}'
+    with attempt(f'{run.path.name}/{RunFolder.failure_file}', say): write_text(run.failure_file, failed)
+    return f'failed: {failed}'
+
 def _say_pass(plan, cs, back, bar, tell, say):
     "Say how each run of a pass ended, and leave the reason of those that failed"
     failures = [back] * len(cs) if isinstance(back, str) else back
     for name, failed in zip(map(run_name, cs), failures):
         if name in plan.finished: continue
-        run = RunFolder(plan.folder/name)
-        if run.is_finished: failed = None # the others of its pass may be finished
-        if failed:
-            with attempt(f'{name}/{RunFolder.failure_file}', say): write_text(run.failure_file, failed)
-        said = f'failed: {failed}' if failed else f'{run.metrics()["test_accuracy"]:.2%}'
+        said = _outcome(RunFolder(plan.folder/name), failed, say)
         bar.n += 1
         tell(f'{bar.n}/{bar.total} {name}: {said}')
     bar.refresh()
@@ -354,8 +363,7 @@ def _say_pass(plan, cs, back, bar, tell, say):
 @patch
 def _run(self:Study, plan, bars, say):
     "What `run` does while the folder is its own"
-    seeds = '' if plan.together == 1 else f', each up to {plan.together} seeds in one pass,'
-    say(f'{len(self.grid)} runs, {len(plan.finished)} finished; {plan.at_a_time()} at a time{seeds} on {plan.where()}')
+    say(f'{len(self.grid)} runs, {len(plan.finished)} finished; {plan.said()}')
     work = _on_ray(plan) if plan.tasks else _on_this_machine(plan, say)
     bars = sys.stdout.isatty() if bars is None else bars
     try:
@@ -392,9 +400,8 @@ def run(self:Study,
 ) -> pd.DataFrame: # `results()`
     "Run what is not finished yet, and write tables and plots"
     _check_run_options(jobs, threads, together, device, tasks)
-    device = default_device().type if device is None else str(device)
     places, folder = _gpus(device), _runs(self.out.resolve())
-    jobs = jobs or (max(1, cpu_count() // threads) if device == 'cpu' else 3 * len(places))
+    jobs = jobs or (max(1, cpu_count() // threads) if places == ['cpu'] else 3 * len(places))
     finished = {run_name(c) for c in self.grid if _is_finished(c, folder)}
     todo = _passes(self.grid, folder, together)
     for cs in todo: check_fusable(cs)

@@ -86,14 +86,19 @@ def _is_sweep(folder) -> bool:
     return isinstance(saved, dict) and {'model', 'recipe', 'tune'} <= set(saved)
 
 # %% ../../nbs/study/05_sweep.ipynb #9c92abf0
+def _settings_of(saved, data):
+    "What a sweep.json says, as this version writes it; nothing of a damaged one"
+    if not isinstance(saved, dict): return {}
+    return settings_on({'judged_with_views': 'none', **saved}, data) # older sweeps judged without
+
 @patch
 def _settle(self:Sweep, data):
     "Write what the sweep is, or compare with what is there"
-    judged = dict(judged_with_views=self.base.views) # older sweeps judged without
-    new = as_json(dict(dataclasses.asdict(self.base), data=data.source, tune=sorted(self.tune), **judged))
+    own = dict(data=data.source, tune=sorted(self.tune), judged_with_views=self.base.views)
+    new = as_json(dict(dataclasses.asdict(self.base), **own))
     f = self.out/'sweep.json'
     old = read_json(f) if f.exists() else new
-    was = settings_on({'judged_with_views': 'none', **old}, data) if isinstance(old, dict) else {}
+    was = _settings_of(old, data)
     apart = [f'{k}={was.get(k)!r}, not {v!r}' for k, v in new.items() if was.get(k) != v]
     if apart:
         raise FastcifarError(f'{self.out} holds a sweep of another configuration ({apart[0]}): give the same one, '
@@ -177,6 +182,13 @@ def _again(trial):
     return optuna.trial.FixedTrial(trial.params)
 
 @patch
+def _write_best(self:Sweep, trial, found):
+    "Write the settings of a trial as a recipe, with what they were found with"
+    best = override_recipe(self.base, **suggest_settings(_again(trial), self.base, self.tune))
+    about = dict(norm=best.norm, groups=best.groups, found=found)
+    return write_recipe(self.out/'recipe.json', best, best.recipe, best.model, True, **about)
+
+@patch
 def write(self:Sweep,
     study, # Of Optuna
     data, # The `ImageData` that trials are trained on
@@ -189,9 +201,7 @@ def write(self:Sweep,
     if not len(done): return {}
     found = dict(trials=len(t), complete=len(done), valid_accuracy=study.best_trial.value, valid_images=base.valid,
                  views=base.views, data=data.name, data_sha256=data.source, epochs=base.epochs, seed=base.seed)
-    best = override_recipe(base, **suggest_settings(_again(study.best_trial), base, self.tune))
-    about = dict(norm=best.norm, groups=best.groups, found=found)
-    res = write_recipe(self.out/'recipe.json', best, best.recipe, best.model, True, **about)
+    res = self._write_best(study.best_trial, found)
     save_plot(lambda: plot_sweep(t), self.out/'sweep.png', say)
     return res
 
@@ -224,6 +234,10 @@ def _named(params):
     "The settings of a trial in words"
     return ', '.join(f'{k} {v:.3g}' if isinstance(v, float) else f'{k} {v}' for k, v in params.items())
 
+def _over(study):
+    "How many trials are over; what was broken off does not count"
+    return sum(t.state.is_finished() and t.state.name != 'FAIL' for t in study.trials)
+
 @patch
 def _next(self:Sweep, study, data, device, request):
     "Try the settings that are suggested next; what to say of it"
@@ -238,13 +252,13 @@ def _run(self:Sweep, trials, threads, device, data, bars, say):
     import optuna
     self._settle(data)
     study, request, base = self._storage(), StopRequest(say), self.base
-    over = [t for t in study.trials if t.state.is_finished() and t.state.name != 'FAIL']
-    say(f'{trials} trials, {min(len(over), trials)} done; {data.name}, {base.valid:,} training images held out, '
+    over = _over(study)
+    say(f'{trials} trials, {min(over, trials)} done; {data.name}, {base.valid:,} training images held out, '
         f'test-time views: {base.views}')
     study.sampler = optuna.samplers.TPESampler(seed=base.seed + len(study.trials))
     bars = sys.stdout.isatty() if bars is None else bars
     with request, cpu_threads(threads):
-        for i in tqdm(range(len(over), trials), disable=not bars, unit='trial'):
+        for i in tqdm(range(over, trials), disable=not bars, unit='trial'):
             say(f'{i + 1}/{trials} {self._next(study, data, device, request)}')
             self.write(study, data, say)
     return self.write(study, data, say)
