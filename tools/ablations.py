@@ -12,7 +12,6 @@ from fastcifar.train.tta import TTA
 from fastcifar.basics import seed_everything
 from fastcifar.data.load import load_data
 from fastcifar.data.images import stratified_holdout
-from fastcifar.data.loaders import CifarDataLoaders # with this import an ImageData has its dataloaders
 from fastcifar.models.zoo import create_model
 from fastcifar.runs.recipes import create_recipe
 from fastcifar.runs.fit import fit_recipe, recipe_learner

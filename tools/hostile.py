@@ -15,7 +15,6 @@ from fastcifar.data.formats import check_arrays, decode_image, read_images, read
 from fastcifar.basics import FastcifarError
 from fastcifar.data.load import load_data
 from fastcifar.share.export import export_run, write_onnx
-from fastcifar.data.loaders import CifarDataLoaders
 from fastcifar.models.zoo import create_model, load_model, save_model
 from fastcifar.share.predict import open_predictor, pixel_net
 from fastcifar.runs.config import configure
