@@ -20,7 +20,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(scope='session')
 def tree(tmp_path_factory):
-    "A folder of coloured squares: 3 classes, 20 training and 8 test images each; quick to train on and easy to tell apart"
+    "A folder of coloured squares, quick to learn: 3 classes, 20 training and 8 test images each"
     root, rng = tmp_path_factory.mktemp('squares'), np.random.default_rng(0)
     for split, n in (('train', 20), ('test', 8)):
         for k, name in enumerate(('blue', 'green', 'red')):
@@ -33,16 +33,18 @@ def tree(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def browser():
-    "A headless Chromium, the system's own; skips without one, but fails where FASTCIFAR_BROWSER=1 says that there has to be one"
+    "A headless Chromium, the system's own; skips without one, but fails where FASTCIFAR_BROWSER=1 demands one"
     try:
         from playwright.sync_api import sync_playwright
-        path = os.environ.get('CHROMIUM') or shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+        installed = map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))
+        path = os.environ.get('CHROMIUM') or next(filter(None, installed), None)
         if not path: raise ImportError('there is no Chromium: apt install chromium, or name it in $CHROMIUM')
     except ImportError as e:
         if os.environ.get('FASTCIFAR_BROWSER') == '1': raise
         pytest.skip(f'browser tests need playwright and a Chromium ({e})')
     # without these the browser calls its makers
-    quiet = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']
+    quiet = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
+             '--disable-component-update', '--disable-sync']
     with sync_playwright() as p:
         b = p.chromium.launch(executable_path=path, args=quiet)
         yield b
@@ -56,9 +58,11 @@ def visit(browser):
         page = browser.new_page(viewport=dict(width=width, height=900), color_scheme='dark' if dark else 'light')
         pages.append(page)
         page.faults, here = [], url.split('#')[0].rsplit('/', 1)[0]
-        page.on('console', lambda m: page.faults.append(f'{m.type}: {m.text}') if m.type in ('error', 'warning') else None)
+        page.on('console', lambda m: page.faults.append(f'{m.type}: {m.text}') if m.type in ('error', 'warning')
+                else None)
         page.on('pageerror', lambda e: page.faults.append(str(e)))
-        page.on('request', lambda r: None if r.url.startswith((here, 'data:', 'blob:')) else page.faults.append(f'request: {r.url}'))
+        page.on('request', lambda r: None if r.url.startswith((here, 'data:', 'blob:'))
+                else page.faults.append(f'request: {r.url}'))
         page.goto(url)
         return page
     yield open_page
@@ -68,7 +72,8 @@ def visit(browser):
 def cli(tmp_path):
     "Runs `fastcifar ARGS` in a process of its own"
     def run(*args, env=None, cwd=tmp_path, timeout=300):
-        return subprocess.run([sys.executable, '-m', 'fastcifar', *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout, env={**os.environ, **(env or {})})
+        return subprocess.run([sys.executable, '-m', 'fastcifar', *map(str, args)], cwd=cwd, capture_output=True,
+                              text=True, timeout=timeout, env={**os.environ, **(env or {})})
     return run
 
 @pytest.fixture

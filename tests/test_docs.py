@@ -1,4 +1,5 @@
-"The documentation: every page built, linked, filled and readable, and every public name in it. Built once, as `make docs` does, into a temporary folder."
+"""The documentation: every page built, linked, filled and readable, and every public name in it. Built once, as
+`make docs` does, into a temporary folder."""
 import ast, functools, http.server, importlib, inspect, json, re, subprocess, sys, threading
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
@@ -19,13 +20,15 @@ def run_docs(code):
 
 def tree_state():
     "What a build must leave alone: the names of all files, and the files that nbdev likes to write"
-    names = {p for d in ('nbs', 'fastcifar', 'tools') for p in (ROOT/d).rglob('*') if not {'__pycache__', '.ipynb_checkpoints'} & {*p.parts}}
+    names = {p for d in ('nbs', 'fastcifar', 'tools') for p in (ROOT/d).rglob('*')
+             if not {'__pycache__', '.ipynb_checkpoints'} & {*p.parts}}
     return names, [(ROOT/f).read_bytes() for f in ('settings.ini', 'README.md', 'pyproject.toml')]
 
 @pytest.fixture(scope='session')
 def built(tmp_path_factory):
     folder, before = tmp_path_factory.mktemp('docs'), tree_state()
-    done = run_docs(f'folder = Path({str(folder)!r}); docs.preview(folder/"site", folder/"work"); docs.quarto_files(folder/"quarto")')
+    done = run_docs(f'folder = Path({str(folder)!r}); docs.preview(folder/"site", folder/"work"); '
+                    'docs.quarto_files(folder/"quarto")')
     assert done.returncode == 0, done.stdout + done.stderr
     assert tree_state() == before, 'the build wrote into the work tree'
     return folder
@@ -55,24 +58,31 @@ def broken_links(site) -> list:
             target = site/unquote(parts.path[1:])
             if target.is_dir(): target /= 'index.html'
             if not target.is_file(): wrong.append(f'{name(site, page)}: {url}')
-            elif parts.fragment and target.suffix == '.html' and not parsed(target).find(id=unquote(parts.fragment)): wrong.append(f'{name(site, page)}: no anchor {url}')
+            elif parts.fragment and target.suffix == '.html' and not parsed(target).find(id=unquote(parts.fragment)):
+                wrong.append(f'{name(site, page)}: no anchor {url}')
     return wrong
+
+LOADING = ['script', 'img', 'iframe', 'source', 'video', 'audio', 'embed', 'object', 'link', 'style']
 
 def outside_resources(site) -> list:
     "What a browser would load from elsewhere just by opening a page"
     def foreign(url): return bool(re.match(r'(https?:)?//', url or ''))
     wrong = []
     for page in sorted(site.rglob('*.html')):
-        for tag in parsed(page).find_all(['script', 'img', 'iframe', 'source', 'video', 'audio', 'embed', 'object', 'link', 'style']):
+        for tag in parsed(page).find_all(LOADING):
             if tag.name == 'link' and set(tag.get('rel', [])) & {'canonical', 'next', 'prev', 'alternate'}: continue
-            if any(foreign(tag.get(a)) for a in ('src', 'href', 'data')) or re.search(r'(url\(|@import)\W*(https?:)?//', tag.string or ''): wrong.append(f'{name(site, page)}: {str(tag)[:100]}')
+            loaded = any(foreign(tag.get(a)) for a in ('src', 'href', 'data'))
+            if loaded or re.search(r'(url\(|@import)\W*(https?:)?//', tag.string or ''):
+                wrong.append(f'{name(site, page)}: {str(tag)[:100]}')
     for css in site.rglob('*.css'):
         if re.search(r'(url\(|@import\s)\s*["\']?(https?:)?//', css.read_text()): wrong.append(name(site, css))
     return wrong
 
 def empty_pages(site) -> list: return [name(site, p) for p in pages(site) if len(main_text(p)) < 100]
 
-def images_without_alt(site) -> list: return [f'{name(site, p)}: {str(i)[:80]}' for p in pages(site) for i in parsed(p).find_all('img') if not (i.get('alt') or '').strip()]
+def images_without_alt(site) -> list:
+    return [f'{name(site, p)}: {str(i)[:80]}' for p in pages(site) for i in parsed(p).find_all('img')
+            if not (i.get('alt') or '').strip()]
 
 def literal_markdown(site) -> list:
     "Markup that reached the reader as it was typed"
@@ -80,7 +90,8 @@ def literal_markdown(site) -> list:
     for p in pages(site):
         article = BeautifulSoup(str(parsed(p).find('article')), 'html.parser')
         for code in article.find_all(['pre', 'code']): code.decompose()
-        wrong += [f'{name(site, p)}: {m}' for m in re.findall(r'\$\$.{0,40}|:::.{0,40}|\{[#.][\w.]+\}|\]\(.{0,40}|```.{0,20}', article.get_text())]
+        typed = r'\$\$.{0,40}|:::.{0,40}|\{[#.][\w.]+\}|\]\(.{0,40}|```.{0,20}'
+        wrong += [f'{name(site, p)}: {m}' for m in re.findall(typed, article.get_text())]
     return wrong
 
 def ragged_tables(site) -> list:
@@ -104,12 +115,16 @@ def test_site(site, check):
     assert len(pages(site)) > 30
     assert check(site) == []
 
-BROKEN = {'broken_links': '<a href="gone.html">x</a>', 'outside_resources': '<script src="https://example.org/x.js"></script>', 'empty_pages': '', 'images_without_alt': '<img src="index.html">',
-          'literal_markdown': 'a formula $$x^2$$', 'ragged_tables': '<table><tr><td>1</td><td>2</td></tr><tr><td>3</td></tr></table>'}
+BROKEN = {'broken_links': '<a href="gone.html">x</a>',
+          'outside_resources': '<script src="https://example.org/x.js"></script>', 'empty_pages': '',
+          'images_without_alt': '<img src="index.html">',
+          'literal_markdown': 'a formula $$x^2$$',
+          'ragged_tables': '<table><tr><td>1</td><td>2</td></tr><tr><td>3</td></tr></table>'}
 
 @pytest.mark.parametrize('check', CHECKS, ids=lambda f: f.__name__)
 def test_checks_can_fail(tmp_path, check):
-    good = '<article><h1 id="top">Title</h1><a href="#top">up</a> <a href="index.html#top">up</a> <a href="https://example.org">away</a> <img src="a.png" alt="a cat"> ' + 'word ' * 60
+    good = ('<article><h1 id="top">Title</h1><a href="#top">up</a> <a href="index.html#top">up</a> '
+            '<a href="https://example.org">away</a> <img src="a.png" alt="a cat"> ' + 'word ' * 60)
     (tmp_path/'a.png').touch()
     (tmp_path/'index.html').write_text(good + '</article>')
     assert check(tmp_path) == []
@@ -127,11 +142,13 @@ def leaves(nav): return [l for e in nav for v in e.values() for l in ([v] if isi
 
 def test_menu_and_pages_are_the_same(built, site):
     nav = yaml.safe_load((built/'work/mkdocs.yml').read_text())['nav']
-    assert [next(iter(e)) for e in nav] == ['Home', 'Tutorials', 'What you can see', 'Results', 'Benchmarks', 'Scaling', 'Methods', 'API']
+    assert [next(iter(e)) for e in nav] == ['Home', 'Tutorials', 'What you can see', 'Results', 'Benchmarks',
+                                            'Scaling', 'Methods', 'API']
     expected = {l.replace('.md', '.html') for l in leaves(nav)}
     assert {name(site, p) for p in pages(site)} == expected
     for page in ('index.html', 'tutorials/faster.html'): # and the menu that is shown, on pages of two depths
-        shown = {urlsplit(urljoin(f'http://site/{page}', a['href'])).path[1:] for a in parsed(site/page).select('.md-nav--primary a.md-nav__link') if '#' not in a['href']}
+        shown = {urlsplit(urljoin(f'http://site/{page}', a['href'])).path[1:]
+                 for a in parsed(site/page).select('.md-nav--primary a.md-nav__link') if '#' not in a['href']}
         assert shown == expected - {page} or shown == expected
     tutorials = [l for e in nav if 'Tutorials' in e for l in leaves(e['Tutorials'])]
     assert len(tutorials) == len([*ROOT.glob('nbs/tutorials/*.ipynb')])
@@ -152,12 +169,15 @@ def modules():
     res = {}
     for p in sorted((ROOT/'fastcifar').rglob('*.py')):
         lists = re.search(r'^__all__ = (\[.*?\])$', p.read_text(), re.M | re.S)
-        if lists: res[p.relative_to(ROOT/'fastcifar').with_suffix('').as_posix().replace('/', '.').replace('__main__', 'main')] = ast.literal_eval(lists.group(1))
+        if not lists: continue
+        module = '.'.join(p.relative_to(ROOT/'fastcifar').with_suffix('').parts)
+        res[module.replace('__main__', 'main')] = ast.literal_eval(lists.group(1))
     return res
 
 def undocumented(site, module, names) -> list:
     "Public names of a module that its page does not explain, or that have no docstring"
-    article, source, wrong = parsed(site/f'{module.replace(".", "/")}.html').find('article'), importlib.import_module(f'fastcifar.{module}'), []
+    article = parsed(site/f'{module.replace(".", "/")}.html').find('article')
+    source, wrong = importlib.import_module(f'fastcifar.{module}'), []
     for n in names:
         heading, obj = article.find(id=n) or article.find(id=n.lower()), getattr(source, n)
         if heading is None: wrong.append(f'{module}.{n} is not on its page')
@@ -165,7 +185,8 @@ def undocumented(site, module, names) -> list:
             words = re.findall(r'\w+', inspect.getdoc(obj) or '')
             entry = ' '.join(s.get_text(' ') for s in heading.find_all_next(['p', 'table', 'pre', 'div'], limit=8))
             if not words: wrong.append(f'{module}.{n} has no docstring')
-            elif not set(words[:5]) <= set(re.findall(r'\w+', entry)): wrong.append(f'{module}.{n}: its page lacks the docstring')
+            elif not set(words[:5]) <= set(re.findall(r'\w+', entry)):
+                wrong.append(f'{module}.{n}: its page lacks the docstring')
     return wrong
 
 def test_every_public_name_is_documented(site):
@@ -174,7 +195,8 @@ def test_every_public_name_is_documented(site):
     assert [w for module, names in known.items() for w in undocumented(site, module, names)] == []
 
 def test_an_undocumented_name_is_noticed(site):
-    assert undocumented(site, 'basics', ['check_name', 'json', 'Path']) == ['basics.json is not on its page', 'basics.Path is not on its page']
+    wrong = undocumented(site, 'basics', ['check_name', 'json', 'Path'])
+    assert wrong == ['basics.json is not on its page', 'basics.Path is not on its page']
 
 def test_parameters_stand_in_a_table(site):
     table = parsed(site/'basics.html').find(id='check_name').find_next('table')
@@ -197,13 +219,16 @@ def test_search_finds_a_function(site):
 
 def test_quarto_gets_the_same_menu(built):
     made = yaml.safe_load((built/'quarto/_quarto.yml').read_text())
-    def hrefs(items): return [h for i in items for h in ([i] if isinstance(i, str) else [i['href']] if 'href' in i else hrefs(i['contents']))]
-    notebooks = hrefs(made['website']['sidebar']['contents'])
+    def hrefs(item):
+        if isinstance(item, str): return [item]
+        return [item['href']] if 'href' in item else [h for i in item['contents'] for h in hrefs(i)]
+    notebooks = hrefs(made['website']['sidebar'])
     nav = leaves(yaml.safe_load((built/'work/mkdocs.yml').read_text())['nav'])
     assert [re.sub(r'(^|/)\d+_', r'\1', n).replace('.ipynb', '.md') for n in notebooks] == nav
     for n, page in zip(notebooks, nav):
         head = json.loads((built/'quarto'/n).read_text())['cells'][0]
-        assert head['cell_type'] == 'raw' and yaml.safe_load(''.join(head['source']).strip('-\n'))['output-file'] == Path(page).with_suffix('.html').name
+        assert head['cell_type'] == 'raw'
+        assert yaml.safe_load(''.join(head['source']).strip('-\n'))['output-file'] == f'{Path(page).stem}.html'
     assert (built/'quarto/llms.txt').read_text() == (built/'site/llms.txt').read_text()
     assert 'tools/docs.py quarto' in (ROOT/'.github/workflows/docs.yaml').read_text()
 
@@ -220,16 +245,20 @@ def served(site):
 
 @pytest.mark.parametrize('width', [390, 1280])
 def test_in_a_browser(browser, served, width):
-    for scheme, page in (('light', 'index'), ('dark', 'tutorials/custom_resnet'), ('light', 'data/loaders'), ('dark', 'pages/results'), ('light', 'pages/methods')):
+    for scheme, page in (('light', 'index'), ('dark', 'tutorials/custom_resnet'), ('light', 'data/loaders'),
+                         ('dark', 'pages/results'), ('light', 'pages/methods')):
         context = browser.new_context(viewport=dict(width=width, height=900), color_scheme=scheme)
         tab, said, asked = context.new_page(), [], []
         tab.on('console', lambda m: said.append(m.text) if m.type in ('error', 'warning') else None)
         tab.on('pageerror', lambda e: said.append(str(e)))
         tab.on('request', lambda r: asked.append(r.url))
         tab.goto(f'{served}/{page}.html', wait_until='networkidle')
-        assert tab.locator('article h1').inner_text().strip() and tab.locator('article').bounding_box()['height'] > 800, page
-        assert tab.evaluate('document.documentElement.scrollWidth <= window.innerWidth'), f'{page} scrolls sideways at {width} px'
-        assert tab.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)"), f'{page}: a picture is missing'
+        assert tab.locator('article h1').inner_text().strip(), page
+        assert tab.locator('article').bounding_box()['height'] > 800, page
+        fits = tab.evaluate('document.documentElement.scrollWidth <= window.innerWidth')
+        assert fits, f'{page} scrolls sideways at {width} px'
+        drawn = tab.evaluate('[...document.images].every(i => i.complete && i.naturalWidth > 0)')
+        assert drawn, f'{page}: a picture is missing'
         assert tab.evaluate("document.body.dataset.mdColorScheme") == dict(light='default', dark='slate')[scheme], page
         assert said == [] and [u for u in asked if not u.startswith((served, 'data:', 'blob:'))] == [], page
         context.close()
@@ -239,5 +268,6 @@ def test_search_works_in_a_browser(browser, served):
     tab.goto(f'{served}/index.html', wait_until='networkidle')
     tab.keyboard.press('Control+k')
     tab.keyboard.type('check_name')
-    tab.wait_for_selector('a[href*="basics.html"] mark, [role="dialog"] a[href*="basics.html"], .md-search a[href*="basics.html"]', timeout=5000)
+    tab.wait_for_selector('a[href*="basics.html"] mark, [role="dialog"] a[href*="basics.html"], .md-search '
+                          'a[href*="basics.html"]', timeout=5000)
     tab.close()

@@ -29,7 +29,8 @@ def run(tree, tmp_path_factory):
     return out
 
 @pytest.mark.parametrize('command', [
-    ('train', *QUICK, '--out'), (*COMPARE, '--out'), ('export', 'RUN', '--no-onnx', '--out'), ('evaluate', 'RUN', '--plots'),
+    ('train', *QUICK, '--out'), (*COMPARE, '--out'), ('export', 'RUN', '--no-onnx', '--out'),
+    ('evaluate', 'RUN', '--plots'),
     ('sweep', '--model', 'normnet31k', '--epochs', 1, '--trials', 1, '--valid', 6, '--bs', 20, '--out')])
 def test_a_folder_of_somebody_is_left_alone(main, tree, run, tmp_path, command):
     untouched = project(tmp_path/'project')

@@ -19,10 +19,14 @@ def test_bench_speaks_to_people(main):
     code, out, _ = main('bench', 'step')
     assert code == 0 and 'step/overhead_us' in out and 'cores' in out
 
-@pytest.mark.parametrize('args, says', [(['spedrun'], "did you mean 'speedrun'"), (['speedrun', '--device', 'cuda'], 'leave --device and --airbench out'), (['speedrun', '--airbench', 'x.py'], 'leave --device and --airbench out'),
-                                        (['data', '--device', 'foo'], "no device 'foo' here"),
-                                        (['data', '--rounds', '0'], 'at least 1'), (['data', '--results', 'r.csv'], 'leave it out'),
-                                        (['speedrun', '--device', 'cpu', '--results', 'none.csv'], 'cannot read none.csv')])
+@pytest.mark.parametrize('args, says', [
+    (['spedrun'], "did you mean 'speedrun'"),
+    (['speedrun', '--device', 'cuda'], 'leave --device and --airbench out'),
+    (['speedrun', '--airbench', 'x.py'], 'leave --device and --airbench out'),
+    (['data', '--device', 'foo'], "no device 'foo' here"),
+    (['data', '--rounds', '0'], 'at least 1'),
+    (['data', '--results', 'r.csv'], 'leave it out'),
+    (['speedrun', '--device', 'cpu', '--results', 'none.csv'], 'cannot read none.csv')])
 def test_bench_refuses(main, args, says):
     if torch.cuda.is_available() and 'airbench' in says: pytest.skip('there is a GPU')
     code, out, err = main('bench', *args)
@@ -30,29 +34,41 @@ def test_bench_refuses(main, args, says):
 
 def test_the_speedrun_is_judged_by_whole_trainings(main, tmp_path, monkeypatch):
     import fastcifar.bench.cpu as bench
-    monkeypatch.setattr(bench, '_whole', lambda name, recipe, k: lambda: recipe.epochs * (1 if name == 'speednet' else 4))
-    runs = [('speednet', 'speedrun', 8, .90), ('speednet', 'speedrun', 12, .92), ('custom_resnet', 'reference', 24, .89), ('custom_resnet', 'fast', 24, .91), ('custom_resnet', 'one_cycle', 24, .99)]
-    rows = ['model,norm,recipe,epochs,data,test_accuracy', *(f'{m},bn,{r},{e},cifar10,{a + s:.4f}' for m, r, e, a in runs for s in (0, .001, .002)), 'custom_resnet,ln,reference,24,cifar10,0.99']
-    (tmp_path/'r.csv').write_text('\n'.join(rows))
-    code, out, err = main('bench', 'speedrun', '--device', 'cpu', '--rounds', 1, '--results', 'r.csv', '--json')
-    assert code == 0, err
-    got = [(r['name'], r['ratio'], r['met']) for r in json.loads(out)['rows']]
-    assert got == [('cpu/speedrun_vs_custom_resnet', 8 / 96, 'goal'), ('cpu/speedrun_vs_custom_resnet_fast', 12 / 96, 'goal')]
-    (tmp_path/'r.csv').write_text('\n'.join(r for r in rows if '12' not in r))
-    assert [r['met'] for r in json.loads(main('bench', 'speedrun', '--device', 'cpu', '--rounds', 1, '--results', 'r.csv', '--json')[1])['rows']] == ['goal', 'missed']
-    (tmp_path/'r.csv').write_text('\n'.join(r for r in rows if not r.endswith(('10', '20')))) # one run of each
-    for row in json.loads(main('bench', 'speedrun', '--device', 'cpu', '--rounds', 1, '--results', 'r.csv', '--json')[1])['rows']:
+    def whole(name, recipe, k): return lambda: recipe.epochs * (1 if name == 'speednet' else 4)
+    monkeypatch.setattr(bench, '_whole', whole)
+    runs = [('speednet', 'speedrun', 8, .90), ('speednet', 'speedrun', 12, .92),
+            ('custom_resnet', 'reference', 24, .89), ('custom_resnet', 'fast', 24, .91),
+            ('custom_resnet', 'one_cycle', 24, .99)]
+    rows = ['model,norm,recipe,epochs,data,test_accuracy',
+            *(f'{m},bn,{r},{e},cifar10,{a + s:.4f}' for m, r, e, a in runs for s in (0, .001, .002)),
+            'custom_resnet,ln,reference,24,cifar10,0.99']
+    def measured(kept=None):
+        "The rows of the benchmark with these results, or without any"
+        args = ('bench', 'speedrun', '--device', 'cpu', '--rounds', 1, '--json')
+        if kept:
+            (tmp_path/'r.csv').write_text('\n'.join(kept))
+            args += '--results', 'r.csv'
+        code, out, err = main(*args)
+        assert code == 0, err
+        return json.loads(out)['rows']
+
+    assert [(r['name'], r['ratio'], r['met']) for r in measured(rows)] == [
+        ('cpu/speedrun_vs_custom_resnet', 8 / 96, 'goal'), ('cpu/speedrun_vs_custom_resnet_fast', 12 / 96, 'goal')]
+    assert [r['met'] for r in measured([r for r in rows if '12' not in r])] == ['goal', 'missed']
+    for row in measured([r for r in rows if not r.endswith(('10', '20'))]): # one run of each
         assert row['met'] is None and 'nothing is judged' in row['note']
-    row, = json.loads(main('bench', 'speedrun', '--device', 'cpu', '--rounds', 1, '--json')[1])['rows']
+    row, = measured()
     assert row['met'] is None and 'not compared' in row['note']
 
 def test_speedrun_trains_and_continues(main, tree):
     "At toy scale: the views are in the evaluation and in predictions, and the finished run is known again"
-    args = ('train', '--data', tree, '--model', 'speednet', '--recipe', 'speedrun', '--epochs', 4, '--bs', 20, '--out', 'r')
+    args = ('train', '--data', tree, '--model', 'speednet', '--recipe', 'speedrun', '--epochs', 4, '--bs', 20,
+            '--out', 'r')
     code, out, err = main(*args, '--json')
     assert code == 0, err
     m, c = json.loads(out), json.load(open('r/config.json'))
-    assert m['views'] == 'crops' and m['test_accuracy'] > 0.5 and c['path'] == 'batch' and c['freeze'] == [['whiten.bias', 3]]
+    assert m['views'] == 'crops' and m['test_accuracy'] > 0.5
+    assert c['path'] == 'batch' and c['freeze'] == [['whiten.bias', 3]]
     assert 'test-time views' in err and 'batch path' in err
     assert main(*args)[0] == 0
     assert main('predict', '--from', 'r', tree/'test/red/00.png')[0] == 0
@@ -60,19 +76,22 @@ def test_speedrun_trains_and_continues(main, tree):
     code, _, err = main('train', '--data', tree, '--recipe', 'speedrun')
     assert code == 2 and 'made for speednet, not for custom_resnet' in err
 
+SHORT = ('train', '--model', 'normnet31k', '--epochs', 1, '--bs', 20, '--lr-max', '1e-3')
+
 def test_paths(main, tree):
     "Both ways to make batches train; a run of one is not continued by the other"
+    args = (*SHORT, '--data', tree)
     for path in ('item', 'batch'):
-        code, out, err = main('train', '--data', tree, '--model', 'normnet31k', '--epochs', 1, '--bs', 20, '--lr-max', '1e-3', '--path', path, '--out', path)
+        code, out, err = main(*args, '--path', path, '--out', path)
         assert code == 0 and f'{path} path' in out, err
-    code, _, err = main('train', '--data', tree, '--model', 'normnet31k', '--epochs', 1, '--bs', 20, '--lr-max', '1e-3', '--path', 'item', '--out', 'batch')
+    code, _, err = main(*args, '--path', 'item', '--out', 'batch')
     assert code == 2 and "path='batch', not 'item'" in err
     code, _, err = main('train', '--data', tree, '--path', 'bach')
     assert code == 2 and "did you mean 'batch'" in err
 
 def test_runs_from_before_the_batch_path(main, tree):
     "A run folder whose configuration names no path was made by the item path, and is known again"
-    args = ('train', '--data', tree, '--model', 'normnet31k', '--epochs', 1, '--bs', 20, '--lr-max', '1e-3', '--out', 'old')
+    args = (*SHORT, '--data', tree, '--out', 'old')
     assert main(*args, '--path', 'item')[0] == 0
     from pathlib import Path
     f = Path('old/config.json')
@@ -85,7 +104,8 @@ def test_runs_from_before_the_batch_path(main, tree):
     Path('old/metrics.json').unlink()
     assert main(*args)[0] == 0 and Path('old/metrics.json').exists()
 
-COMPILED = ('train', '--model', 'normnet31k', '--epochs', 1, '--bs', 30, '--lr-max', '1e-3', '--compile', '--no-pictures')
+COMPILED = ('train', '--model', 'normnet31k', '--epochs', 1, '--bs', 30, '--lr-max', '1e-3', '--compile',
+            '--no-pictures')
 
 def test_compiled_training(main, tree, monkeypatch):
     "The net that trains is the compiled one; refused in one line where there is no compiler"

@@ -1,4 +1,7 @@
-"What parts and settings of the speedrun recipe bring: trials on a part of the training images; writes a table. Usage: ablations.py DATA OUT.csv [SEEDS]"
+"""What parts and settings of the speedrun recipe bring: trials on a part of the training images; writes a table.
+
+    python tools/ablations.py DATA OUT.csv [SEEDS]
+"""
 import sys, time
 from pathlib import Path
 
@@ -9,7 +12,6 @@ from fastcifar.train.tta import TTA
 from fastcifar.basics import seed_everything
 from fastcifar.data.load import load_data
 from fastcifar.data.images import stratified_holdout
-from fastcifar.data.loaders import CifarDataLoaders # with this import an ImageData has its dataloaders
 from fastcifar.models.zoo import create_model
 from fastcifar.runs.recipes import create_recipe
 from fastcifar.runs.fit import fit_recipe, recipe_learner
@@ -55,7 +57,8 @@ VARIANTS = { # name: (settings of the recipe, what is done to the net)
 
 def trial(data, settings, change, seed):
     "Validation accuracy in %, of the whole recipe with test-time views as well, and seconds of training"
-    r = create_recipe('speedrun', 'speednet', **{**dict(epochs=EPOCHS, bs=500, freeze=(('whiten.bias', 2),)), **settings})
+    usual = dict(epochs=EPOCHS, bs=500, freeze=(('whiten.bias', 2),))
+    r = create_recipe('speedrun', 'speednet', **{**usual, **settings})
     seed_everything(seed)
     net = create_model('speednet')
     if change: change(net)
@@ -64,8 +67,10 @@ def trial(data, settings, change, seed):
     with learn.no_bar(), learn.no_logging():
         fit_recipe(learn, r)
         seconds = time.perf_counter() - start
-        views = {k: 100 * float(learn.validate(cbs=[TTA(k)])[1]) for k in (('none', 'flip', 'crops') if not settings and not change else ('none',))}
-    return dict(accuracy=views['none'], flip_views=views.get('flip'), six_views=views.get('crops'), seconds=round(seconds))
+        kinds = ('none',) if settings or change else ('none', 'flip', 'crops')
+        views = {k: 100 * float(learn.validate(cbs=[TTA(k)])[1]) for k in kinds}
+    return dict(accuracy=views['none'], flip_views=views.get('flip'), six_views=views.get('crops'),
+                seconds=round(seconds))
 
 if __name__ == '__main__':
     source, out, seeds = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 1

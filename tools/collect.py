@@ -1,4 +1,7 @@
-"Add what finished runs say to a folder that is small enough to commit: python tools/collect.py FOLDER RUN... (run folders; the same run is replaced, others stay)"
+"""Add what finished runs say to a folder that is small enough to commit; the same run is replaced, others stay.
+
+    python tools/collect.py FOLDER RUN...
+"""
 import io, sys
 from pathlib import Path
 
@@ -17,14 +20,16 @@ def place(run):
     "Nets and norms in their usual order, not the alphabet's"
     return list_models().index(run['model']), run['recipe'], NORMS.index(run['norm']), int(run['bs']), int(run['seed'])
 
-def as_text(csv): return pd.read_csv(csv, dtype=str, keep_default_na=False) # so that what is kept stays as it was written
+def as_text(csv):
+    return pd.read_csv(csv, dtype=str, keep_default_na=False) # so that what is kept stays as it was written
 
 def joined(file, new):
     "The table in a file, if there is one, with the rows of new runs in the place of old ones"
     new = as_text(io.StringIO(new.to_csv(index=False)))
     if file.exists():
         old = as_text(file)
-        new = pd.concat([old[~pd.MultiIndex.from_frame(old[KEY]).isin(pd.MultiIndex.from_frame(new[KEY]))], new], ignore_index=True).fillna('')
+        new = pd.concat([old[~pd.MultiIndex.from_frame(old[KEY]).isin(pd.MultiIndex.from_frame(new[KEY]))], new],
+                        ignore_index=True).fillna('')
     return new.loc[sorted(new.index, key=lambda i: place(new.loc[i]))]
 
 def about(run):
@@ -38,7 +43,8 @@ def about(run):
 if __name__ == '__main__':
     out, runs = Path(sys.argv[1]), [Path(r) for r in sys.argv[2:] if RunFolder(r).is_finished]
     names = [run_name(run_config(r)) for r in runs]
-    if twice := {n for n in names if names.count(n) > 1}: raise SystemExit(f'two runs of {", ".join(sorted(twice))}: leave one out')
+    if twice := {n for n in names if names.count(n) > 1}:
+        raise SystemExit(f'two runs of {", ".join(sorted(twice))}: leave one out')
     if not runs: raise SystemExit('no finished runs: give folders with a metrics.json')
     out.mkdir(parents=True, exist_ok=True)
     for name, table in (('results', collect_runs(runs)), ('curves', collect_curves(runs))):

@@ -15,7 +15,9 @@ def drift(root:Path) -> list:
                               cwd=copy, capture_output=True, text=True)
         if done.returncode: raise SystemExit(f'nbdev_export failed: {done.stderr[-2000:]}')
         files = {p.relative_to(r/'fastcifar').as_posix() for r in (root, copy) for p in (r/'fastcifar').rglob('*.py')}
-        same = lambda f: all((r/'fastcifar'/f).exists() for r in (root, copy)) and filecmp.cmp(root/'fastcifar'/f, copy/'fastcifar'/f, shallow=False)
+        def same(f):
+            here, made = root/'fastcifar'/f, copy/'fastcifar'/f
+            return here.exists() and made.exists() and filecmp.cmp(here, made, shallow=False)
         return sorted(f for f in files if not same(f))
 
 if __name__ == '__main__':

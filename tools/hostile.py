@@ -1,5 +1,7 @@
-"""Damaged and hostile files of every kind that the library reads; each has to be refused in one line, or to be harmless and right. Run by tools/soak.py."""
-import contextlib, copy, gzip, io, json, os, pickle, resource, shutil, signal, struct, sys, tarfile, tempfile, warnings, zipfile, zlib
+"""Damaged and hostile files of every kind that the library reads; each has to be refused in one line, or to be harmless
+and right. Run by tools/soak.py."""
+import contextlib, copy, gzip, io, json, os, pickle, resource, shutil, signal, struct, sys, tarfile, tempfile, warnings
+import zipfile, zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,6 @@ from fastcifar.data.formats import check_arrays, decode_image, read_images, read
 from fastcifar.basics import FastcifarError
 from fastcifar.data.load import load_data
 from fastcifar.share.export import export_run, write_onnx
-from fastcifar.data.loaders import CifarDataLoaders
 from fastcifar.models.zoo import create_model, load_model, save_model
 from fastcifar.share.predict import open_predictor, pixel_net
 from fastcifar.runs.config import configure
@@ -26,14 +27,17 @@ from fastcifar.models.weights import load_tensors, save_tensors
 
 SECONDS, MEMORY = 20, 2**31 # what one input may take, and all together above what the seeds need
 
-class Hang(BaseException): "Raised by the alarm clock; not an `Exception`, which the library could take for a damaged file"
+class Hang(BaseException):
+    "Raised by the alarm clock; not an `Exception`, which the library could take for a damaged file"
 class Wrong(Exception): "An input that was not treated as it should be"
 
 # --- inputs
 
 def _bytes(x): return struct.pack('<I', x)
-TOKENS = [b'', b'\0' * 8, b'\xff' * 8, b'../../evil', b'/etc/passwd', _bytes(2**31 - 1), struct.pack('<Q', 2**63 - 1), b'1' * 400, b'[' * 5000, b'cos\nsystem\n(S"echo"\ntR.', b'NaN', b'-1', b'\x80\x04']
-EDITS = st.tuples(st.sampled_from(('flip', 'set', 'insert', 'remove', 'double', 'cut', 'write')), st.floats(0, 1, exclude_max=True), st.integers(0, 255), st.sampled_from(TOKENS))
+TOKENS = [b'', b'\0' * 8, b'\xff' * 8, b'../../evil', b'/etc/passwd', _bytes(2**31 - 1), struct.pack('<Q', 2**63 - 1),
+          b'1' * 400, b'[' * 5000, b'cos\nsystem\n(S"echo"\ntR.', b'NaN', b'-1', b'\x80\x04']
+EDITS = st.tuples(st.sampled_from(('flip', 'set', 'insert', 'remove', 'double', 'cut', 'write')),
+                  st.floats(0, 1, exclude_max=True), st.integers(0, 255), st.sampled_from(TOKENS))
 
 def edited(data, edits):
     "`data` after some random damage"
@@ -51,12 +55,15 @@ def edited(data, edits):
 
 def damaged(seeds): return st.builds(edited, st.sampled_from(seeds), st.lists(EDITS, min_size=1, max_size=6))
 
-ODD = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.sampled_from([-1, 0, 10**9, 10**400, 2**63, 1e-300, '../../evil', '/dev/zero', 'x' * 10_000, '', 'cifar10', [], {}, [[]] * 50, {'name': 'custom_resnet'}]),
+ODD = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(),
+                st.sampled_from([-1, 0, 10**9, 10**400, 2**63, 1e-300, '../../evil', '/dev/zero', 'x' * 10_000, '',
+                                 'cifar10', [], {}, [[]] * 50, {'name': 'custom_resnet'}]),
                 st.text(max_size=5), st.recursive(st.none(), lambda c: st.lists(c, max_size=2), max_leaves=30))
 
 def _places(v, at=()):
     yield at
-    for k, w in v.items() if isinstance(v, dict) else enumerate(v) if isinstance(v, list) else (): yield from _places(w, (*at, k))
+    for k, w in v.items() if isinstance(v, dict) else enumerate(v) if isinstance(v, list) else ():
+        yield from _places(w, (*at, k))
 
 def turned(value, changes):
     "JSON with some values replaced, removed or added"
@@ -75,11 +82,17 @@ def turned(value, changes):
         else: v[last] = new
     return value
 
-def hostile_json(values): return st.builds(turned, st.sampled_from(values), st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.sampled_from(('set', 'set', 'set', 'remove', 'add', 'top')), ODD), min_size=1, max_size=4))
+def hostile_json(values):
+    kinds = st.sampled_from(('set', 'set', 'set', 'remove', 'add', 'top'))
+    changes = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), kinds, ODD), min_size=1, max_size=4)
+    return st.builds(turned, st.sampled_from(values), changes)
 
-# --- the kinds of files: for each, inputs and what is done with one; what is done returns whether the answer makes sense
+# --- the kinds of files: for each, inputs and what is done with one, which returns whether the answer makes sense
 
-def _png(w, h, data): return b'\x89PNG\r\n\x1a\n' + b''.join(struct.pack('>I', len(d)) + k + d + struct.pack('>I', zlib.crc32(k + d)) for k, d in ((b'IHDR', struct.pack('>IIBBBBB', w, h, 8, 2, 0, 0, 0)), (b'IDAT', zlib.compress(data)), (b'IEND', b'')))
+def _png(w, h, data):
+    parts = (b'IHDR', struct.pack('>IIBBBBB', w, h, 8, 2, 0, 0, 0)), (b'IDAT', zlib.compress(data)), (b'IEND', b'')
+    def chunk(k, d): return struct.pack('>I', len(d)) + k + d + struct.pack('>I', zlib.crc32(k + d))
+    return b'\x89PNG\r\n\x1a\n' + b''.join(chunk(k, d) for k, d in parts)
 
 def _pictures():
     im, res = Image.radial_gradient('L').resize((40, 40)).convert('RGB'), []
@@ -87,10 +100,14 @@ def _pictures():
         f = io.BytesIO(); im.save(f, kind); res.append(f.getvalue())
     grey, exif = np.asarray(im.convert('L')), Image.Exif()
     exif[0x0112] = 6
-    odd = [(Image.fromarray(grey * np.uint16(257)), 'PNG', dict(transparency=0)), (Image.fromarray(grey * np.uint16(257)), 'TIFF', {}),
-           (Image.fromarray(grey.astype(np.int32) * 257), 'TIFF', {}), (Image.fromarray(grey / np.float32(255)), 'TIFF', {}),
-           (im.convert('RGBA'), 'WEBP', {}), (im.convert('P'), 'GIF', dict(transparency=0)), (im.convert('P'), 'PNG', dict(transparency=b'\0\xff')),
-           (im, 'JPEG', dict(exif=exif)), (im, 'PNG', dict(exif=exif)), (im, 'TIFF', dict(exif=exif, compression='tiff_lzw'))]
+    odd = [(Image.fromarray(grey * np.uint16(257)), 'PNG', dict(transparency=0)),
+           (Image.fromarray(grey * np.uint16(257)), 'TIFF', {}),
+           (Image.fromarray(grey.astype(np.int32) * 257), 'TIFF', {}),
+           (Image.fromarray(grey / np.float32(255)), 'TIFF', {}),
+           (im.convert('RGBA'), 'WEBP', {}), (im.convert('P'), 'GIF', dict(transparency=0)),
+           (im.convert('P'), 'PNG', dict(transparency=b'\0\xff')),
+           (im, 'JPEG', dict(exif=exif)), (im, 'PNG', dict(exif=exif)),
+           (im, 'TIFF', dict(exif=exif, compression='tiff_lzw'))]
     for im, kind, how in odd:
         f = io.BytesIO(); im.save(f, kind, **how); res.append(f.getvalue())
     return res
@@ -102,14 +119,28 @@ def images(tmp):
         return x.dtype == np.uint8 and x.shape == (32, 32, 3)
     return st.one_of(damaged(_pictures()), sizes, st.binary(max_size=200)), use
 
-OPCODES = [b'(', b'.', b'0', b'1', b'2', b'N', b'}', b']', b')', b'a', b'b', b'd', b'e', b'l', b'o', b'p0\n', b'g0\n', b'q\0', b'h\0', b'R', b's', b't', b'u', b'\x81', b'\x85', b'\x86', b'\x87', b'\x88', b'\x89', b'\x90', b'\x91', b'\x92', b'\x93', b'\x94', b'\x95' + b'\xff' * 8,
-           b'cos\nsystem\n', b'cbuiltins\neval\n', b'c__builtin__\nexec\n', b'cnumpy\nndarray\n', b'cnumpy.core.multiarray\n_reconstruct\n', b'cnumpy\ndtype\n', b'c_codecs\nencode\n', b'iposix\nsystem\n', b"S'touch evil'\n", b"X\4\0\0\0evil", b'K\1', b'J\xff\xff\xff\x7f', b'U\4evil', b'B\xff\xff\xff\x7f', b'P1\n', b'\x82\1', b'I99999999999\n', b'L9L\n', b'F1e999\n', b'\x8a\4\xff\xff\xff\xff', b'\x8c\4evil', b'\x8f', b'\x98']
+OPCODES = [b'(', b'.', b'0', b'1', b'2', b'N', b'}', b']', b')', b'a', b'b', b'd', b'e', b'l', b'o', b'p0\n', b'g0\n',
+           b'q\0', b'h\0', b'R', b's', b't', b'u', b'\x81', b'\x85', b'\x86', b'\x87', b'\x88', b'\x89', b'\x90',
+           b'\x91', b'\x92', b'\x93', b'\x94', b'\x95' + b'\xff' * 8,
+           b'cos\nsystem\n', b'cbuiltins\neval\n', b'c__builtin__\nexec\n', b'cnumpy\nndarray\n',
+           b'cnumpy.core.multiarray\n_reconstruct\n', b'cnumpy\ndtype\n', b'c_codecs\nencode\n', b'iposix\nsystem\n',
+           b"S'touch evil'\n", b"X\4\0\0\0evil", b'K\1', b'J\xff\xff\xff\x7f', b'U\4evil', b'B\xff\xff\xff\x7f',
+           b'P1\n', b'\x82\1', b'I99999999999\n', b'L9L\n', b'F1e999\n', b'\x8a\4\xff\xff\xff\xff', b'\x8c\4evil',
+           b'\x8f', b'\x98']
 
 def pickles(tmp):
-    good = [pickle.dumps({b'data': np.arange(3072, dtype=np.uint8).reshape(1, 3072), b'labels': [1]}, p) for p in (0, 2, 4)] + [pickle.dumps(np.zeros(1), 2), b"cos\nsystem\n(S'touch evil'\ntR."]
-    def plain(v): return v is None or isinstance(v, (bool, int, float, str, bytes, bytearray, np.ndarray)) or type(v).__module__ == 'fastcifar.data.formats' or isinstance(v, (list, tuple, set, frozenset)) and all(map(plain, v)) or isinstance(v, dict) and all(plain(w) for w in (*v, *v.values()))
+    batch = {b'data': np.arange(3072, dtype=np.uint8).reshape(1, 3072), b'labels': [1]}
+    good = [pickle.dumps(batch, p) for p in (0, 2, 4)]
+    good += [pickle.dumps(np.zeros(1), 2), b"cos\nsystem\n(S'touch evil'\ntR."]
+    def plain(v):
+        if v is None or isinstance(v, (bool, int, float, str, bytes, bytearray, np.ndarray)): return True
+        if type(v).__module__ == 'fastcifar.data.formats': return True
+        if isinstance(v, (list, tuple, set, frozenset)): return all(map(plain, v))
+        return isinstance(v, dict) and all(plain(w) for w in (*v, *v.values()))
     program = st.lists(st.sampled_from(OPCODES), max_size=25).map(lambda ops: b'\x80\2' + b''.join(ops) + b'.')
     return st.one_of(damaged(good), program), lambda data: plain(read_pickle(data, 'a batch'))
+
+TAR_TYPES = (tarfile.REGTYPE, tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE)
 
 def _archive(kind, names, payload):
     f = io.BytesIO()
@@ -120,7 +151,8 @@ def _archive(kind, names, payload):
         with tarfile.open(fileobj=f, mode='w:gz' if kind == 'tgz' else 'w') as t:
             for i, n in enumerate(names):
                 info = tarfile.TarInfo(n)
-                info.size, info.type, info.linkname = len(payload), (tarfile.REGTYPE, tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE)[i % 6 if n.startswith('link') else 0], '/etc/passwd'
+                info.size, info.linkname = len(payload), '/etc/passwd'
+                info.type = TAR_TYPES[i % 6 if n.startswith('link') else 0]
                 t.addfile(info, io.BytesIO(payload))
     return f.getvalue()
 
@@ -128,12 +160,18 @@ def archives(tmp):
     f = io.BytesIO(); Image.new('RGB', (32, 32), 'red').save(f, 'PNG')
     tree = [f'{s}/{c}/{i}.png' for s in ('train', 'test') for c in ('cat', 'dog') for i in range(2)]
     batch = pickle.dumps({b'data': np.zeros((2, 3072), np.uint8), b'labels': [0, 1], b'label_names': [b'a', b'b']}, 2)
-    official = [f'cifar-10-batches-py/{n}' for n in ('data_batch_1', 'data_batch_2', 'data_batch_3', 'data_batch_4', 'data_batch_5', 'test_batch', 'batches.meta')]
-    binary = [f'cifar-10-batches-bin/{n}' for n in ('data_batch_1.bin', 'data_batch_2.bin', 'data_batch_3.bin', 'data_batch_4.bin', 'data_batch_5.bin', 'test_batch.bin', 'batches.meta.txt')]
-    good = [_archive(k, n, d) for k in ('zip', 'tgz', 'tar') for n, d in ((tree, f.getvalue()), (official, batch), (binary, bytes(3073 * 2)))]
-    name = st.sampled_from([*tree, '../evil.png', '/tmp/evil.png', 'train/../../evil', 'train/cat/..', 'link1', 'link2', 'link3', 'link4', 'link5', 'C:\\evil', 'train/cat/\0.png', 'train/cat/' + 'x' * 300 + '.png', 'data_batch_1', 'train.bin'])
-    made = st.builds(_archive, st.sampled_from(('zip', 'tgz', 'tar')), st.lists(name, max_size=8), st.sampled_from([f.getvalue(), b'', bytes(10**7), b'no image', batch]))
-    packed = st.builds(lambda data: gzip.compress(data), damaged([d for d in good if d[:2] == b'tr' or d[257:262] == b'ustar'])) # damage below the compression
+    batches = [*(f'data_batch_{i}' for i in range(1, 6)), 'test_batch']
+    official = [f'cifar-10-batches-py/{n}' for n in (*batches, 'batches.meta')]
+    binary = [f'cifar-10-batches-bin/{n}' for n in (*(f'{b}.bin' for b in batches), 'batches.meta.txt')]
+    good = [_archive(k, n, d) for k in ('zip', 'tgz', 'tar')
+            for n, d in ((tree, f.getvalue()), (official, batch), (binary, bytes(3073 * 2)))]
+    name = st.sampled_from([*tree, '../evil.png', '/tmp/evil.png', 'train/../../evil', 'train/cat/..', 'link1',
+                            'link2', 'link3', 'link4', 'link5', 'C:\\evil', 'train/cat/\0.png',
+                            'train/cat/' + 'x' * 300 + '.png', 'data_batch_1', 'train.bin'])
+    made = st.builds(_archive, st.sampled_from(('zip', 'tgz', 'tar')), st.lists(name, max_size=8),
+                     st.sampled_from([f.getvalue(), b'', bytes(10**7), b'no image', batch]))
+    tars = [d for d in good if d[:2] == b'tr' or d[257:262] == b'ustar']
+    packed = st.builds(lambda data: gzip.compress(data), damaged(tars)) # damage below the compression
     def use(data):
         (tmp/'data.tgz').write_bytes(data)
         a = read_images(tmp/'data.tgz', convert=True)
@@ -143,7 +181,8 @@ def archives(tmp):
 
 def _learner():
     torch.manual_seed(0)
-    return recipe_learner(load_data('digits').dataloaders(bs=512, device='cpu'), create_model('normnet31k'), configure('fast', 'normnet31k', data='digits', ema=.9), precision='fp32')
+    return recipe_learner(load_data('digits').dataloaders(bs=512, device='cpu'), create_model('normnet31k'),
+                          configure('fast', 'normnet31k', data='digits', ema=.9), precision='fp32')
 
 def checkpoints(tmp):
     learn, folder = _learner(), tmp/'checkpoints'
@@ -166,7 +205,9 @@ def checkpoints(tmp):
         try:
             learn.add_cb(ck)
             for cb in learn.cbs: # as a fit begins
-                if cb.name != 'progress': [getattr(cb, e)() for e in ('before_fit', 'before_train') if hasattr(type(cb), e)]
+                if cb.name == 'progress': continue
+                for event in ('before_fit', 'before_train'):
+                    if hasattr(type(cb), event): getattr(cb, event)()
             learn.opt.step()
             pd.DataFrame(ck.history).to_csv(os.devnull)
         finally: learn.remove_cb(ck)
@@ -186,7 +227,8 @@ def weights(tmp):
 
 def run_folders(tmp):
     run, copy_ = tmp/'run', tmp/'copy'
-    train_run(configure('fast', 'normnet31k', data='digits', epochs=1, bs=500), run, bars=False, pictures=False, say=lambda s: None)
+    train_run(configure('fast', 'normnet31k', data='digits', epochs=1, bs=500), run, bars=False, pictures=False,
+              say=lambda s: None)
     files = {f: json.loads((run/f).read_text()) for f in ('config.json', 'metrics.json', 'environment.json')}
     c, folder = run_config(run), tmp/'export'
     def use(what):
@@ -196,11 +238,13 @@ def run_folders(tmp):
         for f in (*files, 'model.safetensors', '.data'): os.link(run/f, copy_/f)
         (copy_/name).unlink()
         (copy_/name).write_bytes(value) if isinstance(value, bytes) else (copy_/name).write_text(json.dumps(value))
-        for f in (lambda: load_run(copy_), lambda: train_run(c, copy_, bars=False, pictures=False, say=lambda s: None), lambda: export_run(copy_, folder, onnx=False)):
+        for f in (lambda: load_run(copy_), lambda: train_run(c, copy_, bars=False, pictures=False, say=lambda s: None),
+                  lambda: export_run(copy_, folder, onnx=False)):
             with contextlib.suppress(FastcifarError): f()
         run_config(copy_).checked()
         return True
-    values = st.one_of(*[st.tuples(st.just(f), st.one_of(hostile_json([v]), damaged([json.dumps(v).encode()]))) for f, v in files.items()])
+    def changed(value): return st.one_of(hostile_json([value]), damaged([json.dumps(value).encode()]))
+    values = st.one_of(*[st.tuples(st.just(f), changed(v)) for f, v in files.items()])
     return values, use
 
 def onnx_files(tmp):
@@ -220,7 +264,10 @@ def onnx_files(tmp):
             else: a.i = value
         else: m.graph.initializer[node % len(m.graph.initializer)].dims[:] = [value % 2**40, attribute]
         return m.SerializeToString()
-    programs = st.builds(changed, st.sampled_from(good), st.integers(0, 100), st.integers(0, 9), st.sampled_from([-1, 0, 1, 2, 3, 7, 100, 2**20, 2**31 - 1, 2**40, 2**62]), st.sampled_from([None, None, None, 'Loop', 'If', 'Expand', 'Tile', 'ConstantOfShape', 'Pad', 'Concat', 'Reshape', 'MaxPool']))
+    programs = st.builds(changed, st.sampled_from(good), st.integers(0, 100), st.integers(0, 9),
+                         st.sampled_from([-1, 0, 1, 2, 3, 7, 100, 2**20, 2**31 - 1, 2**40, 2**62]),
+                         st.sampled_from([None, None, None, 'Loop', 'If', 'Expand', 'Tile', 'ConstantOfShape', 'Pad',
+                                          'Concat', 'Reshape', 'MaxPool']))
     x = np.zeros((3, 32, 32, 3), np.uint8)
     def use(data):
         path.write_bytes(data)
@@ -245,7 +292,8 @@ def studies(tmp):
         return json.loads(f.read_text()) == good # what it accepts is this study
     return st.one_of(hostile_json([good]), damaged([json.dumps(good).encode()])), use
 
-KINDS = dict(images=images, pickles=pickles, archives=archives, checkpoints=checkpoints, weights=weights, run_folders=run_folders, onnx=onnx_files, studies=studies)
+KINDS = dict(images=images, pickles=pickles, archives=archives, checkpoints=checkpoints, weights=weights,
+             run_folders=run_folders, onnx=onnx_files, studies=studies)
 
 # --- watching
 
@@ -254,10 +302,14 @@ _watch = None # (folder, what was seen) while an input is in use
 def _hook(event, args):
     if _watch is None: return
     folder, seen = _watch
-    if event in ('os.system', 'subprocess.Popen', 'os.exec', 'os.posix_spawn', 'os.fork', 'socket.connect', 'pickle.find_class'): seen.append(f'{event} {args}'[:200])
+    if event in ('os.system', 'subprocess.Popen', 'os.exec', 'os.posix_spawn', 'os.fork', 'socket.connect',
+                 'pickle.find_class'):
+        seen.append(f'{event} {args}'[:200])
     if event == 'open' and isinstance(args[0], (str, bytes, os.PathLike)):
-        writes = args[1] and set(args[1]) & set('wax+') if isinstance(args[1], str) else args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        if writes and not os.path.abspath(os.fsdecode(args[0])).startswith((folder, '/dev/null')): seen.append(f'open {args}'[:200])
+        if isinstance(args[1], str): writes = args[1] and set(args[1]) & set('wax+')
+        else: writes = args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if writes and not os.path.abspath(os.fsdecode(args[0])).startswith((folder, '/dev/null')):
+            seen.append(f'open {args}'[:200])
 
 def _alarm(*_): raise Hang
 
@@ -294,7 +346,8 @@ def try_kind(kind:str, n:int, seed:int=0) -> dict:
             inputs, use = KINDS[kind](Path(d))
             before = _peak()
             @with_seed(seed)
-            @settings(max_examples=n, deadline=None, database=None, suppress_health_check=list(HealthCheck), verbosity=Verbosity.quiet)
+            @settings(max_examples=n, deadline=None, database=None, suppress_health_check=list(HealthCheck),
+                      verbosity=Verbosity.quiet)
             @given(inputs)
             def each(value):
                 count['inputs'] += 1

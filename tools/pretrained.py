@@ -1,4 +1,7 @@
-"Put the nets of finished runs into the package: python tools/pretrained.py RESULTS.csv RUN... (run folders; RESULTS.csv says how many runs of each there are)"
+"""Put the nets of finished runs into the package; RESULTS.csv says how many runs of each there are.
+
+    python tools/pretrained.py RESULTS.csv RUN...
+"""
 import sys
 from pathlib import Path
 
@@ -15,8 +18,10 @@ def add(run, results):
     "Copy one net with a note of where it comes from, and return its line of the index"
     tensors, note = load_tensors(run.weights_file)
     m, path = run.metrics(), run.saved_config().get('path', 'item')
-    cell = results[(results.status == 'finished') & (results[['model', 'norm', 'recipe', 'bs']] == [m['model'], m['norm'], m['recipe'], m['bs']]).all(axis=1)]
-    origin = dict(recipe=m['recipe'], epochs=m['epochs'], seed=m['seed'], precision=m['precision'], path=path, data=m['data'], data_sha256=m['data_sha256'], test_accuracy=m['test_accuracy'],
+    key = ['model', 'norm', 'recipe', 'bs']
+    cell = results[(results.status == 'finished') & (results[key] == [m[k] for k in key]).all(axis=1)]
+    origin = dict(recipe=m['recipe'], epochs=m['epochs'], seed=m['seed'], precision=m['precision'], path=path,
+                  data=m['data'], data_sha256=m['data_sha256'], test_accuracy=m['test_accuracy'],
                   n=len(cell), mean_accuracy=round(float(cell.test_accuracy.mean()), 6), parameters=m['parameters'])
     keep = {k: note[k] for k in ('model', 'classes', 'mean', 'std')}
     file = save_tensors(FOLDER/f'{m["model"]}-{m["norm"]}.safetensors', tensors, {**keep, **origin})

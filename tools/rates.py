@@ -21,7 +21,6 @@ from fastai.callback import schedule as fastai_rules
 from fastcifar.basics import FastcifarError, seed_everything
 from fastcifar.data.load import load_data
 from fastcifar.data.images import stratified_holdout
-from fastcifar.data.loaders import CifarDataLoaders # with this import an ImageData has its dataloaders
 from fastcifar.runs.fit import fit_recipe, recipe_learner
 from fastcifar.runs.config import build_model, configure
 

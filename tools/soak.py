@@ -1,9 +1,10 @@
 """What the world does to a training, many times over: kills at random moments, and hostile files.
 
-    python tools/soak.py kills 50        # runs that are killed, also while they write a checkpoint, and continued: bit-equal to runs that are not?
-    python tools/soak.py hostile 10000   # damaged and hostile files of every kind that the library reads: refused in one line?
+    python tools/soak.py kills 50        # runs that are killed and continued: bit-equal to runs that are not?
+    python tools/soak.py hostile 10000   # damaged and hostile files of every kind: refused in one line?
 
-Both end with exit code 1 if anything was not as it should be, and write what they found into results/soak.json.
+Some are killed while they write a checkpoint; the files are of all kinds that the library reads. Both end with exit
+code 1 if anything was not as it should be, and write what they found into results/soak.json.
 """
 import contextlib, json, os, random, shutil, signal, sys, tempfile, time
 from pathlib import Path
@@ -22,10 +23,15 @@ from fastcifar.runs.run import train_run
 from fastcifar.models.weights import load_tensors
 
 RESULTS = Path(__file__).resolve().parents[1]/'results/soak.json'
-SETTINGS = dict(batch=dict(path='batch'), item=dict(path='item', policy='crop_flip_cutout'), averaged=dict(path='batch', ema=.9, freeze=(('head.*', 2),)), bf16=dict(path='batch', precision='bf16'), fp16=dict(path='batch', precision='fp16', optimizer='adam', lr_max=2e-3, valid=1000)) # few images, as fp16 is slow on a CPU
+SETTINGS = dict(batch=dict(path='batch'), item=dict(path='item', policy='crop_flip_cutout'),
+                averaged=dict(path='batch', ema=.9, freeze=(('head.*', 2),)),
+                bf16=dict(path='batch', precision='bf16'),
+                # few images, as fp16 is slow on a CPU
+                fp16=dict(path='batch', precision='fp16', optimizer='adam', lr_max=2e-3, valid=1000))
 
 def config(kind):
-    return configure('fast', 'normnet31k', **{**dict(data='digits', epochs=3, bs=128, dropout=.1, valid=100, precision='fp32'), **SETTINGS[kind]})
+    usual = dict(data='digits', epochs=3, bs=128, dropout=.1, valid=100, precision='fp32')
+    return configure('fast', 'normnet31k', **{**usual, **SETTINGS[kind]})
 
 # --- runs that are killed
 
@@ -74,7 +80,8 @@ def die_while_writing(n, stage):
 
 def train(kind, out, workers=0, prepare=None):
     if prepare: die_while_writing(*prepare)
-    train_run(config(kind), out, workers=workers, threads=1, device='cpu', bars=False, checkpoint_every=2, pictures=False, say=lambda s: None)
+    train_run(config(kind), out, workers=workers, threads=1, device='cpu', bars=False, checkpoint_every=2,
+              pictures=False, say=lambda s: None)
 
 def outcome(out):
     "What has to be equal: weights, history and metrics without their times"
@@ -83,13 +90,19 @@ def outcome(out):
     history = pd.read_csv(run.history_file).drop(columns='seconds')
     return tensors, note, history, {k: v for k, v in run.metrics().items() if k != 'seconds'}
 
-def equal(a, b): return a[0].keys() == b[0].keys() and all(v.equal(b[0][k]) for k, v in a[0].items()) and a[1] == b[1] and a[2].equals(b[2]) and a[3] == b[3]
+def equal(a, b):
+    tensors, *rest = a
+    others, *other_rest = b
+    if tensors.keys() != others.keys() or not all(v.equal(others[k]) for k, v in tensors.items()): return False
+    return rest[0] == other_rest[0] and rest[1].equals(other_rest[1]) and rest[2] == other_rest[2]
 
 def kill_once(kind, out, rng) -> str: # At which moment; None if the run came to its end before
     "Go on with a run and kill it, after a checkpoint"
-    stage, n, workers = rng.choice(('half written', 'written', 'renamed', 'any moment', 'any moment', 'any moment')), rng.randint(2, 12), rng.choice((0, 1)) if kind == 'item' else 0
+    stage = rng.choice(('half written', 'written', 'renamed', *['any moment'] * 3))
+    n, workers = rng.randint(2, 12), rng.choice((0, 1)) if kind == 'item' else 0
     p = Child(lambda: train(kind, out, workers, None if stage == 'any moment' else (n, stage)))
-    while stage == 'any moment' and not p.wait(.002) and not list(RunFolder(out).checkpoints.glob('epoch_*.safetensors')): pass
+    def begun(): return list(RunFolder(out).checkpoints.glob('epoch_*.safetensors'))
+    while stage == 'any moment' and not p.wait(.002) and not begun(): pass
     if not p.wait(rng.uniform(0, 3) if stage == 'any moment' else 120): p.kill()
     if p.status != signal.SIGKILL and not RunFolder(out).is_finished:
         raise RuntimeError(f'{out}: the run ended by itself, with status {p.status}')
@@ -136,7 +149,9 @@ def kills(n:int, seed:int=0) -> dict:
             shutil.rmtree(out)
         forgetful('batch', folder/'control')
         control = equal(outcome(folder/'control'), whole['batch'])
-    return dict(runs=done, bit_equal=same, kills=len(moments), moments={m: moments.count(m) for m in sorted(set(moments))}, kinds=list(SETTINGS), control_equal=control)
+    return dict(runs=done, bit_equal=same, kills=len(moments),
+                moments={m: moments.count(m) for m in sorted(set(moments))}, kinds=list(SETTINGS),
+                control_equal=control)
 
 # --- hostile files
 
@@ -144,13 +159,16 @@ def hostile(n:int, seed:int=0) -> dict:
     "`n` inputs, in equal shares of every kind of file"
     from hostile import KINDS, try_kind
     kinds = {k: try_kind(k, -(-n // len(KINDS)), seed) for k in KINDS}
-    return dict(inputs=sum(k['inputs'] for k in kinds.values()), accepted=sum(k['accepted'] for k in kinds.values()), wrong=sum('wrong' in k for k in kinds.values()), kinds=kinds)
+    return dict(inputs=sum(k['inputs'] for k in kinds.values()), accepted=sum(k['accepted'] for k in kinds.values()),
+                wrong=sum('wrong' in k for k in kinds.values()), kinds=kinds)
 
 def main(what, n):
     res = dict(kills=kills, hostile=hostile)[what](int(n))
     print(json.dumps(res, indent=1))
     old = read_json(RESULTS) if RESULTS.exists() else {}
-    write_json(RESULTS, {**old, what: dict(res, **{k: v for k, v in environment().items() if k in ('python', 'versions', 'commit', 'system')})})
+    e = environment()
+    made_with = {k: e[k] for k in ('python', 'system', 'versions', 'commit')}
+    write_json(RESULTS, {**old, what: {**res, **made_with}})
     good = res['bit_equal'] == res['runs'] and not res['control_equal'] if what == 'kills' else not res['wrong']
     sys.exit(0 if good else 1)
 

@@ -1,5 +1,5 @@
-"""An emulated GPU: torch's real CUDA host code over a stand-in runtime; what kernels would compute, the CPU computes over
-the same memory."""
+"""An emulated GPU: torch's real CUDA host code over a stand-in runtime; what kernels would compute, the CPU computes
+over the same memory."""
 import collections, contextlib, ctypes, gc, os, traceback
 
 import torch
@@ -19,7 +19,8 @@ aten = torch.ops.aten
 LIBRARY = set('''convolution convolution_backward mm addmm bmm baddbmm addbmm addmv mv dot vdot linear _linalg_eigh
     linalg_eigh _linalg_svd nonzero equal unique _unique2 unique_dim unique_consecutive masked_select cudnn_convolution
     cudnn_batch_norm cudnn_batch_norm_backward linalg_qr sort topk matmul _batch_norm_with_update batch_norm_backward
-    _addmm_activation bincount nonzero_static grid_sampler_2d _efficientzerotensor argsort histc repeat_interleave cudnn_grid_sampler
+    _addmm_activation bincount nonzero_static grid_sampler_2d _efficientzerotensor argsort histc repeat_interleave
+    cudnn_grid_sampler
     affine_grid_generator'''.split())
 WAITING = set('''nonzero equal unique _unique2 unique_dim unique_consecutive masked_select bincount _linalg_eigh
     repeat_interleave'''.split())
@@ -75,7 +76,8 @@ class Emulator(TorchDispatchMode):
 
     def run(self, func, args, kwargs):
         flat, spec = tree_flatten((args, kwargs))
-        def on_gpu(a): return a.is_cuda if isinstance(a, torch.Tensor) else isinstance(a, torch.device) and a.type == 'cuda'
+        def on_gpu(a):
+            return a.is_cuda if isinstance(a, torch.Tensor) else isinstance(a, torch.device) and a.type == 'cuda'
         if not any(map(on_gpu, flat)): return func(*args, **kwargs)
         name = func.overloadpacket.__name__
         if name == '_local_scalar_dense': return self.watched(func, args, kwargs, name)

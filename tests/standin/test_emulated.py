@@ -1,4 +1,4 @@
-"On an emulated GPU: batches, nets, optimizers and runs give what a CPU gives; recorded steps, what those one by one give."
+"On an emulated GPU: batches, nets, optimizers and runs give what a CPU gives; recorded steps, what single ones give."
 import contextlib, os
 
 import numpy as np
@@ -8,7 +8,8 @@ import torch
 if 'STANDIN' not in os.environ:
     pytest.skip('runs on the stand-in for a GPU alone: make test-standin', allow_module_level=True)
 
-from fastcifar.all import L1, Arrays, Callback, CrossEntropy, ImageData, MixUp, Stopped, configure, create_model, create_recipe, fit_recipe, list_models, recipe_learner, seed_everything, train_run
+from fastcifar.all import (L1, Arrays, Callback, CrossEntropy, ImageData, MixUp, Stopped, configure, create_model,
+                           create_recipe, fit_recipe, list_models, recipe_learner, seed_everything, train_run)
 from fastcifar.data.policies import POLICIES
 from fastcifar.runs.fused import fused_learner
 
@@ -43,7 +44,8 @@ def trained(name, recipe, capture=True, precision='fp32', epochs=2, bs=16, cbs=(
 
 ADAM = dict(optimizer='adam', lr_max=1e-3)
 CASES = [('groupnet', 'fast', ADAM), ('groupnet', 'fast', dict(ADAM, wd=.1, decay='l2', l1=1e-4, ema=.9)),
-         ('groupnet', 'fast', dict(optimizer='sgd', wd=.1, lr_max=1e-3)), ('groupnet', 'fast', dict(lr_max=1e-4, wd=.1)),
+         ('groupnet', 'fast', dict(optimizer='sgd', wd=.1, lr_max=1e-3)),
+         ('groupnet', 'fast', dict(lr_max=1e-4, wd=.1)),
          ('normnet31k', 'one_cycle', dict(net=dict(dropout=0.))),
          ('groupnet', 'fast', dict(ADAM, epochs=3, freeze=(('*bias', 1),)))]
 
@@ -86,7 +88,7 @@ def test_what_cannot_be_recorded_is_left_to_fastai(what):
     if what in ('hook', 'layer'): assert len(seen) == 8 + 1 # steps and one batch of the test split
 
 def pair(change, epochs=1, images=128, **kw):
-    "Two learners, with recorded steps and without, after one fit, `change` and another; images without a smaller last batch"
+    "Two learners, with recorded steps and without, after one fit, `change` and another; all batches are full"
     res = []
     for capture in (True, False):
         seed_everything(0)
@@ -125,7 +127,8 @@ def still(learn):
 def more_gradient(learn):
     for p in learn.model.parameters():
         if p.requires_grad: p.grad = torch.ones_like(p)
-CHANGES = dict(clear=lambda learn: learn.opt.clear_state(), new=lambda learn: setattr(learn, 'opt', None), smoothed=smoothed,
+CHANGES = dict(clear=lambda learn: learn.opt.clear_state(), new=lambda learn: setattr(learn, 'opt', None),
+               smoothed=smoothed,
                momentum=other_momentum, l1=lambda learn: [L1(1e-2)], unchanged=lambda learn: None,
                still=lambda learn: [InBetween(still)], cleared=lambda learn: [InBetween(lambda l: l.opt.clear_state())],
                gradient=lambda learn: [InBetween(more_gradient)])

@@ -105,10 +105,13 @@ def step(name, recipe, bs, how):
          wall_us=(c.done - c.begun[skip]) / (steps - skip) * 1e6, host_us=host[len(host) // 4] * 1e6, gpu_us=gpu,
          memory_GB=torch.cuda.max_memory_allocated() / 1e9, kernels=table)
 
-STEPS = [('speednet', 'speedrun', 1000, 'cr'), ('speednet', 'speedrun', 2000, 'cr'), ('speednet', 'speedrun', 1000, 'r'),
-         ('custom_resnet', 'fast', 512, 'cr'), ('custom_resnet', 'fast', 512, 'r'), ('custom_resnet', 'one_cycle', 512, 'r'),
-         ('custom_resnet', 'one_cycle', 512, 'o'), ('normnet31k', 'reference', 512, 'r'), ('normnet48k', 'fast', 128, 'r'),
-         ('normnet48k', 'fast', 128, 'cr'), ('fastnet200k', 'fast', 128, 'r')]
+STEPS = [('speednet', 'speedrun', 1000, 'cr'), ('speednet', 'speedrun', 2000, 'cr'),
+         ('speednet', 'speedrun', 1000, 'r'),
+         ('custom_resnet', 'fast', 512, 'cr'), ('custom_resnet', 'fast', 512, 'r'),
+         ('custom_resnet', 'one_cycle', 512, 'r'), ('custom_resnet', 'one_cycle', 512, 'o'),
+         ('normnet31k', 'reference', 512, 'r'),
+         ('normnet48k', 'fast', 128, 'r'), ('normnet48k', 'fast', 128, 'cr'),
+         ('fastnet200k', 'fast', 128, 'r')]
 
 def same():
     "Losses of recorded steps against those launched one by one"
@@ -120,7 +123,8 @@ def same():
     from fastcifar.runs.fit import fit_recipe, recipe_learner
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     data, adam = noise_data(64 * (4 if TINY else 12) + 20), dict(optimizer='adam', lr_max=1e-3)
-    cases = [('groupnet', 'fast', adam), ('groupnet', 'fast', dict(optimizer='sgd', lr_max=1e-2)), ('groupnet', 'fast', {}),
+    cases = [('groupnet', 'fast', adam), ('groupnet', 'fast', dict(optimizer='sgd', lr_max=1e-2)),
+             ('groupnet', 'fast', {}),
              ('normnet31k', 'one_cycle', dict(lr_max=1e-3)), ('speednet', 'speedrun', {})]
     for name, recipe, kw in cases[:1] if TINY else cases:
         losses = []
@@ -141,7 +145,8 @@ def layout():
     import torch
     from fastcifar.models.zoo import create_model
     torch.backends.cudnn.benchmark = True
-    cases = [('normnet31k', 'gn'), ('normnet31k', 'ln'), ('custom_resnet', 'gn'), ('groupnet', 'bn'), ('sepnet178k', 'bn')]
+    cases = [('normnet31k', 'gn'), ('normnet31k', 'ln'), ('custom_resnet', 'gn'), ('groupnet', 'bn'),
+             ('sepnet178k', 'bn')]
     for name, norm in cases:
         res = {}
         for form in (torch.channels_last, torch.contiguous_format):
@@ -194,10 +199,12 @@ def resnet(n=3):
     from fastcifar.runs.recipes import create_recipe
     data, device, small = the_data(), torch.device('cuda'), dict(epochs=1, bs=128) if TINY else {}
     t = time.time()
-    _timed_fit('custom_resnet', create_recipe('fast', 'custom_resnet', **(small or dict(epochs=1))), _random_labels(data), 0, device)
+    one_epoch = create_recipe('fast', 'custom_resnet', **(small or dict(epochs=1)))
+    _timed_fit('custom_resnet', one_epoch, _random_labels(data), 0, device)
     note('resnet', run='warm', seconds=time.time() - t)
     for k in range(1 if TINY else n):
-        seconds, accuracy = _timed_fit('custom_resnet', create_recipe('fast', 'custom_resnet', **small), data, k, device)
+        recipe = create_recipe('fast', 'custom_resnet', **small)
+        seconds, accuracy = _timed_fit('custom_resnet', recipe, data, k, device)
         note('resnet', run=k, seconds=seconds, accuracy=accuracy, data=data.name)
 
 NORM_CELLS = [(net, norm) for net in ('normnet31k', 'normnet41k', 'normnet48k') for norm in ('bn', 'ln', 'gn')]
@@ -218,7 +225,8 @@ def studies(worker=0, workers=1, seeds=5):
     todo = [('groupnet', 'bn', 'fast', 0)] if TINY else list(tasks(int(seeds)))
     for net, norm, recipe, seed in todo[int(worker)::int(workers)]:
         more = dict(epochs=1, bs=64, lr_max=1e-3) if TINY else {}
-        c = configure(recipe, net, norm=norm, seed=seed, data='digits' if TINY else os.environ['FASTCIFAR_DATA'], **more)
+        c = configure(recipe, net, norm=norm, seed=seed, data='digits' if TINY else os.environ['FASTCIFAR_DATA'],
+                      **more)
         out = out_folder()/'runs'/f'{net}-{norm}-{recipe}-seed{seed}'
         try: m = train_run(c, out, device='cuda', pictures=False, bars=False, say=lambda s: None)
         except Exception as e:
