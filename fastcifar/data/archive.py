@@ -235,7 +235,7 @@ def _read_explained(m, path):
 def members(
     path, # A folder, or a tar (plain, gz, bz2, xz) or zip file
     folders:set=None, # Is filled with the names of the folders in it, empty ones too
-) -> Iterator[Member]: # Hidden files are left out; each member must be read before the next is asked for
+) -> Iterator[Member]: # Hidden files are left out; read each member before you take the next
     "All files of a folder or archive, checked and never unpacked to the disk"
     path, hidden = Path(path), collections.Counter()
     with _explained(path):

@@ -21,7 +21,7 @@ class Archive(NamedTuple):
     "An official archive"
     file:str # Its file name
     url:str # Where its authors keep it
-    sha256:str # What it must be
+    sha256:str # Of that file
     counts:tuple # (training, test) images of each class
     classes:int # Number of classes
     tree:str = None # URL of the same images as `train/<class>/*`, `test/<class>/*`, without a published sha256
@@ -98,8 +98,8 @@ def _finish(part, path, sha256):
 # %% ../../nbs/data/04_fetch.ipynb #287f1dc9
 def download(
     url:str, # What to get (http, https or file)
-    path, # Where the finished file shall stand
-    sha256:str=None, # What it must be; None: not known
+    path, # Where the finished file goes
+    sha256:str=None, # Of the file; None: not known, so whatever comes is taken
     attempts:int=4, # How often to try, resuming each time
     timeout:float=20., # Seconds without a byte after which a connection counts as broken
     progress:bool=True, # Show a progress bar?
