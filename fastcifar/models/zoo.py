@@ -36,12 +36,14 @@ def list_models() -> list:
     "The names that `create_model` knows, smallest budget of parameters first"
     return [m.name for m in sorted(registered_models().values(), key=_by_budget)]
 
+# %% ../../nbs/models/07_zoo.ipynb #25036581
 def model_entry(
     name:str, # One of `list_models()`
 ) -> RegisteredModel:
     "What a net was registered with: class, recipes, norms, budget"
     return registered_models()[check_name(name, list_models(), 'model')]
 
+# %% ../../nbs/models/07_zoo.ipynb #c0cafc07
 def count_parameters(model:nn.Module) -> int:
     "Trainable parameters; shared ones count once"
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -66,6 +68,7 @@ def _pretrained_file(name, norm):
         raise FastcifarError(f'{f} is damaged (its hash differs from the one in index.json): install fastcifar again')
     return f
 
+# %% ../../nbs/models/07_zoo.ipynb #ef9fbbf6
 def _check_trained_with(trained, model, key):
     "Refuse weights of a net that was built with other arguments; classes and dropout may differ"
     default = {k: p.default for k, p in inspect.signature(type(model)).parameters.items()}
@@ -104,6 +107,7 @@ def _check_arguments(entry, args):
     if norm in NORMS and norm not in entry.norms:
         raise FastcifarError(f'{entry.name} cannot have the norm {norm}: choose one of {", ".join(entry.norms)}')
 
+# %% ../../nbs/models/07_zoo.ipynb #fd088811
 def _build(name, pretrained=False, **args):
     "A net by name; arguments that do not go together are an error in one line"
     entry = model_entry(name)

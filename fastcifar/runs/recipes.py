@@ -27,7 +27,7 @@ def _of_other_schedules(r):
 def _of_other_optimizers(r):
     "Settings of the optimizers that a recipe does not have, and why each changes nothing"
     others = {k for names in OPTIMIZERS.values() for k in names} - set(OPTIMIZERS[r.optimizer])
-    for k in others: yield k, f'is not for the optimizer {r.optimizer}: leave it out, or choose another'
+    for k in sorted(others): yield k, f'is not for the optimizer {r.optimizer}: leave it out, or choose another'
 
 def idle_settings(
     r:Recipe, # A `Config` is one too
@@ -62,6 +62,7 @@ def recipes_of(
     for name in model_entry(model).recipes: check_name(name, RECIPES, f'recipe ({model} was registered with it)')
     return [name for name in RECIPES if _has_recipe(model, name)]
 
+# %% ../../nbs/runs/01_recipes.ipynb #f1461021
 def _no_recipe(name, model):
     "The error that says what to do where a net lacks a recipe"
     have = [m for m in list_models() if _has_recipe(m, name)]
@@ -83,18 +84,21 @@ def _registered_settings(name, model):
     return settings
 
 # %% ../../nbs/runs/01_recipes.ipynb #239a567a
+def _scaled_rates(r, lr_max):
+    "The first and last rate of a recipe's cycle as the same parts of another peak"
+    return {k: getattr(r, k) * lr_max / r.lr_max for k in ('lr_min', 'lr_end') if getattr(r, k)}
+
 def _scale_dependents(r, settings):
     "The settings that are given, and those that change with them: rates, epochs of a step, arguments of the net"
-    more, lr_max = {}, settings.get('lr_max')
-    if r.lr_max and isinstance(lr_max, (int, float)): # the same parts of the peak
-        more = {k: getattr(r, k) * lr_max / r.lr_max for k in ('lr_min', 'lr_end') if getattr(r, k)}
-    epochs = settings.get('epochs', r.epochs)
-    if settings.get('schedule') == 'steps' != r.schedule and isinstance(epochs, int):
-        more['step_epochs'] = max(1, epochs // 3)
-    if r.model_args and isinstance(settings.get('model_args'), dict):
-        settings = {**settings, 'model_args': r.model_args | settings['model_args']}
+    lr_max, args = settings.get('lr_max'), settings.get('model_args')
+    more = _scaled_rates(r, lr_max) if r.lr_max and isinstance(lr_max, (int, float)) else {}
+    if settings.get('schedule') == 'steps' != r.schedule:
+        epochs = settings.get('epochs', r.epochs)
+        if isinstance(epochs, int): more['step_epochs'] = max(1, epochs // 3)
+    if r.model_args and isinstance(args, dict): settings = {**settings, 'model_args': r.model_args | args}
     return more | settings
 
+# %% ../../nbs/runs/01_recipes.ipynb #4e017591
 def override_recipe(
     r:Recipe, # From `create_recipe` or a file; a `Config` is one too
     **settings, # Fields to have otherwise
@@ -116,6 +120,7 @@ def create_recipe(
     check_name(name, RECIPES, 'recipe')
     return override_recipe(Recipe(**_registered_settings(name, model)), **settings)
 
+# %% ../../nbs/runs/01_recipes.ipynb #4297aafa
 def recipe_table(name:str) -> pd.DataFrame:
     "The settings of a recipe for every net that has it; those that all share with the defaults are left out"
     t = {m: dataclasses.asdict(create_recipe(name, m)) for m in list_models() if _has_recipe(m, name)}
