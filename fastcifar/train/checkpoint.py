@@ -489,14 +489,18 @@ def _refuse(self:Checkpoints, when, what='the net holds'):
                          'what checkpoints there are is kept; '
                          'use a smaller learning rate (--lr-max) or --precision fp32')
 
+def _validated(recorder):
+    "What was measured in the validation of the epoch, by name"
+    names, log = recorder.metric_names[2:], recorder.log[2:]
+    if len(names) != len(log): return {} # it was called off
+    return {k: float(v) for k, v in zip(names, log) if k != 'time'}
+
 @patch
 def _history_row(self:Checkpoints):
     "An epoch in numbers: means over all processes, and what was measured in validation"
-    names, log = self.recorder.metric_names[2:], self.recorder.log[2:]
-    valid = dict(zip(names, log)) if len(names) == len(log) else {} # validation may have been called off
     loss, right, n = all_reduce_sum(self._loss, self._right, self._n)
     return dict(epoch=self.epoch + 1, train_loss=loss / n, train_accuracy=right / n if self._classes else None,
-                **{k: float(v) for k, v in valid.items() if k != 'time'}, lr=float(self.opt.hypers[-1]['lr']),
+                **_validated(self.recorder), lr=float(self.opt.hypers[-1]['lr']),
                 seconds=round(time.perf_counter() - self._start, 2))
 
 @patch
@@ -524,6 +528,16 @@ def _sums(self:Checkpoints, batch):
     if not batch: return dict(loss=0., right=0, n=0, seconds=0.)
     return dict(loss=float(self._loss), right=int(self._right), n=self._n, seconds=time.perf_counter() - self._start)
 
+def _added(ranks):
+    "The sums of all processes; the time is that of the first"
+    return ranks[0]['sums'] | {k: sum(r['sums'][k] for r in ranks) for k in ('loss', 'right', 'n')}
+
+@patch
+def _check_weights(self:Checkpoints, when):
+    "Refuse to keep a net that holds NaN"
+    finite = [torch.isfinite(p).all() for p in self.model.parameters()]
+    if not torch.stack(finite).all(): self._refuse(when) # asked for once, on a GPU
+
 @patch
 def _name_lost(self:Checkpoints):
     "Say once of each callback what it has changed and cannot be kept"
@@ -537,14 +551,12 @@ def _name_lost(self:Checkpoints):
 @patch
 def _write(self:Checkpoints, done, batch):
     "Write a checkpoint after `done` epochs and `batch` batches"
-    whole = torch.stack([torch.isfinite(p).all() for p in self.model.parameters()]).all() # asked for once, on a GPU
-    if not whole: self._refuse(f'after batch {batch} of epoch {done + 1}' if batch else f'after epoch {done}')
+    self._check_weights(f'after batch {batch} of epoch {done + 1}' if batch else f'after epoch {done}')
     self._name_lost()
     ranks = all_gather(dict(rng=rng_state(), sums=self._sums(batch)))
     if rank(): return
-    sums = ranks[0]['sums'] | {k: sum(r['sums'][k] for r in ranks) for k in ('loss', 'right', 'n')}
     tensors, note = checkpoint_state(self.learn, self._before)
-    note |= dict(done=done, batch=batch, sums=sums, ranks=ranks, history=list(self.history))
+    note |= dict(done=done, batch=batch, sums=_added(ranks), ranks=ranks, history=list(self.history))
     note |= self._machine(self.learn)
     name = f'epoch_{done:04}' + (f'_batch_{batch:06}' if batch else '')
     self._finish()

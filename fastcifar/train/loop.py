@@ -422,14 +422,17 @@ def _peak_rate(opt):
     rates = [h['lr'] for h in opt.hypers]
     return np.array(rates) if len(rates) > 1 else float(rates[0])
 
+def _two_cosines(share, start, middle, end):
+    "A schedule from `start` to `middle` in this share of the training, and to `end` in the rest"
+    return piecewise([share, 1 - share], [SchedCos(start, middle), SchedCos(middle, end)])
+
 @patch
 def fit_one_cycle(self:LeanLearner, n_epoch, lr_max=None, div=25., div_final=1e5, pct_start=0.25, wd=None, moms=None,
                   cbs=None, reset_opt=False, start_epoch=0):
     "fastai's `fit_one_cycle`, with a quicker schedule"
     if self.opt is None: self.create_opt()
     self.opt.set_hyper('lr', self.lr if lr_max is None else lr_max)
-    peak, shares = _peak_rate(self.opt), [pct_start, 1 - pct_start]
-    def cycle(start, middle, end): return piecewise(shares, [SchedCos(start, middle), SchedCos(middle, end)])
-    lrs, moms = (peak / div, peak, peak / div_final), self.moms if moms is None else moms
-    scheds = dict(lr=cycle(*lrs), mom=cycle(*moms))
+    peak = _peak_rate(self.opt)
+    scheds = dict(lr=_two_cosines(pct_start, peak / div, peak, peak / div_final),
+                  mom=_two_cosines(pct_start, *(self.moms if moms is None else moms)))
     self.fit(n_epoch, cbs=LeanScheduler(scheds) + L(cbs), reset_opt=reset_opt, wd=wd, start_epoch=start_epoch)

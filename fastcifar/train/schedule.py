@@ -155,6 +155,12 @@ def _usual_rates(fall, rates, losses, default):
             f'LRMAX {lr_max:.2g} is a usual rate instead')
     return LRRange(lr_max / 50, lr_max, rates.tolist(), losses.tolist(), note)
 
+def _rates_of(fall, rates):
+    "LRMIN and LRMAX of a fall"
+    lr_max = float(np.sqrt(rates[fall.half] * rates[fall.low]))
+    at_start = fall.smoothed[:fall.half + 1] >= fall.start - max(.02 * fall.depth, fall.noise)
+    return float(np.clip(rates[_last(at_start)], lr_max / 1000, lr_max / 2)), lr_max
+
 def read_range(
     rates, # Learning rates, growing exponentially
     losses, # The loss at each
@@ -169,10 +175,7 @@ def read_range(
     fall = _find_fall(losses, _width(rates))
     if not fall.depth > max(LEAST_FALL * fall.noise, abs(fall.start) / 10):
         return _usual_rates(fall, rates, losses, default)
-    lr_max = float(np.sqrt(rates[fall.half] * rates[fall.low]))
-    at_start = fall.smoothed[:fall.half + 1] >= fall.start - max(.02 * fall.depth, fall.noise)
-    lr_min = float(np.clip(rates[_last(at_start)], lr_max / 1000, lr_max / 2))
-    return LRRange(lr_min, lr_max, rates.tolist(), losses.tolist())
+    return LRRange(*_rates_of(fall, rates), rates.tolist(), losses.tolist())
 
 # %% ../../nbs/train/01_schedule.ipynb #16da95ac
 def plot_range(
