@@ -111,7 +111,8 @@ def test_changes_are_told_and_say_where(tmp_path):
 
 @pytest.mark.parametrize('names,said', [
     (['é', 'e\u0301'], "both read 'é'"), (['a  b', 'a b'], "both read 'a b'"),
-    (['cat', 'cat\u200b'], "both read 'cat'"), (['\u200d', 'cat'], 'no character that can be seen'), (['caf\udce9', 'tea'], 'not valid UTF-8')])
+    (['cat', 'cat\u200b'], "both read 'cat'"), (['\u200d', 'cat'], 'no character that can be seen'),
+    (['caf\udce9', 'tea'], 'not valid UTF-8')])
 def test_refused_names(names, said, tmp_path, main):
     for data in (packed(names, tmp_path/'a.tar'), folder(names, tmp_path/'f')):
         code, _, err = main('train', '--data', data, '--model', 'normnet31k', '--out', tmp_path/'run')
