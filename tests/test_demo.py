@@ -10,7 +10,8 @@ from fastcifar.share.predict import predict_files
 # reports every connection and look-up of the server
 WATCHED = '''
 import sys
-sys.addaudithook(lambda e, a: print("CALL", e, a[1] if e == "socket.connect" else a[0], file=sys.stderr, flush=True) if e in ("socket.connect", "socket.getaddrinfo") else None)
+PLACE = {"socket.connect": 1, "socket.getaddrinfo": 0} # which argument says where to
+sys.addaudithook(lambda e, a: print("CALL", e, a[PLACE[e]], file=sys.stderr, flush=True) if e in PLACE else None)
 from fastcifar.cli import main
 sys.exit(main(sys.argv[1:]))
 '''
@@ -23,12 +24,15 @@ def demo(tmp_path_factory):
     from fastcifar.runs.config import configure
     from fastcifar.runs.run import train_run
     d = tmp_path_factory.mktemp('demo')
-    train_run(configure(model='normnet31k', data='digits', epochs=1, bs=64, lr_max=1e-2), d/'run', threads=1, bars=False, say=lambda s: None)
+    c = configure(model='normnet31k', data='digits', epochs=1, bs=64, lr_max=1e-2)
+    train_run(c, d/'run', threads=1, bars=False, say=lambda s: None)
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
     said = d/'said.txt'
-    with open(said, 'w') as f: server = subprocess.Popen([sys.executable, '-c', WATCHED, 'demo', str(d/'run'), '--port', str(port)], stdout=f, stderr=f, env={**os.environ, 'GRADIO_TEMP_DIR': str(d/'tmp')})
+    command = [sys.executable, '-c', WATCHED, 'demo', str(d/'run'), '--port', str(port)]
+    env = {**os.environ, 'GRADIO_TEMP_DIR': str(d/'tmp')}
+    with open(said, 'w') as f: server = subprocess.Popen(command, stdout=f, stderr=f, env=env)
     deadline = time.time() + 120
     while 'open http' not in said.read_text() and server.poll() is None and time.time() < deadline: time.sleep(.2)
     assert 'open http' in said.read_text(), said.read_text()
@@ -53,7 +57,10 @@ def test_a_real_upload(demo, visit, tmp_path):
     assert page.evaluate('[...document.querySelectorAll(".pixels img")].map(i => i.naturalWidth)') == [32, 32]
     assert not [f for f in page.faults if 'Method not implemented' not in f] # which Gradio's own code says
 
-@pytest.mark.parametrize('name,data,said', [('a.png', b'<html><script>alert(1)</script>', 'cannot be read as an image'), ('big.png', b'\x89PNG\r\n\x1a\n' + bytes(6 * 2**20), 'aximum'), ('bomb.png', None, 'pixels')])
+@pytest.mark.parametrize('name,data,said', [
+    ('a.png', b'<html><script>alert(1)</script>', 'cannot be read as an image'),
+    ('big.png', b'\x89PNG\r\n\x1a\n' + bytes(6 * 2**20), 'aximum'),
+    ('bomb.png', None, 'pixels')])
 def test_refused_uploads(demo, visit, tmp_path, name, data, said):
     f = tmp_path/name
     if data is None: Image.new('1', (20_000, 20_000)).save(f)
@@ -66,7 +73,8 @@ def test_refused_uploads(demo, visit, tmp_path, name, data, said):
 def test_mistakes_by_pair(demo, visit):
     page = visit(demo[0])
     page.get_by_role('tab', name='Mistakes').click()
-    count = int(re.search(r'([\d,]+) of 300 test images', page.locator('text=test images are classified wrongly').inner_text()).group(1))
+    told = page.locator('text=test images are classified wrongly').inner_text()
+    count = int(re.search(r'([\d,]+) of 300 test images', told).group(1))
     page.wait_for_function(f'document.querySelectorAll(".pixels button img").length == {min(count, 48)}')
     page.get_by_label('Actual class').click()
     option = page.get_by_role('option').nth(1)
