@@ -9,19 +9,27 @@ __all__ = ['Streams', 'FusedDropout', 'FusedLinear', 'FusedLayerNorm', 'FusedNet
 import contextlib, copy
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..basics import FastcifarError
 
-# %% ../../nbs/models/09_fused.ipynb #3db695f7
+# %% ../../nbs/models/09_fused.ipynb #cc1abdd3
+def _generator(device):
+    "torch's module with `get_rng_state` and `set_rng_state` of a device, and what else they take"
+    if device.type == 'cpu': return torch, ()
+    return (torch.mps, ()) if device.type == 'mps' else (torch.cuda, (device,))
+
 def _state(device):
     "The state of torch's generator on a device, uint8 (n,)"
-    return torch.get_rng_state() if device.type == 'cpu' else torch.mps.get_rng_state() if device.type == 'mps' else torch.cuda.get_rng_state(device)
+    module, args = _generator(device)
+    return module.get_rng_state(*args)
 
 def _set_state(state, device):
-    torch.set_rng_state(state) if device.type == 'cpu' else torch.mps.set_rng_state(state) if device.type == 'mps' else torch.cuda.set_rng_state(state, device)
+    module, args = _generator(device)
+    module.set_rng_state(state, *args)
 
 class Streams:
     "The random numbers of each net, as if it were trained alone"
@@ -31,7 +39,10 @@ class Streams:
     def __len__(self): return len(self.states)
 
     @contextlib.contextmanager
-    def of(self, i, device):
+    def of(self,
+        i:int, # Number of the net
+        device:torch.device, # Whose generator
+    ):
         "Context in which random tensors on `device` are those of net `i`"
         before = _state(device)
         _set_state(self.states[i], device)
@@ -40,45 +51,81 @@ class Streams:
             self.states[i] = _state(device)
             _set_state(before, device)
 
+# %% ../../nbs/models/09_fused.ipynb #3db695f7
 class FusedDropout(nn.Module):
     "Dropout that each net draws from its own stream"
     capturable = property(lambda self: not self.layer.p) # Python hands the generators' states around
     def __init__(self, layer, streams): super().__init__(); self.layer, self.streams = layer, streams
     def forward(self, x):
         if not self.training or not self.layer.p: return x
-        n = len(self.streams)
-        shape, last = (len(x), x.shape[1] // n, *x.shape[2:]), x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-        ones, masks = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last if last else torch.contiguous_format).fill_(1), []
-        for i in range(n):
+        ones, masks = self._ones(x), []
+        for i in range(len(self.streams)):
             with self.streams.of(i, x.device): masks.append(self.layer(ones))
         return x * torch.cat(masks, 1)
+
+    def _ones(self, x):
+        "Ones in the shape and memory format that one net has"
+        shape = (len(x), x.shape[1] // len(self.streams), *x.shape[2:])
+        last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if last else torch.contiguous_format
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout).fill_(1)
 
 class FusedLinear(nn.Module):
     "Linear layers, each on its part of the columns"
     def __init__(self, n): super().__init__(); self.n = n
-    def forward(self, x): return F.conv1d(x.unsqueeze(2), self.weight.unsqueeze(2), self.bias, groups=self.n).squeeze(2)
+    def forward(self, x):
+        return F.conv1d(x.unsqueeze(2), self.weight.unsqueeze(2), self.bias, groups=self.n).squeeze(2)
 
 class FusedLayerNorm(nn.GroupNorm):
     "Layer norms over channels, height and width, each on its part of the channels"
     def forward(self, x): return F.group_norm(x, self.num_groups, eps=self.eps) * self.weight + self.bias
-_sizes = {nn.Conv2d: ('in_channels', 'out_channels', 'groups'), nn.BatchNorm2d: ('num_features',), nn.GroupNorm: ('num_groups', 'num_channels')} # what grows with the number of nets
+
+# %% ../../nbs/models/09_fused.ipynb #10caf543
+# what grows with the number of nets
+_SIZES = {nn.Conv2d: ('in_channels', 'out_channels', 'groups'), nn.BatchNorm2d: ('num_features',),
+          nn.GroupNorm: ('num_groups', 'num_channels')}
+
+def _widened(layers):
+    "The layer that takes the place of several, still with the weights of the first, if it has any"
+    a, n = layers[0], len(layers)
+    if type(a) is nn.Linear: return FusedLinear(n)
+    if type(a) is nn.LayerNorm: return FusedLayerNorm(n, n * a.normalized_shape[0], a.eps, affine=False)
+    wide = copy.deepcopy(a)
+    for size in _SIZES.get(type(a), ()): setattr(wide, size, n * getattr(a, size))
+    holds = any(t.ndim for t in (*a.parameters(recurse=False), *a.buffers(recurse=False)))
+    if holds and type(a) not in _SIZES:
+        raise FastcifarError(f'{type(a).__name__} layers cannot be put side by side: train the nets one after another')
+    return wide
+
+def _joined(layers, name):
+    "A tensor of all layers, one behind the other; None if they have none"
+    ts = [getattr(l, name) for l in layers]
+    if ts[0] is None: return None
+    ts = [t.detach() for t in ts]
+    return torch.cat(ts) if ts[0].ndim else ts[0].clone()
 
 def _beside(layers, streams):
     "One layer that does what each of `layers` does, to its part of the channels"
-    a, n = layers[0], len(layers)
+    a = layers[0]
     if isinstance(a, _DropoutNd): return FusedDropout(a, streams)
-    if type(a) is nn.Linear: wide = FusedLinear(n)
-    elif type(a) is nn.LayerNorm: wide = FusedLayerNorm(n, n * a.normalized_shape[0], a.eps, affine=False)
-    else:
-        wide = copy.deepcopy(a)
-        for size in _sizes.get(type(a), ()): setattr(wide, size, n * getattr(a, size))
-        if type(a) not in _sizes and any(t.ndim for t in (*a.parameters(recurse=False), *a.buffers(recurse=False))):
-            raise FastcifarError(f'{type(a).__name__} layers cannot be put side by side: train the nets one after another')
+    wide = _widened(layers)
     for name, _ in a.named_children(): setattr(wide, name, _beside([getattr(l, name) for l in layers], streams))
-    def joined(ts): return torch.cat(ts) if ts[0].ndim else ts[0].clone()
-    for name, p in a._parameters.items(): wide.register_parameter(name, None if p is None else nn.Parameter(joined([getattr(l, name).detach() for l in layers]), p.requires_grad))
-    for name, b in a._buffers.items(): wide.register_buffer(name, None if b is None else joined([getattr(l, name) for l in layers]), name not in a._non_persistent_buffers_set)
+    for name, p in a._parameters.items():
+        joined = _joined(layers, name)
+        wide.register_parameter(name, None if joined is None else nn.Parameter(joined, p.requires_grad))
+    for name in a._buffers:
+        wide.register_buffer(name, _joined(layers, name), name not in a._non_persistent_buffers_set)
     return wide
+
+# %% ../../nbs/models/09_fused.ipynb #81751125
+def _check_layers(nets):
+    "Refuse nets of several architectures, and such as use a weight twice"
+    shapes = {tuple((k, v.shape) for k, v in net.state_dict().items()) for net in nets}
+    if len(shapes) != 1:
+        raise FastcifarError('these nets are not of one architecture: train them one after another')
+    if len(list(nets[0].named_parameters(remove_duplicate=False))) != len(list(nets[0].parameters())):
+        raise FastcifarError('this net uses a weight twice, so it cannot stand side by side with others: '
+                             'train the nets one after another')
 
 class FusedNet(nn.Module):
     "Nets of one architecture as one net, in which each has its part of the channels"
@@ -89,27 +136,14 @@ class FusedNet(nn.Module):
     ):
         super().__init__()
         nets = list(nets)
-        if len({tuple((k, v.shape) for k, v in net.state_dict().items()) for net in nets}) != 1: raise FastcifarError('these nets are not of one architecture: train them one after another')
-        if len(list(nets[0].named_parameters(remove_duplicate=False))) != len(list(nets[0].parameters())): raise FastcifarError('this net uses a weight twice, so it cannot stand side by side with others: train the nets one after another')
+        _check_layers(nets)
         device = next(nets[0].parameters()).device
         self.n_nets, self.n_in = len(nets), n_in
-        self.streams = streams or Streams(torch.Generator(device).manual_seed(i).get_state() for i in range(len(nets)))
+        own = (torch.Generator(device).manual_seed(i).get_state() for i in range(len(nets)))
+        self.streams = streams or Streams(own)
         self.wide = _beside(nets, self.streams)
         self._alone = nets # in a list, so that they are no part of this module
         self._check(device)
-
-    @torch.no_grad()
-    def _check(self, device):
-        "Refuse a net whose forward pass mixes channels, so that its parts would not stay apart"
-        x = torch.randn(2, self.n_nets * self.n_in, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
-        modes = [net.training for net in self._alone]
-        for net in (*self._alone, self.wide): net.eval()
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False): # whose rounding is as large as what is looked for
-            apart = torch.stack([net(part) for net, part in zip(self._alone, x.chunk(self.n_nets, 1))], 1)
-            same = torch.allclose(self(x), apart, rtol=0, atol=1e-2 * apart.std().item()) # logits of a fresh net are small
-        for net, mode in zip(self._alone, modes): net.train(mode)
-        self.wide.train(modes[0])
-        if not same: raise FastcifarError('this net does more than layer after layer, so its parts do not stay apart side by side: train the nets one after another')
 
     def forward(self,
         x:torch.Tensor, # Images of each net, (N, nets * n_in, H, W); or (N, n_in, H, W), the same for all
@@ -117,9 +151,31 @@ class FusedNet(nn.Module):
         if x.shape[1] == self.n_in: x = x.repeat(1, self.n_nets, 1, 1)
         return self.wide(x).view(len(x), self.n_nets, -1)
 
-    @torch.no_grad()
-    def unfuse(self) -> list: # The modules that it was made of
-        "Give each net what it has learned"
-        for k, v in self.wide.state_dict().items():
-            for net, part in zip(self._alone, v.chunk(self.n_nets) if v.ndim else [v] * self.n_nets): net.state_dict()[k].copy_(part)
-        return self._alone
+# %% ../../nbs/models/09_fused.ipynb #33253fc8
+@patch
+@torch.no_grad()
+def _check(self:FusedNet, device):
+    "Refuse a net whose forward pass mixes channels, so that its parts would not stay apart"
+    noise = torch.Generator().manual_seed(0)
+    x = torch.randn(2, self.n_nets * self.n_in, 32, 32, generator=noise).to(device)
+    modes = [net.training for net in self._alone]
+    for net in (*self._alone, self.wide): net.eval()
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False): # whose rounding is as large as what is looked for
+        parts = x.chunk(self.n_nets, 1)
+        apart = torch.stack([net(part) for net, part in zip(self._alone, parts)], 1)
+        largest = 1e-2 * apart.std().item() # logits of a fresh net are small
+        same = torch.allclose(self(x), apart, rtol=0, atol=largest)
+    for net, mode in zip(self._alone, modes): net.train(mode)
+    self.wide.train(modes[0])
+    if not same:
+        raise FastcifarError('this net does more than layer after layer, so its parts do not stay apart side by side: '
+                             'train the nets one after another')
+
+@patch
+@torch.no_grad()
+def unfuse(self:FusedNet) -> list: # The modules that it was made of
+    "Give each net what it has learned"
+    for k, v in self.wide.state_dict().items():
+        parts = v.chunk(self.n_nets) if v.ndim else [v] * self.n_nets
+        for net, part in zip(self._alone, parts): net.state_dict()[k].copy_(part)
+    return self._alone
