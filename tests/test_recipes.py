@@ -205,7 +205,6 @@ class Two(nn.Module):
 def dls():
     from fastcifar.data.load import Arrays
     from fastcifar.data.images import ImageData
-    from fastcifar.data.loaders import CifarDataLoaders # with this import an ImageData has its dataloaders
     x = {s: np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8) for s in ('train', 'test')}
     y = {s: np.arange(16) % 4 for s in x}
     return ImageData(Arrays(x, y, list('abcd')), 'noise').dataloaders(bs=8, device='cpu', policy='none')
