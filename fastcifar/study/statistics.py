@@ -30,10 +30,12 @@ def mean_interval(
 ) -> tuple: # (mean, standard deviation, low, high); NaN for what one value cannot give
     "Mean and Student's t interval, as far as it lies within what is possible"
     v = np.asarray(values, float)
-    if len(v) < 2: return (float(v.mean()) if len(v) else math.nan, math.nan, math.nan, math.nan)
-    half = stats.t.ppf((1 + level) / 2, len(v) - 1) * max(v.std(ddof=1), resolution) / math.sqrt(len(v))
-    low, high = np.clip([v.mean() - half, v.mean() + half], *bounds)
-    return float(v.mean()), float(v.std(ddof=1)), float(low), float(high)
+    n, mean = len(v), float(v.mean()) if len(v) else math.nan
+    if n < 2: return mean, math.nan, math.nan, math.nan
+    sd = float(v.std(ddof=1))
+    half = stats.t.ppf((1 + level) / 2, n - 1) * max(sd, resolution) / math.sqrt(n)
+    low, high = np.clip([mean - half, mean + half], *bounds)
+    return mean, sd, float(low), float(high)
 
 # %% ../../nbs/study/00_statistics.ipynb #ed44db9f
 def t_test(
@@ -111,16 +113,18 @@ def _by_seed(done, factor, rest):
         yield dict(zip(rest, key)), 100 * wide[list(dict.fromkeys(g[factor]))]
 
 # %% ../../nbs/study/00_statistics.ipynb #e784183c
+def _difference(d, resolution):
+    "What differences over several seeds say: their number, mean, interval and p-value"
+    mean, _, low, high = mean_interval(d, resolution=resolution, bounds=(-100, 100))
+    return dict(n=len(d), difference=mean, low=low, high=high, p=t_test(d, resolution))
+
 def _differences(done, factor, rest):
     "A row for each pair of values of a factor in runs that are alike in the rest"
     rows, resolution = [], _resolution(done)
     for shared, wide in _by_seed(done, factor, rest):
         for a, b in itertools.combinations(wide, 2):
             d = (wide[a] - wide[b]).dropna()
-            if not len(d): continue
-            mean, _, low, high = mean_interval(d, resolution=resolution, bounds=(-100, 100))
-            rows.append({'factor': factor, **shared, 'a': a, 'b': b, 'n': len(d), 'difference': mean,
-                         'low': low, 'high': high, 'p': t_test(d, resolution)})
+            if len(d): rows.append({'factor': factor, **shared, 'a': a, 'b': b, **_difference(d, resolution)})
     return [{**r, 'p_holm': p} for r, p in zip(rows, holm([r['p'] for r in rows]))]
 
 def paired_differences(
@@ -244,6 +248,10 @@ def _plot_curves(ax, curves):
         acc = 100 * h.pivot(index='epoch', columns='seed', values='accuracy')
         line, = ax.plot(acc.index, acc.mean(axis=1), marker='.', label=f'{norm} (n = {acc.shape[1]})')
         ax.fill_between(acc.index, acc.min(axis=1), acc.max(axis=1), color=line.get_color(), alpha=.2, lw=0)
+    ax.set_xlabel('epoch')
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.grid(alpha=.3)
+    ax.legend()
 
 def plot_study_curves(
     curves:pd.DataFrame, # Of `collect_curves`
@@ -257,10 +265,7 @@ def plot_study_curves(
     for ax in axs.flat[len(panels):]: ax.axis('off')
     for ax, (key, g) in zip(axs.flat, panels):
         _plot_curves(ax, g)
-        ax.set(title=f'{key[0]}, {key[1]}, batch {key[2]}', xlabel='epoch', ylabel=f'{split} accuracy (%)')
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.grid(alpha=.3)
-        ax.legend()
+        ax.set(title=f'{key[0]}, {key[1]}, batch {key[2]}', ylabel=f'{split} accuracy (%)')
     return fig
 
 # %% ../../nbs/study/00_statistics.ipynb #07c2d654
@@ -269,15 +274,18 @@ def _pair_name(r):
     shared = {k: r[k] for k in CELL if k in r and not pd.isna(r[k])}
     return f'{_named(shared)}:  {r.a} - {r.b} (n = {r.n})'
 
+def _plot_pair(ax, y, r):
+    "The interval of a difference, and its mean: filled if it is supported"
+    sure = r.p_holm < 0.05
+    if not math.isnan(r.low): ax.plot([r.low, r.high], [y, y], color='C0', lw=2, alpha=.9 if sure else .4)
+    ax.plot(r.difference, y, 'o', color='C0', mfc='C0' if sure else 'white', ms=7)
+
 def plot_differences(
     differences:pd.DataFrame, # Of `paired_differences`
 ):
     "Paired differences with 95 % intervals; filled where Holm's correction leaves p below 0.05; returns the figure"
     fig, ax = plt.subplots(figsize=(7.5, 0.9 + 0.36 * len(differences)), layout='constrained')
-    for y, r in enumerate(differences.itertuples()):
-        sure = r.p_holm < 0.05
-        if not math.isnan(r.low): ax.plot([r.low, r.high], [y, y], color='C0', lw=2, alpha=.9 if sure else .4)
-        ax.plot(r.difference, y, 'o', color='C0', mfc='C0' if sure else 'white', ms=7)
+    for y, r in enumerate(differences.itertuples()): _plot_pair(ax, y, r)
     ax.axvline(0, color='#888888', lw=.8)
     ax.set(yticks=range(len(differences)), yticklabels=[_pair_name(r) for _, r in differences.iterrows()],
            xlabel='difference of accuracy (percentage points)')

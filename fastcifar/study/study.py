@@ -361,16 +361,20 @@ def _say_pass(plan, cs, back, bar, tell, say):
     bar.refresh()
 
 @patch
+def _train_left(self:Study, plan, bars, say):
+    "Train what is left, and keep the table of results up to date"
+    work = _on_ray(plan) if plan.tasks else _on_this_machine(plan, say)
+    with tqdm(total=len(self.grid) - len(plan.finished), disable=not bars, unit='run') as bar:
+        for i, back in work:
+            _say_pass(plan, plan.todo[i], back, bar, tqdm.write if bars else say, say)
+            _write_table(self.results(), self.out/'results.csv', say)
+
+@patch
 def _run(self:Study, plan, bars, say):
     "What `run` does while the folder is its own"
     say(f'{len(self.grid)} runs, {len(plan.finished)} finished; {plan.said()}')
-    work = _on_ray(plan) if plan.tasks else _on_this_machine(plan, say)
     bars = sys.stdout.isatty() if bars is None else bars
-    try:
-        with tqdm(total=len(self.grid) - len(plan.finished), disable=not bars, unit='run') as bar:
-            for i, back in work:
-                _say_pass(plan, plan.todo[i], back, bar, tqdm.write if bars else say, say)
-                _write_table(self.results(), self.out/'results.csv', say)
+    try: self._train_left(plan, bars, say)
     except Stopped as e:
         raise Stopped('stopped; the same command continues the study from the last checkpoints',
                       e.exit_code - 128) from None
