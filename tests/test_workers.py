@@ -98,3 +98,11 @@ def test_no_module_is_imported_for_its_side_effects():
     "Folders and `all` hand names on, so theirs are not used where they are imported"
     modules = [p for p in (ROOT/'fastcifar').rglob('*.py') if p.name not in ('__init__.py', 'all.py')]
     assert len(modules) > 40 and [u for p in modules for u in unused_imports(p)] == []
+
+def test_whole_batches_need_no_workers(tree):
+    "The batch path starts no process, whatever number is given; the item path as many as asked for"
+    from fastcifar.data.load import load_data
+    data = load_data(tree)
+    def workers(path, n): return [dl.fake_l.num_workers for dl in data.dataloaders(bs=8, path=path, num_workers=n, device='cpu')]
+    assert workers('batch', 0) == workers('batch', 2) == [0, 0]
+    assert workers('item', 0) == [0, 0] and workers('item', 2)[0] == 2

@@ -223,6 +223,8 @@ def dataloaders(self:ImageData,
     dsets, device = row_datasets(self, splits), checked_device(device)
     stats = _checked_stats(*(stats or (self.mean, self.std)))
     if path == 'item': kind, special = ArrayDL, dict(num_workers=num_workers)
-    else: kind, special = BatchDL, dict(batch_policy=BatchPolicy(policy, self.fill, seed), dtype=dtype)
+    else: # there is nothing for workers to do
+        kind = BatchDL
+        special = dict(batch_policy=BatchPolicy(policy, self.fill, seed), dtype=dtype, num_workers=0)
     make = functools.partial(kind, bs=bs, seed=seed, device=device, **special)
     return _make_loaders(make, dsets, tfm, stats, drop_last, device).made_of(self, seed, stats, path)
