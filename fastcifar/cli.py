@@ -771,10 +771,9 @@ def _bench_table(rows):
     import pandas as pd
     t = pd.DataFrame(rows)
     units = t.unit.map(_UNITS)
-    for k in ('ratio', 'low', 'high', 'must', 'goal'): t[k] = list(map(_in_unit, t[k], units))
+    for k in ('ratio', 'low', 'high'): t[k] = list(map(_in_unit, t[k], units))
     for k in ('ours', 'theirs'): t[k] = [_in_unit(v, '{:.3g} s') for v in t[k]]
-    columns = ['name', 'ratio', 'low', 'high', 'must', 'goal', 'met', 'ours', 'theirs', 'per']
-    return t[columns].fillna('-')
+    return t[['name', 'ratio', 'low', 'high', 'ours', 'theirs', 'per']].fillna('-')
 
 def _show_bench(r):
     "Print what was measured, and where"

@@ -59,7 +59,7 @@ def helped(main, *args):
     return ' '.join(s.getvalue().split())
 
 def test_help_of_every_command(main):
-    names = 'train compare sweep find-lr evaluate report demo predict export cache models recipes summary bench'.split()
+    names = 'train compare sweep find-lr evaluate report demo predict export cache record replay models recipes summary bench'.split()
     assert sorted(commands()) == sorted(names)
     top = helped(main)
     for name in names:

@@ -7,7 +7,6 @@ __all__ = ['FusedDL', 'FusedLoaders', 'FusedRecorder', 'check_fusable', 'fused_l
 
 # %% ../../nbs/runs/09_fused.ipynb #f785e0df
 import contextlib, dataclasses
-from pathlib import Path
 
 import torch
 from fastai.callback.core import Callback
@@ -26,7 +25,6 @@ from .fit import fit_recipe, recipe_learner
 from .folder import RunFolder, given_options, machine_options, note_start, own_folder, python_call
 from .folder import resolve_config, write_surroundings
 from .run import RunHistory, _check_not_stopped, _given_rates, _say_continued, explain_errors
-from .settings import Config
 from ..train.callbacks import L1
 from ..train.checkpoint import Checkpoints, StopRequest
 from ..train.learner import prepare_net
