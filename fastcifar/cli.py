@@ -843,7 +843,8 @@ def record_command(args) -> dict:
 
 # %% ../nbs/90_cli.ipynb #7a264bd9
 def _replay_options(p):
-    p.add_argument('place', metavar='FILE:ROW', help='a file of `fastcifar record`, and the name or number of a run in it')
+    p.add_argument('place', metavar='FILE:ROW',
+                   help='a file of `fastcifar record`, and the name or number of a run in it')
     _data_option(p)
     p.option('machine', '--device', help='cpu, cuda, cuda:1, mps (default: the best there is)')
     p.option('machine', '--threads', type=_at_least(1), help='CPU threads (default: those of the record)')

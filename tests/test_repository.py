@@ -160,8 +160,8 @@ LINE = 120 # characters
 CELL = 60 # lines of an exported cell
 
 def sources():
-    "(place, text) of everything that somebody writes: cells of notebooks, what is exported from them, tools and tests"
-    for p in sorted([*ROOT.glob('fastcifar/**/*.py'), *ROOT.glob('tools/**/*.py'), *ROOT.glob('tests/**/*.py')]):
+    "(place, text) of everything that somebody writes: cells of notebooks, what is exported from them, tools"
+    for p in sorted([*ROOT.glob('fastcifar/**/*.py'), *ROOT.glob('tools/**/*.py')]):
         if p.name != '_modidx.py': yield p.relative_to(ROOT).as_posix(), p.read_text(encoding='utf-8')
     yield from cells()
 

@@ -35,9 +35,9 @@ NBS = ROOT/'nbs'
 
 # The menu
 
-PAGES = {'Which tool when': 'pages/which_tool', 'From a shell': 'pages/commands', 'Nets and recipes': 'pages/nets',
-         'What you can see': 'pages/checklist', 'Results': 'pages/results', 'Benchmarks': 'pages/benchmarks',
-         'Scaling': 'pages/scaling', 'Methods': 'pages/methods', 'Promises': 'pages/promises'}
+PAGES = {'Which tool when': 'which_tool', 'From a shell': 'commands', 'Nets and recipes': 'nets',
+         'What you can see': 'checklist', 'Results': 'results', 'Benchmarks': 'benchmarks', 'Scaling': 'scaling',
+         'Methods': 'methods', 'Promises': 'promises'}
 
 def menu(nbs:Path=NBS) -> dict: # Title -> notebook, list of notebooks, or a dict of the same kind
     "The left menu, as paths relative to `nbs`: what a newcomer reads, then the folders in the order of imports"

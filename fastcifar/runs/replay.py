@@ -41,9 +41,9 @@ def record_of(
     "What it takes to train a run again, and what came of it"
     folder = RunFolder(run)
     if not folder.is_finished: raise folder.unfinished()
-    surroundings = folder.surroundings()
+    surroundings, history = folder.surroundings(), pd.read_csv(folder.history_file)
     return dict(name=folder.path.resolve().name, config=folder.saved_config(), metrics=folder.metrics(),
-                surroundings={k: surroundings.get(k) for k in _SURROUNDINGS}, history=pd.read_csv(folder.history_file).to_dict('records'),
+                surroundings={k: surroundings.get(k) for k in _SURROUNDINGS}, history=history.to_dict('records'),
                 weights=weights_digest(folder.weights_file))
 
 # %% ../../nbs/runs/10_replay.ipynb #21be076e
@@ -64,7 +64,8 @@ def read_records(
     try: records = [json.loads(line) for line in user_path(file).read_text(encoding='utf-8').splitlines()]
     except OSError as e: raise FastcifarError(f'cannot read {file}: {e.strerror}') from e
     except ValueError: records = []
-    if records and all(isinstance(r, dict) and {'name', 'config', 'metrics'} <= r.keys() for r in records): return records
+    def is_record(r): return isinstance(r, dict) and {'name', 'config', 'metrics'} <= r.keys()
+    if records and all(map(is_record, records)): return records
     raise FastcifarError(f'{file} holds no records of runs: give one that fastcifar record has written')
 
 def records_table(
@@ -124,7 +125,8 @@ def _told(r):
     where = f'from epoch {r["epoch"]} on' if r['epoch'] else 'in the weights alone'
     lines = [f'not bit-equal: test accuracy {now:.2%}, recorded {then:.2%}; they part {where}']
     differ = [f'{k} {b}, then {a}' for k, (a, b) in r['surroundings'].items()]
-    return lines + (['what is different here: ' + '; '.join(differ)] if differ else ['nothing that is known of them differs'])
+    if not differ: return [*lines, 'nothing that is known of them differs']
+    return [*lines, f'what is different here: {"; ".join(differ)}']
 
 def replay(
     place:str, # `FILE:ROW` of `write_records`

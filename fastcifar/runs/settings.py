@@ -106,12 +106,13 @@ _STATS = Rule(
 _FREEZE = Rule(
     'pairs of a pattern of names and a number of epochs', lambda v: all(map(_pattern_epoch, v)), 'give')
 
-# %% ../../nbs/runs/00_settings.ipynb #02686aa8
+# %% ../../nbs/runs/00_settings.ipynb #26bfc60c
 _RATE = Rule('a learning rate above 0', lambda v: 0 < v < 1e3)
 _SHARE = between(0, 1)
 _FACTOR = between(0, 1e3)
 _SCHEDULE_NAMES = ('one_cycle', 'constant', 'steps')
 
+# %% ../../nbs/runs/00_settings.ipynb #02686aa8
 @dataclasses.dataclass(repr=False)
 class Recipe:
     "How a net is trained"
@@ -172,9 +173,11 @@ class Recipe:
         None, 'what else the class of the net takes, such as mended=true or shared=true, separated by commas',
         option='what')
 
-    def __repr__(self):
-        changed = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
-        return f'{type(self).__name__}({", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in changed)})'
+# %% ../../nbs/runs/00_settings.ipynb #b3684c17
+@patch
+def __repr__(self:Recipe):
+    changed = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+    return f'{type(self).__name__}({", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in changed)})'
 
 # %% ../../nbs/runs/00_settings.ipynb #5533746a
 @patch
