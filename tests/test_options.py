@@ -251,7 +251,7 @@ from contextlib import redirect_stderr, redirect_stdout
 name = 'fastcifar.runs.settings'
 spec = importlib.util.find_spec(name)
 source = open(spec.origin, encoding='utf-8').read()
-source, n = re.subn(r'(?=\\n    def __repr__)', {new!r}, source, count=1)
+source, n = re.subn(r'(?=\\n\\n# %% [^\\n]+\\n@patch\\ndef __repr__)', {new!r}, source, count=1)
 assert n == 1
 module = sys.modules[name] = importlib.util.module_from_spec(spec)
 exec(compile(source, spec.origin, 'exec'), vars(module))
