@@ -34,6 +34,10 @@ def alike(shown, printed, within):
     pairs = zip(re.findall(number, shown), re.findall(number, printed))
     return all(abs(float(a.replace(',', '')) - float(b.replace(',', ''))) <= within for a, b in pairs)
 
+def timeless(line):
+    "A line without the seconds at the end of an epoch's row"
+    return re.sub(r'^( +\d+(?: +[\d.]+){4}) +[\d.]+$', r'\1', line)
+
 def test_first_two_commands_are_make():
     assert commands(README)[:2] == [['make', 'demo'], ['make', 'test']]
     assert re.search(r'^make test$', (ROOT/'.ci/run').read_text(), re.M)
@@ -62,8 +66,8 @@ def test_the_terminal_shows_what_is_printed(main, tmp_path):
         printed = [l for l in out.splitlines() if l]
         for line in shown:
             if line == '...': continue
-            progress, near = re.match(r'\d+/\d+ ', line), [l for l in printed if alike(line, l, 30)]
-            assert progress or near, (command, line)
+            if re.match(r'\d+/\d+ ', line): continue # in the order in which they are ready
+            assert any(alike(timeless(line), timeless(l), 12) for l in printed), (command, line)
 
 def test_demo(main):
     "The command of `make demo`: at least 97 % of the held-out digits"

@@ -180,17 +180,10 @@ class _Call:
 
 _RULES = {} # operation -> (rule, does the rule take one input?)
 
-def _rule(*ops):
-    "Register what is known after operations on one tensor that has seen the image: (call, `Seen` of it) -> `Seen`"
+def _rule(*ops, one=True):
+    "Register what is known after operations: (call, `Seen` of the `one` tensor, or a list of them) -> `Seen`"
     def register(f):
-        _RULES.update(dict.fromkeys(ops, (f, True)))
-        return f
-    return register
-
-def _rule_of_all(*ops):
-    "The same after operations on several tensors: (call, list of `Seen`) -> `Seen`"
-    def register(f):
-        _RULES.update(dict.fromkeys(ops, (f, False)))
+        _RULES.update(dict.fromkeys(ops, (f, one)))
         return f
     return register
 
@@ -221,7 +214,7 @@ masked_fill maximum minimum mish mul ne neg pow _prelu_kernel reciprocal relu re
 sigmoid sign silu sin softplus softshrink sqrt square sub tanh threshold _to_copy where xlogy native_dropout"""
 _VIEWS = {'view', '_unsafe_view', 'reshape', '_reshape_alias', 'squeeze', 'unsqueeze'}
 
-@_rule_of_all(*_BY_VALUE.split())
+@_rule(*_BY_VALUE.split(), one=False)
 def _by_value(call, ins): return _met(ins, call.out)
 
 @_rule(*_VIEWS)
@@ -348,7 +341,7 @@ def _cut(call, seen):
 # %% ../../nbs/models/08_summary.ipynb #7fa7a2e7
 _PRODUCTS = {'mm': 0, 'bmm': 0, 'addmm': 1, 'baddbmm': 1} # -> position of the first factor
 
-@_rule_of_all(*_PRODUCTS)
+@_rule(*_PRODUCTS, one=False)
 def _multiplied(call, ins):
     "After a matrix product with something that has not seen the image"
     i = _PRODUCTS[call.op]
@@ -359,7 +352,7 @@ def _multiplied(call, ins):
     axes[axis] = ()
     return _kept(seen, axes, call.out.shape, _whole(seen, [axis % len(axes)]))
 
-@_rule_of_all('cat', 'stack')
+@_rule('cat', 'stack', one=False)
 def _joined(call, ins):
     "After a concatenation along channels"
     dim = call.arg(1, 0) % call.out.ndim
