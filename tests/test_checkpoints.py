@@ -15,7 +15,6 @@ import fastcifar.train.checkpoint as state
 from fastcifar.basics import FastcifarError
 from fastcifar.data.load import Arrays
 from fastcifar.data.images import ImageData
-from fastcifar.data.loaders import CifarDataLoaders # with this import an ImageData has its dataloaders
 from fastcifar.train.checkpoint import Checkpoints, Stopped, StopRequest
 from fastcifar.train.checkpoint import checkpoint_state, of_this_process, restore_parts
 from fastcifar.train.learner import cifar_learner

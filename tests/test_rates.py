@@ -10,7 +10,6 @@ from hypothesis import given, settings, strategies as st
 
 from fastcifar.basics import rng_state, seed_everything
 from fastcifar.data.load import load_data
-from fastcifar.data.loaders import CifarDataLoaders # with this import an ImageData has its dataloaders
 from fastcifar.runs.recipes import USUAL_RATES, create_recipe, list_models, recipes_of
 from fastcifar.runs.fit import fit_recipe, recipe_learner
 from fastcifar.runs.config import build_model, configure

@@ -15,7 +15,6 @@ from fastcifar.basics import FastcifarError
 from fastcifar.data.load import Arrays
 from fastcifar.data.images import ImageData
 from fastcifar.interpret.interpretation import CifarInterpretation, check_plot, save_plot
-from fastcifar.data.loaders import CifarDataLoaders # with this import an ImageData has its dataloaders
 from fastcifar.interpret.corruptions import plot_corruptions, plot_robustness, read_corruptions
 from fastcifar.train.schedule import RangeTest, lr_range, one_cycle, plot_range, read_range
 from fastcifar.study.statistics import plot_study_curves, study_answer
