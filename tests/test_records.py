@@ -18,7 +18,7 @@ from fastcifar.data.images import ImageData
 from fastcifar.runs.settings import Config
 from fastcifar.runs.run import RunHistory
 from fastcifar.runs.config import build_model, configure
-from fastcifar.runs.folder import RunFolder, check_settings, note_start
+from fastcifar.runs.folder import RunFolder, check_same, check_settings, note_start
 from fastcifar.runs.artifacts import draw_interpretation
 from fastcifar.runs.folder import resolve_config, write_surroundings
 from fastcifar.train.schedule import LRRange
@@ -98,6 +98,12 @@ def test_settings_of_a_folder(tmp_path):
     for k, v in dict(precision='bf16', path='item', epochs=3, norm='gn', seed=1, model='normnet41k').items():
         with pytest.raises(FastcifarError,
             match=f'holds a run with {k}='): check_settings(dataclasses.replace(c, **{k: v}), tmp_path)
+
+def test_a_finished_run_on_other_images_is_another_one(tmp_path):
+    "Whatever the settings say: a command with the same ones does not take it for its own"
+    c = resolve_config(config(), noise(), tmp_path, 'cpu')
+    check_same(c, tmp_path, noise())
+    with pytest.raises(FastcifarError, match='noise is not the data set of'): check_same(c, tmp_path, noise(seed=1))
 
 def test_a_configuration_is_settled_once(tmp_path):
     "Until the run has begun it may be another one; afterwards it stays, with its data in their order"
