@@ -71,3 +71,12 @@ def test_what_was_found():
     with open(ROOT/'tools/equivalent_mutants.csv', newline='',
         encoding='utf-8') as f: equivalent = list(csv.DictReader(f))
     assert all(r['reason'] for r in equivalent) and n['equivalent'] <= len(equivalent) < .1 * len(rows)
+
+def test_modules_and_their_notebooks():
+    "Every module whose mutants are judged has its notebook, its tests are there, and the way back is the same"
+    import mutate
+    for module, tests in mutate.TESTS.items():
+        notebook = mutate.notebook_of(module)
+        assert mutate.module_of(notebook) == module and (ROOT/mutate.file_of(module)).is_file()
+        assert all((ROOT/f'tests/{t}.py').is_file() for t in tests)
+    assert mutate.module_of('00_basics.ipynb') == 'basics'

@@ -85,6 +85,10 @@ def notebook_of(module) -> str:
     *folder, name = module.split('.')
     return next((ROOT/'nbs').joinpath(*folder).glob(f'[0-9][0-9]_{name}.ipynb')).relative_to(ROOT/'nbs').as_posix()
 
+def module_of(notebook) -> str:
+    "What a notebook makes, by its path in the folder of notebooks"
+    return re.sub(r'(^|/)\d+_', r'\1', notebook.removesuffix('.ipynb')).replace('/', '.')
+
 def file_of(module) -> str: return f'fastcifar/{module.replace(".", "/")}.py'
 
 def absolute(source, module) -> str:
@@ -191,7 +195,7 @@ def measure(copy:Path, unit:str) -> dict:
     sys.settrace(lines)
     if unit.endswith('.ipynb'):
         lines.start()
-        bad = run_notebook(copy, re.sub(r'^\d+_|\.ipynb$', '', unit))
+        bad = run_notebook(copy, module_of(unit))
         tests, failed = {unit: (*lines.stop(), {})}, [bad] if bad else []
     else:
         recorder = Recorder(lines)
