@@ -205,6 +205,21 @@ def results(**accuracies):
     return pd.DataFrame([dict(model='m', norm=k, recipe='r', bs=8, seed=s, status='finished',
         test_accuracy=v / 100) for k, vs in accuracies.items() for s, v in enumerate(vs) if v is not None])
 
+def test_a_cell_counts_what_failed_and_how_soon_it_learned():
+    "Medians of the epochs to each accuracy, over finished runs alone"
+    t = results(a=[70., 71., 72., 60., 61.]).assign(epochs_to_60=[3, 5, 4, 1, 1], epochs_to_70=[9, 7, 8, 1, 1])
+    t.loc[[3, 4], 'status'] = 'failed'
+    s = study_summary(t).iloc[0]
+    assert (s.n, s.failed, s.epochs_to_60, s.epochs_to_70) == (3, 2, 4, 8) and s['mean'] == pytest.approx(71)
+
+def test_a_group_is_compared_by_its_own_differences():
+    "What holds for one net is not said of another"
+    first = results(a=[80., 81., 82., 80.5], b=[60., 61.2, 62.1, 60.4])
+    second = results(a=[50., 51., 52., 50.], b=[50., 51., 52., 50.]).assign(model='other')
+    answer = study_answer(pd.concat([first, second], ignore_index=True))
+    lines = {l.split(',')[0]: l for l in answer if 'n = 4' in l}
+    assert 'a > b' in lines['m'] and 'a > b' not in lines['other'] and 'no difference' in lines['other']
+
 def test_differences_against_scipy():
     a, b = [70.1, 71.2, 72.4, 70.9], [69.5, 70.1, 71.9, 69.0]
     d, = paired_differences(results(a=a, b=b)).to_dict('records')
