@@ -96,6 +96,30 @@ def test_notebooks_ran_without_error_leak_no_paths_and_are_clean():
         dirty = any(c['metadata'].keys() - {'tags'} or c.get('execution_count') for c in nb['cells'])
         assert not dirty, f'{p.name}: run nbdev_clean'
 
+def registered_and_forgotten(sources):
+    "The nets that code makes known by name, and those that it takes back"
+    res = dict(register_model=set(), forget_model=set())
+    for node in (n for text in sources for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call)):
+        if getattr(node.func, 'id', None) not in res: continue
+        res[node.func.id] |= {a.value for a in node.args if isinstance(a, ast.Constant)}
+    return res['register_model'], res['forget_model']
+
+def example_cells(path):
+    "Code of a notebook that is run and not exported, where it is about registered nets"
+    cells = [''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code']
+    return [text for text in cells if '_model(' in text and not re.match(r'#\|\s*(export|eval: *false)', text)]
+
+def test_examples_leave_no_net_behind():
+    "Notebooks are tested several in a process, in no order: a net that one leaves is in the tables of the next"
+    for path in (ROOT/'nbs').rglob('*.ipynb'):
+        if path.match('models/00_registry.ipynb'): continue # has a register of its own
+        registered, forgotten = registered_and_forgotten(example_cells(path))
+        assert not registered - forgotten, f'{path.name}: forget_model{tuple(registered - forgotten)} at its end'
+
+def test_a_net_left_behind_is_noticed():
+    assert registered_and_forgotten(["@register_model('a')\nclass A: pass"]) == ({'a'}, set())
+    assert registered_and_forgotten(["register_model('a')(A)", "forget_model('a', 'b')"]) == ({'a'}, {'a', 'b'})
+
 def test_every_module_imports_only_from_modules_before_it():
     "Data flows one way: the folders in their order, in a folder the numbers of the notebooks; so there is no circle"
     order = rooms()
