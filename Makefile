@@ -85,7 +85,7 @@ bench: .venv/installed
 	@$(BIN)/fastcifar bench epoch --out benchmarks/epoch.json
 	@$(BIN)/fastcifar bench speedrun --device cpu --results results/norms/results.csv results/speedrun_*_epochs/results.csv --out benchmarks/cpu_speedrun.json
 	@$(BIN)/fastcifar bench parallel --rounds 3 --out benchmarks/parallel.json
-	@$(BIN)/fastcifar bench together --device cpu --rounds 3 --out benchmarks/together.json
+	@$(BIN)/fastcifar bench fused --device cpu --rounds 3 --out benchmarks/fused.json
 
 bench-gpu:
 	@python="$(gpu_python)"; PYTHONPATH=. $$python tools/gpu_slot/slot.py --out benchmarks/gpu $(if $(DATA),--data $(DATA)) $(if $(AIRBENCH),--airbench $(AIRBENCH))

@@ -392,7 +392,7 @@ def _compare_options(p):
     _count_option(p, 'what', '--seeds', 'how many runs of each (default: %(default)s)', default=3)
     _data_option(p)
     several = {'model', 'norm', 'seed', 'bs'} # The study has its own options for these
-    _setting_options(p, [k for k in _OPTIONS if k not in several | {'path'}],
+    _setting_options(p, [k for k in _OPTIONS if k not in several | {'tfms'}],
                      valid='none; curves are then those of the held-out images')
     _set_option(p)
     p.option('recipe', '--recipes', type=_names, default=['fast'], help='separated by commas (default: fast)')
@@ -407,7 +407,7 @@ def _study_machine_options(p):
     "Where the runs of a study are done"
     _device_option(p)
     _count_option(p, 'machine', '--jobs', 'runs at a time (default: one for each core, or three for each GPU)')
-    _count_option(p, 'machine', '--together', 'train N seeds of a net in one pass, for nets that are too small '
+    _count_option(p, 'machine', '--fused', 'train N seeds of a net in one pass, for nets that are too small '
                   'to keep a GPU busy (default: %(default)s)', default=1)
     _count_option(p, 'machine', '--threads', 'CPU threads of each run (default: %(default)s)', default=1)
     p.option('machine', '--on', choices=('local', 'ray'), default='local',
@@ -449,7 +449,7 @@ def compare_command(args) -> dict:
     settings = _given(args) | _about(args)
     sizes = settings.pop('bs', None)
     s = Study(args.out, args.models, _data(args), args.norms, args.recipes, args.seeds, sizes, **settings)
-    r = s.run(args.jobs, args.threads, args.device, not args.no_pictures, _cluster(args), args.together, _bars(args),
+    r = s.run(args.jobs, args.threads, args.device, not args.no_pictures, _cluster(args), args.fused, _bars(args),
               _say(args))
     args.exit_code = int((r.status == 'failed').any())
     return _study_result(r, args)
@@ -457,7 +457,7 @@ def compare_command(args) -> dict:
 # %% ../nbs/90_cli.ipynb #dffef5ac
 def _sweep_options(p):
     _data_option(p)
-    _setting_options(p, [k for k in _OPTIONS if k != 'path'],
+    _setting_options(p, [k for k in _OPTIONS if k != 'tfms'],
                      valid='5000; trials are judged by them, and the test split is not used')
     _set_option(p)
     _count_option(p, 'how long', '--trials', 'how many settings to try in all (default: %(default)s)', default=20)
@@ -533,7 +533,7 @@ def _range_learner(args):
     data = load_data(c.data, c.convert)
     seed_everything(c.seed)
     dls = data.dataloaders(bs=c.bs, policy=c.policy, seed=c.seed, num_workers=args.workers or 0, device=args.device,
-                           stats=c.stats, path=c.path)
+                           stats=c.stats, tfms=c.tfms)
     return recipe_learner(dls, build_model(c, len(data.classes)), c, precision=c.precision)
 
 @command('find-lr', 'find LRMIN and LRMAX by a learning-rate range test', _find_lr_options,
@@ -583,7 +583,7 @@ def _check_evaluation(args):
 # %% ../nbs/90_cli.ipynb #853ba5f5
 def _evaluation(i) -> dict:
     "What `--json` prints of an interpretation"
-    return dict(views=i.views, test_accuracy=i.accuracy, test_loss=i.loss, test_images=len(i.targs),
+    return dict(tta=i.tta, test_accuracy=i.accuracy, test_loss=i.loss, test_images=len(i.targs),
                 one_class=i.one_class(), calibration_error=i.ece(),
                 class_accuracy=i.class_accuracy().accuracy.to_dict(),
                 most_confused=[(a, b, int(n)) for a, b, n in i.most_confused(1)[:5]])
@@ -591,7 +591,7 @@ def _evaluation(i) -> dict:
 def _in_short(i, right) -> str:
     "An evaluation in a line"
     return (f'test accuracy {i.accuracy:.2%} ({right:,} of {len(i.targs):,} images), loss {i.loss:.4f}, '
-            f'calibration error {100 * i.ece():.1f} points; test-time views: {i.views}')
+            f'calibration error {100 * i.ece():.1f} points; test-time views: {i.tta}')
 
 def _show_evaluation(i, say) -> dict:
     "Print accuracy, classes and confusions of an interpretation, and return them"
@@ -616,7 +616,7 @@ def _robustness(interp, n, folder, out, say):
     from fastcifar.interpret.corruptions import mean_corruption_error, published_robustness, robustness
     t = published_robustness(interp, folder, n) if folder else robustness(interp, n)
     wide = t.pivot(index='corruption', columns='severity', values='accuracy')
-    say(f'\naccuracy by severity on {t.images.iloc[-1]:,} test images, test-time views: {interp.views}\n'
+    say(f'\naccuracy by severity on {t.images.iloc[-1]:,} test images, test-time views: {interp.tta}\n'
         + wide.to_string(float_format='{:.1%}'.format))
     if folder: say(f'mean corruption error of {folder}: {mean_corruption_error(t):.2%}')
     if out: _write_robustness(t, out, say)
@@ -745,7 +745,7 @@ def export_command(args) -> dict:
 
 # %% ../nbs/90_cli.ipynb #65b412b3
 def _bench_options(p):
-    p.add_argument('name', help='data, step, epoch, speedrun, parallel or together')
+    p.add_argument('name', help='data, step, epoch, speedrun, parallel or fused')
     p.option('what', '--data', help="for the speedrun on a GPU: 'cifar10', a folder or an archive "
                                     '(default: $FASTCIFAR_DATA, else cifar10)')
     p.option('what', '--airbench', type=_path, metavar='FILE',
@@ -755,7 +755,7 @@ def _bench_options(p):
     _count_option(p, 'how long', '--rounds', 'rounds of each pair (default: 5)')
     _count_option(p, 'how long', '--runs', 'for the speedrun on a GPU: whole trainings of each (default: 10)')
     p.option('machine', '--device', help='cuda for the GPU rows, cpu for the others (default: for speedrun and '
-             'together a GPU if there is one)')
+             'fused a GPU if there is one)')
     p.option('output', '--out', type=_path, metavar='FILE', help='also write the result to this JSON file')
     _overwrite_option(p, 'a file')
 

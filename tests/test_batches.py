@@ -60,7 +60,7 @@ def images(dl): return torch.cat([x for x, _ in dl])
 
 def test_augmentation_goes_by_seed_and_epoch_on_every_way(data):
     "Through the items of fastai, through arrays, and after another item transform"
-    def made(seed=0): return data.dataloaders(8, 'small_crop_flip', seed=seed, device='cpu', path='item').train
+    def made(seed=0): return data.dataloaders(8, 'small_crop_flip', seed=seed, device='cpu', tfms='item').train
     arrays, items = made(), made()
     items._rows = lambda: None # forbids the short way
     epochs = [images(arrays) for _ in range(3)]
@@ -96,12 +96,12 @@ def test_evaluation_in_order(data):
     mean, std = (torch.tensor(v)[:, None, None] for v in dls.stats)
     assert torch.allclose(next(iter(dls.evaluation(0)))[0][0].double(), (x - mean) / std, atol=1e-5)
 
-@pytest.mark.parametrize('path', ['item', 'batch'])
-def test_normalized_once_and_back(data, path):
+@pytest.mark.parametrize('tfms', ['item', 'batch'])
+def test_normalized_once_and_back(data, tfms):
     "By the path's own arithmetic, by fastai's after another transform, and back into images"
     mean, std = [.1, .2, .3], [.5, 1., 2.]
-    dls = data.dataloaders(bs=10, policy='none', device='cpu', path=path, stats=(mean, std))
-    assert isinstance(dls.train, BatchDL if path == 'batch' else ArrayDL) and dls.way == path
+    dls = data.dataloaders(bs=10, policy='none', device='cpu', tfms=tfms, stats=(mean, std))
+    assert isinstance(dls.train, BatchDL if tfms == 'batch' else ArrayDL) and dls.tfms == tfms
     x, y = next(iter(dls.valid))
     pixels = torch.from_numpy(data.x['test']).permute(0, 3, 1, 2) / 255
     wanted = (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
@@ -116,7 +116,7 @@ def test_normalized_once_and_back(data, path):
 
 def test_policies_come_before_other_transforms(data):
     "A policy is made for 32x32; images are read before all"
-    dls = data.dataloaders(bs=8, policy='flip', device='cpu', path='item')
+    dls = data.dataloaders(bs=8, policy='flip', device='cpu', tfms='item')
     dls.add_tfms([Resize(40)], 'after_item')
     kinds = [type(t).__name__ for t in dls.train.after_item.fs]
     assert kinds.index('AlbumentationsTransform') < kinds.index('Resize') and dls.one_batch()[0].shape[-1] == 40
@@ -127,7 +127,7 @@ def test_policies_come_before_other_transforms(data):
         def encodes(self, o):
             seen.append(type(o).__name__)
             return o
-    ds = data.dataloaders(bs=8, policy='none', device='cpu', path='item').train.dataset
+    ds = data.dataloaders(bs=8, policy='none', device='cpu', tfms='item').train.dataset
     ds.tls[0].tfms.add([First(32)])
     assert ds[0][0].size == (32, 32) and seen == ['PILImage']
 
@@ -144,7 +144,7 @@ def test_images_of_other_kinds(data, tmp_path):
     for i in (2, 3, 4): assert torch.equal(shown[i].as_subclass(torch.Tensor), third)
     for bad in (np.zeros((32, 32, 3)), np.zeros((32, 32), np.uint8), np.zeros((32, 32, 4), np.uint8)):
         with pytest.raises(FastcifarError, match='give uint8 of shape'): dls.test_dl([bad]).one_batch()
-    arrays = data.dataloaders(bs=8, policy='flip', device='cpu', path='item')
+    arrays = data.dataloaders(bs=8, policy='flip', device='cpu', tfms='item')
     with pytest.raises(FastcifarError, match='there is no image 32, noise'): arrays.test_dl([32]).one_batch()
 
 def test_labels_of_other_images(data, tmp_path):
@@ -174,7 +174,7 @@ def test_emptied_loaders_hold_nothing(data):
     assert [len(v) for v in (*d.x.values(), *d.y.values())] == [0] * 4 and len(data.x['train']) == 22
     assert d.classes == data.classes and d.coarse is None and d.x['train'].shape == (0, 32, 32, 3)
     assert empty.test_dl([data.x['test'][0]]).one_batch()[0].shape == (1, 3, 32, 32)
-    assert (empty.seed, empty.stats, empty.way) == (dls.seed, dls.stats, dls.way)
+    assert (empty.seed, empty.stats, empty.tfms) == (dls.seed, dls.stats, dls.tfms)
     with_coarse = ImageData(Arrays(data.x, data.y, data.classes), 'noise')
     with_coarse.coarse = data.y
     empty = with_coarse.dataloaders(bs=8, device='cpu').new_empty().data
@@ -187,9 +187,9 @@ def test_images_are_put_on_a_device_once(data):
 
 def test_only_the_training_split_is_augmented(data):
     "By each path; another policy's loader does without the first one's batch form"
-    for path in ('item', 'batch'):
-        dls = data.dataloaders(bs=10, policy='crop_flip_cutout', device='cpu', path=path)
-        plain = data.dataloaders(bs=10, policy='none', device='cpu', path=path)
+    for tfms in ('item', 'batch'):
+        dls = data.dataloaders(bs=10, policy='crop_flip_cutout', device='cpu', tfms=tfms)
+        plain = data.dataloaders(bs=10, policy='none', device='cpu', tfms=tfms)
         assert torch.equal(images(dls.valid), images(plain.valid))
         assert not torch.equal(images(dls.train), images(plain.train))
         unaugmented = dls.train.new(after_item=plain.train.after_item)

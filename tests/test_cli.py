@@ -117,7 +117,7 @@ RESUMABLE = {'help', 'json', 'data', 'device', 'workers', 'threads', 'compile', 
 def test_resume_refuses_every_setting(run, main):
     "Even one that is as the run has it, or as it would be without the option"
     out, _ = run
-    usual = dict(seed='0', recipe='one_cycle', precision='auto', path='auto', epochs='3', bs='20', out=str(out),
+    usual = dict(seed='0', recipe='one_cycle', precision='auto', tfms='auto', epochs='3', bs='20', out=str(out),
                  set='anneal=cos', model_args='n_in=3')
     for a in commands()['train']._actions:
         if a.dest in RESUMABLE: continue
@@ -136,7 +136,7 @@ def test_hint_on_how_to_go_on_holds_what_was_given(main, tree, tmp_path, monkeyp
         return call(self, inp, targ)
     monkeypatch.setattr(CrossEntropy, '__call__', stop)
     kept = ['--data', str(tree), '--workers', '1', '--threads', '1', '--device', 'cpu', '--checkpoint-every', '1', '--no-pictures']
-    code, said, err = main('train', *kept, *QUICK, '--model', 'normnet31k', '--path', 'item', '--out', 'my run')
+    code, said, err = main('train', *kept, *QUICK, '--model', 'normnet31k', '--tfms', 'item', '--out', 'my run')
     assert code == 130 and err.count('\n') == 1, err
     hint = shlex.split(err.partition('go on with: ')[2])
     assert hint == ['fastcifar', 'train', '--resume', 'my run', *kept]
@@ -295,7 +295,7 @@ def test_recipe_is_saved_changed_and_trained_with(main, tree, tmp_path):
     assert {k: c[k] for k in ('model', 'recipe', 'bs', 'policy', 'anneal', 'mom', 'mom_cycle')} == dict(model='normnet31k', recipe='reference', bs=12, policy='flip', anneal='linear', mom=.5, mom_cycle=None)
 
 @pytest.mark.parametrize('args, says', [
-    (('train', '--set', 'wd=1'), '--wd'), (('train', '--set', 'precision="fp32"'), '--precision'), (('find-lr', '--set', 'path=item'), '--path'), (('train', '--set', 'momentum=1'), 'momentum'), (('train', '--set', 'anneal=cubic'), 'cubic'), (('train', '--set', 'peak'), 'peak'), (('train', '--set', 'decay_all=True'), 'anneal=linear'), (('train', '--model-args', 'shared=True'), 'mended=true'),
+    (('train', '--set', 'wd=1'), '--wd'), (('train', '--set', 'precision="fp32"'), '--precision'), (('find-lr', '--set', 'tfms=item'), '--tfms'), (('train', '--set', 'momentum=1'), 'momentum'), (('train', '--set', 'anneal=cubic'), 'cubic'), (('train', '--set', 'peak'), 'peak'), (('train', '--set', 'decay_all=True'), 'anneal=linear'), (('train', '--model-args', 'shared=True'), 'mended=true'),
     (('recipes', '--recipe', 'fast'), '--save'), (('recipes', '--save', 'r.txt'), '.json')])
 def test_settings_that_are_refused(main, tree, args, says):
     code, _, err = main(*args, *(('--data', tree) if args[0] in ('train', 'find-lr') else ()))

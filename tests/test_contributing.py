@@ -61,7 +61,7 @@ with contextlib.redirect_stdout(out):
 assert re.search('^tinynet +[0-9,]+ +Two convolutions', out.getvalue(), re.M)
 assert re.search('^ *policy +- +flip +small_crop_flip', out.getvalue(), re.M)
 for tfms in ('item', 'batch'):
-    quick = dict(data=sys.argv[1], epochs=1, bs=20, path=tfms, precision='fp32')
+    quick = dict(data=sys.argv[1], epochs=1, bs=20, tfms=tfms, precision='fp32')
     c = configure('fast', 'tinynet', policy='gentle_flip', **quick)
     run = train_run(c, f'run_{tfms}', threads=1, bars=False, pictures=False, say=lambda s: None)
     kept = run_config(f'run_{tfms}')

@@ -156,7 +156,7 @@ def card():
     "A model card with the snippet for ONNX"
     m = dict(test_images=10, wrong=1, data_sha256='x', data='it', parameters=1, test_accuracy=.9,
              seed=0, recipe='fast', epochs=1, bs=1, precision='fp32')
-    return model_card(dict(metrics=m, classes=['it'], views='none', architecture=dict(name='n', norm='bn'),
+    return model_card(dict(metrics=m, classes=['it'], tta='none', architecture=dict(name='n', norm='bn'),
                            onnx=dict(opset=18, images=10, max_difference=1e-6),
                            environment=dict(device_name='cpu', versions=dict(torch='2', fastcifar='1'))))
 

@@ -75,8 +75,8 @@ def test_an_export_holds_no_images_and_needs_none(learn, tree, tmp_path):
     image.save(tmp_path/'image.png')
     shutil.copytree(tree, tmp_path/'images')
     data, learners = load_data(tmp_path/'images'), [learn]
-    for path in ('item', 'batch'):
-        dls = data.dataloaders(bs=16, device='cpu', path=path, num_workers=2)
+    for tfms in ('item', 'batch'):
+        dls = data.dataloaders(bs=16, device='cpu', tfms=tfms, num_workers=2)
         learners.append(cifar_learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(3072, 3))))
     files, expected = [], []
     for i, l in enumerate(learners):
@@ -115,8 +115,8 @@ def test_other_sizes_and_item_transforms(tree):
         mean, std = mean_std(dls)
         x = torch.cat([x for x, _ in dl])
         return ((x * std + mean) * 255).round().permute(0, 2, 3, 1).to(torch.uint8).numpy()
-    for path in ('item', 'batch'):
-        make = lambda policy: data.dataloaders(bs=16, policy=policy, path=path, device='cpu')
+    for tfms in ('item', 'batch'):
+        make = lambda policy: data.dataloaders(bs=16, policy=policy, tfms=tfms, device='cpu')
         dls = make('crop_flip_cutout')
         dls.add_tfms([Resize(64)], 'after_item')
         assert [dl.one_batch()[0].shape for dl in dls.loaders] == [(16, 3, 64, 64)] * 2

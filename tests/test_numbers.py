@@ -18,11 +18,11 @@ from fastcifar.study.statistics import paired_differences, plot_differences, plo
 
 VALID = 100
 
-def predicted(model, images, mean, std, views='flip'):
+def predicted(model, images, mean, std, tta='flip'):
     "Logits of uint8 images, without anything of the library but the net"
     x = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 255
     x = (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-    with torch.no_grad(): return (model(x) + model(x.flip(3))) / 2 if views == 'flip' else model(x)
+    with torch.no_grad(): return (model(x) + model(x.flip(3))) / 2 if tta == 'flip' else model(x)
 
 def measured(logits, y):
     "Accuracy and cross-entropy"
@@ -48,7 +48,7 @@ def run(tmp_path_factory):
     from fastcifar.runs.config import configure
     from fastcifar.runs.run import train_run
     out = tmp_path_factory.mktemp('numbers')/'run'
-    c = configure('fast', 'normnet31k', data='digits', epochs=3, bs=64, valid=VALID, views='flip', precision='fp32',
+    c = configure('fast', 'normnet31k', data='digits', epochs=3, bs=64, valid=VALID, tta='flip', precision='fp32',
         label_smoothing=.1)
     said = []
     m = train_run(c, out, threads=1, device='cpu', bars=False, say=said.append)
@@ -58,13 +58,13 @@ def test_metrics_of_a_run(run, splits):
     "Test, training and held-out images, all with the views of the recipe, after the last epoch"
     from fastcifar.models.zoo import load_model
     model, m = load_model(run.out), run.m
-    def of(split, views='flip'):
+    def of(split, tta='flip'):
         x, y = splits[split]
-        return measured(predicted(model, x, model.note['mean'], model.note['std'], views), y)
+        return measured(predicted(model, x, model.note['mean'], model.note['std'], tta), y)
     for name, split in (('test', 'test'), ('train', 'train'),
         ('valid', 'valid')): assert m[f'{name}_accuracy'] == pytest.approx(of(split)[0], abs=1e-9), name
     for name in ('test', 'train'): assert m[f'{name}_loss'] == pytest.approx(of(name)[1], abs=1e-4), name
-    assert (m['views'], m['train_views'], m['test_images'], m['valid_images']) == ('flip', 'flip', 300, VALID)
+    assert (m['tta'], m['train_tta'], m['test_images'], m['valid_images']) == ('flip', 'flip', 300, VALID)
     assert m['wrong'] == 300 - round(300 * m['test_accuracy']) == len(pd.read_csv(run.out/'wrong_predictions.csv'))
     history = pd.read_csv(run.out/'history.csv')
     assert history.accuracy.iloc[-1] == pytest.approx(of('valid', 'none')[0], abs=1e-6) # while training: one view
@@ -87,9 +87,9 @@ def test_evaluation_and_robustness_of_a_run(run, main, monkeypatch, tmp_path):
     "The same views for clean and corrupted images: a corruption that does nothing costs nothing, in our own and in published files"
     monkeypatch.setattr('fastcifar.interpret.corruptions.corrupt', lambda images, *_: images.copy())
     res = json.loads(main('evaluate', run.out, '--device', 'cpu', '--robustness', 60, '--json')[1])
-    assert res['test_accuracy'] == run.m['test_accuracy'] and res['views'] == 'flip'
-    (right, views), = {(r['right'], r['views']) for r in res['robustness']}
-    assert views == 'flip' and all((r['low'], r['high']) == pytest.approx(wilson(right, 60)) for r in res['robustness'])
+    assert res['test_accuracy'] == run.m['test_accuracy'] and res['tta'] == 'flip'
+    (right, tta), = {(r['right'], r['tta']) for r in res['robustness']}
+    assert tta == 'flip' and all((r['low'], r['high']) == pytest.approx(wilson(right, 60)) for r in res['robustness'])
     data = load_data('digits')
     (tmp_path/'c').mkdir()
     np.save(tmp_path/'c/labels.npy', np.tile(data.y['test'], 5))
@@ -131,12 +131,12 @@ def test_sweep(tmp_path, monkeypatch):
         fit(learn, *args, **kwargs)
         nets.append((learn.model.eval(), learn.dls.stats))
     monkeypatch.setattr(sweep, 'fit_recipe', fit)
-    s = sweep.Sweep(tmp_path/'s', 'normnet31k', 'digits', tune=('lr_max',), valid=100, epochs=2, bs=16, views='flip',
+    s = sweep.Sweep(tmp_path/'s', 'normnet31k', 'digits', tune=('lr_max',), valid=100, epochs=2, bs=16, tta='flip',
         precision='fp32')
     r = s.run(3, threads=1, device='cpu', bars=False, say=lambda _: None)
     t = pd.read_csv(tmp_path/'s/trials.csv')
     held = stratified_holdout(data.y['train'], 100)[1]
-    def of(x, y, views='flip'): return [measured(predicted(net, x, *map(list, norm), views), y)[0] for net,
+    def of(x, y, tta='flip'): return [measured(predicted(net, x, *map(list, norm), tta), y)[0] for net,
         norm in nets]
     mine = of(data.x['train'][held], data.y['train'][held])
     assert t.valid_accuracy.tolist() == pytest.approx(mine, abs=1e-9)
@@ -144,19 +144,19 @@ def test_sweep(tmp_path, monkeypatch):
     assert len(set(mine)) == 3 and mine not in others, 'the test can tell them apart'
     best = t.loc[t.valid_accuracy.idxmax()]
     assert (r['found']['valid_accuracy'], r['settings']['lr_max']) == pytest.approx((best.valid_accuracy, best.lr_max))
-    assert (r['found']['views'], r['found']['valid_images']) == ('flip', 100)
+    assert (r['found']['tta'], r['found']['valid_images']) == ('flip', 100)
 
 def test_sweep_that_judged_without_views_is_not_gone_on_with(tmp_path):
     from fastcifar.basics import FastcifarError, read_json, write_json
     from fastcifar.study.sweep import Sweep
     digits = load_data('digits')
-    for views, refused in (('none', False), ('flip', True)):
-        s = Sweep(tmp_path/views, 'normnet31k', 'digits', valid=VALID, views=views)
-        (tmp_path/views).mkdir()
+    for tta, refused in (('none', False), ('flip', True)):
+        s = Sweep(tmp_path/tta, 'normnet31k', 'digits', valid=VALID, tta=tta)
+        (tmp_path/tta).mkdir()
         s._settle(digits)
-        old = read_json(tmp_path/views/'sweep.json')
+        old = read_json(tmp_path/tta/'sweep.json')
         del old['judged_with_views'] # as older versions wrote it
-        write_json(tmp_path/views/'sweep.json', old)
+        write_json(tmp_path/tta/'sweep.json', old)
         if not refused: s._settle(digits)
         else:
             with pytest.raises(FastcifarError, match="judged_with_views='none', not 'flip'"): s._settle(digits)
@@ -169,7 +169,7 @@ def interpretation(p, right):
     dl = SimpleNamespace(vocab=['a', 'b'])
     interp = CifarInterpretation.__new__(CifarInterpretation)
     interp.__dict__.update(learn=learn, dl=dl, preds=preds, targs=targs, decoded=preds.argmax(1), vocab=['a', 'b'],
-        losses=-preds.gather(1, targs[:, None]).log().squeeze(1), views='none')
+        losses=-preds.gather(1, targs[:, None]).log().squeeze(1), tta='none')
     return interp
 
 def test_calibration_error():
@@ -265,25 +265,25 @@ def test_answer_says_what_the_table_says():
         assert all(pair in said for pair in two)
 
 def test_answer_says_what_else_differs():
-    r = pd.concat([results(a=[70, 71], b=[69, 70]).assign(recipe=k, bs=b, epochs=e, views=v, data='digits') for k, b, e,
+    r = pd.concat([results(a=[70, 71], b=[69, 70]).assign(recipe=k, bs=b, epochs=e, tta=v, data='digits') for k, b, e,
         v in (('fast', 128, 10, 'none'), ('reference', 512, 50., 'flip'))])
     said = study_answer(r, 'recipe')
-    assert said[2:] == [f'm, {k}: the runs compared differ in {what} as well' for k in 'ab' for what in ('views (flip, none)', 'epochs (10, 50)', 'batch size (128, 512)')]
+    assert said[2:] == [f'm, {k}: the runs compared differ in {what} as well' for k in 'ab' for what in ('tta (flip, none)', 'epochs (10, 50)', 'batch size (128, 512)')]
     assert not any('as well' in line for line in study_answer(r, 'norm'))
 
 def test_page_of_a_study(tmp_path):
     "It says over what p-values are corrected, and with which views accuracy was measured"
     from fastcifar.runs.report import write_study_report
-    r = results(a=[70., 71.], b=[69., 70.5]).assign(views='flip', folder=None)
+    r = results(a=[70., 71.], b=[69., 70.5]).assign(tta='flip', folder=None)
     page = write_study_report(tmp_path, r, study_summary(r).reset_index(), paired_differences(r), study_answer(r),
         {}).read_text()
     assert 'over all pairs of a factor, and of that factor alone' in page and 'test-time views: flip' in page
 
 def test_tables_name_the_views(run, tmp_path):
     from fastcifar.study.tables import collect_runs
-    assert collect_runs([run.out])[['views', 'train_views']].values.tolist() == [['flip', 'flip']]
+    assert collect_runs([run.out])[['tta', 'train_tta']].values.tolist() == [['flip', 'flip']]
     m = json.loads((run.out/'metrics.json').read_text())
-    del m['train_views'] # a run of an older version, whose training images were seen once
+    del m['train_tta'] # a run of an older version, whose training images were seen once
     for f in ('config.json', 'history.csv'): (tmp_path/f).write_text((run.out/f).read_text())
     (tmp_path/'metrics.json').write_text(json.dumps(m))
-    assert collect_runs([tmp_path])[['views', 'train_views']].values.tolist() == [['flip', 'none']]
+    assert collect_runs([tmp_path])[['tta', 'train_tta']].values.tolist() == [['flip', 'none']]

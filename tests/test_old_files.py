@@ -23,7 +23,7 @@ def old(tmp_path):
 def test_a_run_that_was_broken_off_goes_on(old):
     folder, expected = old
     c = run_config(folder/'begun')
-    assert (c.spectral, c.bias_rate, c.views) == (.5, .5, 'crops')
+    assert (c.update_norm, c.bias_lr_mult, c.tta) == (.5, .5, 'crops')
     metrics = train_run(c, folder/'begun', threads=1, device='cpu', bars=False, pictures=False, say=quiet)
     said = expected['continued']
     assert metrics['epochs'] == said['epochs']
@@ -57,4 +57,4 @@ def test_recipes_are_read(old, file):
     folder, _ = old
     saved, c = json.loads((folder/file).read_text()), configure(**read_recipe(folder/file))
     assert (c.recipe, c.model, c.lr_max) == (saved['recipe'], saved['model'], saved['settings']['lr_max'])
-    assert c.spectral == saved['settings']['spectral']
+    assert c.update_norm == saved['settings']['spectral']

@@ -40,7 +40,7 @@ LINES = {
     'peak of steps': ('train --recipe reference --model normnet48k --set peak=0.3', 'it is steps: leave it out'),
     'gamma of no steps': ('train --recipe fast --model normnet31k --set gamma=0.1', 'gamma is for the schedule steps'),
     'steps of a cycle': ('compare --models normnet31k --set step_epochs=2', 'step_epochs is for the schedule steps'),
-    'spectral of sgd': ('train --lr-max .1 --optimizer sgd --set spectral=12', 'spectral is not for the optimizer sgd'),
+    'update_norm of sgd': ('train --lr-max .1 --optimizer sgd --set update_norm=12', 'update_norm is not for the optimizer sgd'),
     'eps of sgd': ('sweep --model normnet31k --optimizer sgd --set eps=1e-8', 'eps is not for the optimizer sgd'),
     'muon of adam': ('train --set ns_steps=3', 'ns_steps is not for the optimizer adam'),
     'momentum that is cycled': ('train --set mom=0.5', 'mom_cycle moves it'),
@@ -57,7 +57,7 @@ LINES = {
     'policy of a sweep': ('sweep --model normnet31k --policy flip', 'policy is given, and searched'),
     'rates of a range test': ('find-lr --set lr_max=1', 'lr_max has no part in a range test'),
     'shape of a range test': ('find-lr --set anneal=linear', 'anneal has no part in a range test'),
-    'views of a range test': ('find-lr --set views=flip', 'views has no part in a range test'),
+    'tta of a range test': ('find-lr --set tta=flip', 'tta has no part in a range test'),
     'converted digits': ('train --data digits --convert', 'convert is for your own images'),
     'converted digits of a range test': ('find-lr --data digits --convert', 'convert is for your own images'),
     'data of a packaged net': ('demo groupnet --data TREE', 'groupnet is none'),
@@ -102,7 +102,7 @@ CALLS = {
     'kind of no decay': (lambda: configure('fast', 'normnet31k', decay_all=True), 'wd is 0'),
     'converted digits': (lambda: configure(data='digits', convert=True), 'convert is for your own images'),
     'converted arrays': (lambda: load_data((np.zeros((9, 32, 32, 3), np.uint8), np.zeros(9, int)), True), 'are arrays'),
-    'an optimizer': (lambda: optimizer('sgd', spectral=12.), 'sgd has no spectral'),
+    'an optimizer': (lambda: optimizer('sgd', update_norm=12.), 'sgd has no update_norm'),
     'a net': (lambda: create_model('groupnet', norm='ln', groups=4), 'groups are for group norm'),
     'a sweep': (lambda: Sweep('s', 'normnet31k', 'digits', wd=.1), 'wd is given, and searched'),
     'a study': (
@@ -131,7 +131,7 @@ def test_what_has_an_effect_is_taken():
     assert create_recipe('fast', 'normnet31k', schedule='steps', gamma=.5, step_epochs=2).step_epochs == 2
     assert create_recipe('fast', 'normnet31k', schedule='constant').lr_min == .02 / 25 # idle, not given
     assert create_recipe('fast', 'normnet31k', lr_min=None, schedule='constant').lr_min is None
-    assert create_recipe('speedrun', 'speednet', optimizer='sgd').spectral == 12
+    assert create_recipe('speedrun', 'speednet', optimizer='sgd').update_norm == 12
     assert configure('fast', 'normnet31k', norm='gn', groups=4).groups == 4
     assert Sweep('s', 'normnet31k', 'digits', lr_max=.01).base.lr_max == .01 # the search goes out from it
     assert Sweep('s', 'normnet31k', 'digits', decay='l2').base.decay == 'l2' # of the weight decay that is searched
@@ -229,8 +229,8 @@ def test_declared_names_are_those_that_are_implemented():
     declared = {f.name: f.metadata['rule'].names for f in fields(Config) if isinstance(f.metadata['rule'], OneOf)}
     assert declared == dict(
         policy=list(POLICIES), optimizer=list(OPTIMIZERS), schedule=list(SCHEDULES), anneal=['cos', 'linear'],
-        decay=['decoupled', 'l2'], views=list(VIEWS), model=list_models(), norm=list(NORMS), recipe=list(RECIPES),
-        precision=['auto', *PRECISIONS], path=['auto', 'item', 'batch'])
+        decay=['decoupled', 'l2'], tta=list(VIEWS), model=list_models(), norm=list(NORMS), recipe=list(RECIPES),
+        precision=['auto', *PRECISIONS], tfms=['auto', 'item', 'batch'])
     known = {f.name for f in fields(Config)}
     assert {k for names in (*SCHEDULES.values(), *OPTIMIZERS.values()) for k in names} <= known
 

@@ -83,7 +83,7 @@ def killed_in(m, step):
 
 def test_resumed_before_anything_was_trained(main, tree, tmp_path, monkeypatch):
     "Killed in the range test: --resume goes on as the run was begun, and what began it stays"
-    began = ('train', '--data', tree, *SIZE, '--path', 'item', '--workers', 1, '--device', 'cpu')
+    began = ('train', '--data', tree, *SIZE, '--tfms', 'item', '--workers', 1, '--device', 'cpu')
     with monkeypatch.context() as m:
         killed_in(m, 'Training.find_rates')
         assert main(*began, '--checkpoint-every', 2, '--deterministic', '--threads', 1, '--out', 'r')[0] == 130
@@ -160,7 +160,7 @@ def test_seeds_in_one_pass_say_so_and_a_finished_one_stays(tree, tmp_path):
     [((configs, folders, folder), kw)] = called
     assert [c.seed for c in configs] == [0, 1] and folders == list(map(str, outs)) and folder == str(work)
     assert kw == dict(device=env['device'], threads=1, pictures=False)
-    assert env['together'] == 2 and len(env['starts']) == 1
+    assert env['fused'] == 2 and len(env['starts']) == 1
     (outs[1]/'metrics.json').unlink() # its pass goes on, for the other alone
     train()
     assert {f: f.read_bytes() for f in outs[0].glob('*.json')} == was
@@ -181,7 +181,7 @@ def test_what_is_left_to_the_machine_is_said(tree, tmp_path):
     from fastcifar.runs.settings import Config
     from fastcifar.runs.folder import RunFolder
     from fastcifar.runs.run import Training
-    c = Config(precision='bf16', path='batch')
+    c = Config(precision='bf16', tfms='batch')
     def commands(asked, words, **more):
         t = Training(asked, None, None, RunFolder(tmp_path), 'cpu', dict(threads=3), words, **more)
         return t.commands(c)
@@ -189,7 +189,7 @@ def test_what_is_left_to_the_machine_is_said(tree, tmp_path):
     assert typed == 'fastcifar train --threads 3' and again == f'{typed} --device cpu --precision bf16'
     typed, again = commands(c, ['train', '--resume', 'r'])
     assert typed == 'fastcifar train --resume r' # alone it would begin nothing
-    assert again == f"train_run(Config(precision='bf16', path='batch'), out={str(tmp_path)!r}, threads=3, device='cpu')"
+    assert again == f"train_run(Config(precision='bf16', tfms='batch'), out={str(tmp_path)!r}, threads=3, device='cpu')"
     torch.use_deterministic_algorithms(True)
     try: again = commands(Config(), None, pictures=False)[1]
     finally: torch.use_deterministic_algorithms(False)

@@ -99,7 +99,7 @@ def table(text, head):
 def test_accuracies_come_from_their_runs():
     "Mean, interval and number of the runs of each net and norm"
     runs = records_table(*ROOT.glob('results/lossless/reference_*.jsonl'))
-    assert set(runs.data) == {'cifar10'} and set(runs.views) == {'none'} and set(runs.test_images) == {10_000}
+    assert set(runs.data) == {'cifar10'} and set(runs.tta) == {'none'} and set(runs.test_images) == {10_000}
     summary, rows = study_summary(runs, ['model', 'norm']), table(README, 'net')
     assert len(rows) == len(summary)
     for r in rows:

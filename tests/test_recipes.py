@@ -18,9 +18,9 @@ from fastcifar.runs.recipes import (USUAL_RATES, create_recipe, override_recipe,
 
 PLAIN = dict(epochs=24, bs=512, policy=None, optimizer='adam', schedule='one_cycle', lr_max=None, lr_min=None,
     lr_end=None, peak=5 / 24, anneal='cos', step_epochs=1, gamma=.1, mom=.9, mom_cycle=(.95, .85, .95), sqr_mom=.99,
-    eps=1e-5, spectral=0, bias_rate=1, ns_steps=5, unit_filters=False, wd=None, decay='decoupled', decay_all=False,
+    eps=1e-5, update_norm=0, bias_lr_mult=1, ns_steps=5, unit_filters=False, wd=None, decay='decoupled', decay_all=False,
         l1=0, label_smoothing=0,
-    dropout=None, freeze=(), ema=0, views='none', stats=None, model_args=None)
+    dropout=None, freeze=(), ema=0, tta='none', stats=None, model_args=None)
 IMAGES, PIXELS = ((.4914, .4822, .4465), (.2023, .1994, .2010)), ((.4914, .4822, .4465), (.2471, .2435, .2616))
 TORCH = dict(decay='l2', decay_all=True)
 SGD, ADAM = dict(TORCH, optimizer='sgd', wd=0), dict(TORCH, sqr_mom=.999, eps=1e-8)
@@ -28,8 +28,8 @@ CONSTANT = dict(SGD, epochs=20, bs=128, policy='crop_reflect_flip', schedule='co
 SEPNET = dict(SGD, epochs=25, bs=128, policy='shift_scale_rotate_black', schedule='constant', lr_max=.1,
     stats=((.4914, .4822, .4471), (.2469, .2433, .2615)))
 SPEED = dict(epochs=8, bs=1000, policy='small_crop_altflip', optimizer='muon', lr_max=.02, lr_min=.02, lr_end=2e-5,
-    peak=.01, anneal='linear', mom=.6, mom_cycle=None, spectral=12, unit_filters=True, wd=0, label_smoothing=.2,
-    freeze=(('whiten.bias', 3),), views='crops')
+    peak=.01, anneal='linear', mom=.6, mom_cycle=None, update_norm=12, unit_filters=True, wd=0, label_smoothing=.2,
+    freeze=(('whiten.bias', 3),), tta='crops')
 FAST = dict(bs=128, policy='small_crop_flip', optimizer='muon', lr_max=.02, lr_min=8e-4, lr_end=2e-5, peak=.2,
     mom_cycle=None, wd=0, dropout=0)
 SETTINGS = { # as their authors trained them, and as we do: what differs from the defaults
@@ -47,7 +47,7 @@ SETTINGS = { # as their authors trained them, and as we do: what differs from th
     'fast': {m: dict(FAST, epochs=e) for m, e in dict(normnet31k=15, normnet41k=20, normnet48k=20, groupnet=20,
         sepnet178k=25, sepnet195k=25, sepnet200k=25, fastnet200k=25).items()} | dict(speednet=SPEED,
         custom_resnet=dict(FAST, bs=512, policy='small_crop_flip_cutout', lr_max=4e-3, lr_min=1.6e-4, lr_end=4e-6,
-            label_smoothing=.2, views='crops')),
+            label_smoothing=.2, tta='crops')),
     'speedrun': dict(speednet=SPEED), 'one_cycle': {m: {} for m in list_models()}}
 
 def same(a, b):
@@ -90,13 +90,13 @@ def test_speedrun_is_for_one_net():
 
 def test_text_of_a_recipe():
     assert repr(Recipe()) == 'Recipe()'
-    assert repr(Recipe(bs=8, wd=.1, views='flip')) == "Recipe(bs=8, wd=0.1, views='flip')"
+    assert repr(Recipe(bs=8, wd=.1, tta='flip')) == "Recipe(bs=8, wd=0.1, tta='flip')"
 
 EDGES = { # setting -> values that are just allowed, and just not
     'epochs': ([1, 10**9 - 1], [0, -1, 10**9]), 'bs': ([1], [0]), 'step_epochs': ([1], [0]), 'ns_steps': ([1], [0]),
     'lr_max': ([1e-9, 999.], [0, -1., 1e3]), 'wd': ([0, 999.], [-1e-9, 1e3]), 'peak': ([0, .999], [-.1, 1]),
     'gamma': ([0, 999], [-1, 1e3]), 'mom': ([0, .99], [1, -.1]), 'sqr_mom': ([0, .99], [1, -.1]),
-    'eps': ([0, .9], [1, -.1]), 'spectral': ([0, 999], [1e3, -1]), 'bias_rate': ([0, 999], [1e3, -1]),
+    'eps': ([0, .9], [1, -.1]), 'update_norm': ([0, 999], [1e3, -1]), 'bias_lr_mult': ([0, 999], [1e3, -1]),
     'l1': ([0, 999], [1e3, -1]),
     'label_smoothing': ([0, .9], [1, -.1]), 'dropout': ([0, .9], [1, -.1]), 'ema': ([0, .9], [1, -.1]),
     'mom_cycle': ([(0, 0, .99), [.1, .2, .3]], [(0, 0, 1), (0, 0), (0, 0, 0, 0), (0, 0, -.1), (0, 0, 'a')]),
@@ -108,7 +108,7 @@ EDGES = { # setting -> values that are just allowed, and just not
     'model_args': ([{}, None, dict(a=1)], [[], 'a']),
     'policy': ([None, 'none', 'flip'], ['flop', 1]), 'optimizer': (['sgd', 'adam', 'muon'], ['sgdd', None]),
     'schedule': (['steps'], ['step', None]), 'anneal': (['cos', 'linear'], ['cosine']), 'decay': (['l2'], ['l1']),
-    'views': (['none', 'flip', 'crops'], ['crop', None])}
+    'tta': (['none', 'flip', 'crops'], ['crop', None])}
 
 @pytest.mark.parametrize('name', EDGES)
 def test_edges_of_settings(name):
@@ -169,8 +169,8 @@ def test_idle_settings_of_a_file(tmp_path):
     write_recipe(f, create_recipe('reference', 'sepnet178k'), 'reference', 'sepnet178k')
     saved = json.loads(f.read_text())
     read = read_recipe(f)
-    assert not {'gamma', 'lr_end', 'peak', 'spectral', 'sqr_mom'} & set(read) and read['lr_max'] == .1
-    for k, v in dict(gamma=.2, peak=.5, lr_end=1e-3, anneal='linear', spectral=2., step_epochs=3).items():
+    assert not {'gamma', 'lr_end', 'peak', 'update_norm', 'sqr_mom'} & set(read) and read['lr_max'] == .1
+    for k, v in dict(gamma=.2, peak=.5, lr_end=1e-3, anneal='linear', update_norm=2., step_epochs=3).items():
         f.write_text(json.dumps(dict(saved, settings={**saved['settings'], k: v})))
         with pytest.raises(FastcifarError, match=f'{k} is '): read_recipe(f)
     f.write_text(json.dumps(dict(saved, settings={**saved['settings'], 'peak': 5 / 24 + 1e-12}))) # written by hand

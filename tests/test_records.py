@@ -67,7 +67,7 @@ def test_a_folder_is_asked(tmp_path):
 @pytest.mark.parametrize('field, good, bad', [('seed', [0, 2**32 - 1], [-1, 2**32, 1.5]), ('valid', [None, 5], [.5]),
     ('groups', [None, 4], ['4']), ('norm', ['bn', 'gn'], ['xn']),
     ('precision', ['auto', 'fp32', 'bf16', 'fp16'], ['fp8']),
-    ('path', ['auto', 'item', 'batch'], ['batches']), ('model', ['normnet31k'], ['normnet']), ('convert', [True], [1]),
+    ('tfms', ['auto', 'item', 'batch'], ['batches']), ('model', ['normnet31k'], ['normnet']), ('convert', [True], [1]),
     ('data', ['x'], [1]), ('recipe', ['fast'], ['slow'])])
 def test_edges_of_a_configuration(field, good, bad):
     for v in good: assert getattr(Config(**{field: v}).checked(), field) == v
@@ -88,14 +88,14 @@ def test_a_net_of_a_configuration():
 
 def test_settings_of_a_folder(tmp_path):
     "Two runs are the same if every setting is; what is settled when one starts may be left open"
-    c = dataclasses.replace(config(), precision='fp32', path='batch')
+    c = dataclasses.replace(config(), precision='fp32', tfms='batch')
     data = noise()
     c = resolve_config(c, data, tmp_path, 'cpu')
     saved = json.loads((tmp_path/'config.json').read_text())
     assert (saved['data'], saved['data_sha256'], saved['data_order']) == ('noise', data.source, data.order)
     check_settings(c, tmp_path)
-    check_settings(dataclasses.replace(c, precision='auto', path='auto', data='elsewhere'), tmp_path)
-    for k, v in dict(precision='bf16', path='item', epochs=3, norm='gn', seed=1, model='normnet41k').items():
+    check_settings(dataclasses.replace(c, precision='auto', tfms='auto', data='elsewhere'), tmp_path)
+    for k, v in dict(precision='bf16', tfms='item', epochs=3, norm='gn', seed=1, model='normnet41k').items():
         with pytest.raises(FastcifarError,
             match=f'holds a run with {k}='): check_settings(dataclasses.replace(c, **{k: v}), tmp_path)
 
@@ -109,8 +109,8 @@ def test_a_configuration_is_settled_once(tmp_path):
     "Until the run has begun it may be another one; afterwards it stays, with its data in their order"
     data, first = noise(), config()
     c = resolve_config(first, data, tmp_path, 'cpu')
-    assert c.precision != 'auto' and c.path == 'batch' and dataclasses.replace(c, precision='auto',
-        path='auto') == first
+    assert c.precision != 'auto' and c.tfms == 'batch' and dataclasses.replace(c, precision='auto',
+        tfms='auto') == first
     assert resolve_config(config(epochs=5), data, tmp_path, 'cpu').epochs == 5
     assert json.loads((tmp_path/'config.json').read_text())['epochs'] == 5
     (tmp_path/'history.csv').write_text('')
@@ -364,14 +364,14 @@ def test_passes_over_several_seeds(tmp_path):
     "In the order of the grid; one that was begun goes on with the seeds that it had"
     folder = tmp_path/'runs'
     grid = study_grid('normnet31k', ('bn', 'gn'), seeds=5)
-    def passes(together): return [[(c.norm, c.seed) for c in p] for p in study._passes(grid, folder, together)]
+    def passes(fused): return [[(c.norm, c.seed) for c in p] for p in study._passes(grid, folder, fused)]
     assert passes(1) == [[(n, s)] for s in range(5) for n in ('bn', 'gn')]
     assert passes(2) == [[(n, s) for s in seeds] for seeds in ((0, 1), (2, 3), (4,)) for n in ('bn', 'gn')]
     done(folder, grid[0]), done(folder, grid[5]) # bn 0, gn 2
     assert passes(3) == [[('gn', 0), ('gn', 1), ('gn', 3)], [('bn', 1), ('bn', 2), ('bn', 3)], [('bn', 4)], [('gn', 4)]]
     assert passes(1) == [[(n, s)] for s in range(5) for n in ('bn', 'gn') if (n, s) not in (('bn', 0), ('gn', 2))]
     study._work([grid[2], grid[8]], folder).mkdir(parents=True) # bn 1 and 4
-    assert study._work([grid[2], grid[8]], folder) == tmp_path/'together/normnet31k-bn-fast-bs128-seeds1_4'
+    assert study._work([grid[2], grid[8]], folder) == tmp_path/'fused/normnet31k-bn-fast-bs128-seeds1_4'
     assert passes(3)[1:] == [[('bn', 1), ('bn', 4)], [('bn', 2), ('bn', 3)], [('gn', 4)]] and len(passes(3)) == 4
     assert [('bn', 1)] in passes(1) and [('bn', 4)] in passes(1)
     done(folder, grid[2])
@@ -385,7 +385,7 @@ def written(folder, c, accuracy=.7, rows=None, status='finished', **more):
     "A run folder as a finished training leaves it, as far as tables need it"
     folder.mkdir(parents=True)
     (folder/'config.json').write_text(json.dumps(dataclasses.asdict(dataclasses.replace(c, precision='fp32',
-    path='batch')) | dict(
+    tfms='batch')) | dict(
         data='digits', data_sha256='a' * 64)))
     rows = [dict(epoch=e, train_loss=2 / e, train_accuracy=.3 * e, valid_loss=1 / e, accuracy=a, lr=.1, seconds=1.)
         for e, a in enumerate(rows or [.65, accuracy], 1)]
@@ -393,7 +393,7 @@ def written(folder, c, accuracy=.7, rows=None, status='finished', **more):
     if status == 'finished':
         m = dict(test_accuracy=accuracy, test_loss=.5, train_accuracy=.8, test_images=200,
             wrong=round(200 * (1 - accuracy)),
-            parameters=31000, precision='fp32', seconds=2., data='digits', train_views='none', views='none',
+            parameters=31000, precision='fp32', seconds=2., data='digits', train_tta='none', tta='none',
                 epochs=c.epochs,
             seed=c.seed, bs=c.bs, model=c.model, norm=c.norm, recipe=c.recipe)
         (folder/'metrics.json').write_text(json.dumps(m | more))
@@ -415,7 +415,7 @@ def test_rows_of_runs(tmp_path):
     assert t.test_accuracy.tolist()[:2] == [.7,
         .6] and t.test_accuracy[2:].isna().all() and t.seed.tolist() == list(range(6))
     assert t.epochs_to_60.tolist()[:2] == [1, 2] and t.epochs_to_70.fillna(-1).tolist()[:2] == [2, -1]
-    assert t.loc[0, ['path', 'views', 'precision', 'test_images', 'seconds']].tolist() == ['batch', 'none', 'fp32',
+    assert t.loc[0, ['tfms', 'tta', 'precision', 'test_images', 'seconds']].tolist() == ['batch', 'none', 'fp32',
         200, 2]
     alone = collect_runs(folders[:2])
     assert alone.test_accuracy.tolist() == [.7, .6] and alone.seed.tolist() == [0, 1]
@@ -521,7 +521,7 @@ def test_a_study_runs_what_is_left(tmp_path, monkeypatch):
     said = []
     r = s.run(threads=2, device='cpu', bars=False, say=said.append)
     assert pool.jobs == 3 and [c.seed for args in pool.calls.values() for c in args[0]] == [0, 1, 1]
-    assert all(args[2:] == (2, 'cpu', os.getpid(), 0, True) for args in pool.calls.values())
+    assert all(args[2:] == (2, 'cpu', os.getpid(), 0, True, []) for args in pool.calls.values())
     assert said[0] == '4 runs, 1 finished; 3 at a time on cpu' and [l.split()[0] for l in said[1:4]] == ['1/3', '2/3',
         '3/3']
     assert said[1].endswith('gn-fast-bs128-seed0: 70.00%') and said[2].endswith('failed: no memory')
@@ -529,7 +529,7 @@ def test_a_study_runs_what_is_left(tmp_path, monkeypatch):
     again = Study(tmp_path/'s', 'normnet31k', 'noise', ('bn', 'gn'), seeds=2, epochs=2)
     again.run(threads=9, device='cpu', bars=False, say=quiet)
     assert pool.jobs == 1 and len(pool.calls) == 2
-    for k in ('jobs', 'threads', 'together'):
+    for k in ('jobs', 'threads', 'fused'):
         with pytest.raises(FastcifarError, match=f'{k} is 0'): again.run(**{k: 0}, device='cpu')
 
 def test_one_run_of_a_study(tmp_path, monkeypatch):

@@ -49,8 +49,8 @@ def test_sweeps_that_are_refused(tmp_path, settings, says):
     assert not (tmp_path/'s').exists()
 
 def test_where_a_sweep_starts(tmp_path):
-    s = Sweep(tmp_path, 'normnet31k', 'digits', valid=1, recipe='one_cycle', lr_max=.5, decay='l2', views='flip')
-    assert (s.base.lr_max, s.base.decay, s.base.valid, s.base.views, s.base.data) == (.5, 'l2', 1, 'flip', 'digits')
+    s = Sweep(tmp_path, 'normnet31k', 'digits', valid=1, recipe='one_cycle', lr_max=.5, decay='l2', tta='flip')
+    assert (s.base.lr_max, s.base.decay, s.base.valid, s.base.tta, s.base.data) == (.5, 'l2', 1, 'flip', 'digits')
     assert s.tune == TUNABLE and Sweep(tmp_path, 'normnet31k').base.valid == 5000
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def small(folder, **more):
 def test_best_trial_is_written(tmp_path, quick):
     "With its settings, and what they were found with"
     quick.answers = {0: .5, 1: .7, 2: 'PRUNED', 3: .6}.get
-    said, s = [], small(tmp_path, views='flip', seed=3)
+    said, s = [], small(tmp_path, tta='flip', seed=3)
     r = s.run(4, device='cpu', bars=False, say=said.append)
     t = pd.read_csv(tmp_path/'trials.csv')
     assert t.columns.tolist() == ['trial', 'state', 'valid_accuracy', 'epochs', 'lr_max', 'policy']
@@ -86,7 +86,7 @@ def test_best_trial_is_written(tmp_path, quick):
     assert json.loads((tmp_path/'recipe.json').read_text()) == json.loads(json.dumps(r))
     found, best = r['found'], quick.seen[1]
     assert len(found.pop('data_sha256')) and found == dict(trials=4, complete=3, valid_accuracy=.7, valid_images=100,
-        views='flip', data='digits', epochs=2, seed=3)
+        tta='flip', data='digits', epochs=2, seed=3)
     assert (r['recipe'], r['model'], r['norm']) == ('fast', 'normnet31k', 'bn')
     assert all(r['settings'][k] == getattr(best, k) for k in ('policy', 'lr_max', 'lr_min', 'bs'))
     assert (tmp_path/'sweep.png').is_file() and len(said) == 5

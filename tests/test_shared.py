@@ -39,7 +39,7 @@ def about(**more):
     metrics = dict(test_accuracy=.75, test_images=200, wrong=50, parameters=31_000, data='birds', data_sha256='a' * 64,
         recipe='fast', epochs=3, bs=64, precision='fp32', seed=5)
     env = dict(device_name='a CPU', versions=dict(torch='2.11', fastcifar='0.1'))
-    return dict(architecture=dict(name='normnet31k', norm='bn'), classes=['auk', 'owl'], views='flip', metrics=metrics,
+    return dict(architecture=dict(name='normnet31k', norm='bn'), classes=['auk', 'owl'], tta='flip', metrics=metrics,
         environment=env) | more
 
 def test_a_card_says_what_was_measured():
@@ -63,7 +63,7 @@ def run(tree, tmp_path_factory):
     from fastcifar.runs.config import configure
     from fastcifar.runs.run import train_run
     out = tmp_path_factory.mktemp('shared')/'run'
-    train_run(configure('fast', 'normnet31k', data=str(tree), epochs=1, bs=20, views='flip'), out, bars=False,
+    train_run(configure('fast', 'normnet31k', data=str(tree), epochs=1, bs=20, tta='flip'), out, bars=False,
         pictures=False, threads=1, device='cpu', say=lambda _: None)
     return out
 
@@ -77,7 +77,7 @@ def test_a_folder_to_share(run):
     assert (out/'README.md').read_text() == model_card(c)
     m = json.loads((run/'metrics.json').read_text())
     assert {k: v for k, v in c['metrics'].items() if k != 'n'}.items() <= m.items() and c['metrics']['n'] == 1
-    assert (c['views'], c['classes'], c['architecture']['name']) == ('flip', ['blue', 'green', 'red'], 'normnet31k')
+    assert (c['tta'], c['classes'], c['architecture']['name']) == ('flip', ['blue', 'green', 'red'], 'normnet31k')
     assert c['training'] == json.loads((run/'config.json').read_text()) and len(c['mean']) == len(c['std']) == 3
     ours = (Path(run.parent)/'plain')
     ours.mkdir()

@@ -67,9 +67,9 @@ def test_speedrun_trains_and_continues(main, tree):
     code, out, err = main(*args, '--json')
     assert code == 0, err
     m, c = json.loads(out), json.load(open('r/config.json'))
-    assert m['views'] == 'crops' and m['test_accuracy'] > 0.5
-    assert c['path'] == 'batch' and c['freeze'] == [['whiten.bias', 3]]
-    assert 'test-time views' in err and 'batch path' in err
+    assert m['tta'] == 'crops' and m['test_accuracy'] > 0.5
+    assert c['tfms'] == 'batch' and c['freeze'] == [['whiten.bias', 3]]
+    assert 'test-time views' in err and 'batch transforms' in err
     assert main(*args)[0] == 0
     assert main('predict', '--from', 'r', tree/'test/red/00.png')[0] == 0
     assert abs(json.loads(main('evaluate', 'r', '--json')[1])['test_accuracy'] - m['test_accuracy']) < 1e-9
@@ -81,22 +81,22 @@ SHORT = ('train', '--model', 'normnet31k', '--epochs', 1, '--bs', 20, '--lr-max'
 def test_paths(main, tree):
     "Both ways to make batches train; a run of one is not continued by the other"
     args = (*SHORT, '--data', tree)
-    for path in ('item', 'batch'):
-        code, out, err = main(*args, '--path', path, '--out', path)
-        assert code == 0 and f'{path} path' in out, err
-    code, _, err = main(*args, '--path', 'item', '--out', 'batch')
-    assert code == 2 and "path='batch', not 'item'" in err
-    code, _, err = main('train', '--data', tree, '--path', 'bach')
+    for tfms in ('item', 'batch'):
+        code, out, err = main(*args, '--tfms', tfms, '--out', tfms)
+        assert code == 0 and f'{tfms} transforms' in out, err
+    code, _, err = main(*args, '--tfms', 'item', '--out', 'batch')
+    assert code == 2 and "tfms='batch', not 'item'" in err
+    code, _, err = main('train', '--data', tree, '--tfms', 'bach')
     assert code == 2 and "did you mean 'batch'" in err
 
 def test_runs_from_before_the_batch_path(main, tree):
     "A run folder whose configuration names no path was made by the item path, and is known again"
     args = (*SHORT, '--data', tree, '--out', 'old')
-    assert main(*args, '--path', 'item')[0] == 0
+    assert main(*args, '--tfms', 'item')[0] == 0
     from pathlib import Path
     f = Path('old/config.json')
     c = json.loads(f.read_text())
-    for k in ('path', 'views', 'ema', 'freeze'): c.pop(k)
+    for k in ('tfms', 'tta', 'ema', 'freeze'): c.pop(k)
     f.write_text(json.dumps(c))
     code, out, err = main(*args)
     assert code == 0 and 'is finished' in out, err

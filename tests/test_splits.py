@@ -193,8 +193,8 @@ def test_a_colour_that_does_not_vary(images, flat, level):
     names = ', '.join(('red', 'green', 'blue')[c] for c in flat)
     assert f'arrays: the training images do not vary in {names}, which is centred, and divided by 1' in said
     assert [data.std[c] for c in flat] == [1.] * len(flat) and all(.2 < data.std[c] < .4 for c in {0, 1, 2} - {*flat})
-    for path in ('item', 'batch'):
-        b = data.dataloaders(bs=30, path=path, policy='none', device='cpu').one_batch()[0]
+    for tfms in ('item', 'batch'):
+        b = data.dataloaders(bs=30, tfms=tfms, policy='none', device='cpu').one_batch()[0]
         assert b.isfinite().all() and b[:, list(flat)].abs().max() < 1e-4
     with pytest.raises(FastcifarError, match='above 0'): data.dataloaders(bs=30, stats=([0.] * 3, [.2, .2, 0.]))
 

@@ -110,7 +110,7 @@ def test_study_of_an_older_version_continues(study, tmp_path):
     saved = json.loads((tmp_path/'s/study.json').read_text())
     data = data_source(study[0]/'runs/normnet31k-bn-fast-bs20-seed0')
     for c in saved['runs'].values():
-        del c['views'], c['model_args'], c['path']
+        del c['tta'], c['model_args'], c['tfms']
         c['data'] = load_data(data).order # the hash that it kept
     (tmp_path/'s/study.json').write_text(json.dumps(saved))
     said = []
@@ -190,3 +190,25 @@ def test_stopped_study(tree, tmp_path, main):
     assert not list((tmp_path/'study').glob('runs/*/failure.txt'))
     code, said, _ = main(*compare(tree, tmp_path/'study'))
     assert code == 0 and set(pd.read_csv(tmp_path/'study/results.csv').status) == {'finished'}
+
+OWN_NET = """
+import sys
+from torch import nn
+from fastcifar.models.registry import register_model
+from fastcifar.study.study import Study
+
+@register_model('mine')
+class Mine(nn.Sequential):
+    def __init__(self, n_out=10, norm='bn'):
+        super().__init__(nn.Conv2d(3, n_out, 3), nn.BatchNorm2d(n_out), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+if __name__ == '__main__':
+    s = Study('s', 'mine', sys.argv[1], ('bn',), ('one_cycle',), 2, 20, epochs=1, lr_max=.01)
+    print(*s.run(jobs=2, bars=False, pictures=False, say=lambda *_: None).status)
+"""
+
+def test_a_net_of_a_script_is_known_in_the_processes_of_a_study(tree, tmp_path):
+    (tmp_path/'own.py').write_text(OWN_NET)
+    done = subprocess.run([sys.executable, 'own.py', tree], capture_output=True, text=True, timeout=200, cwd=tmp_path,
+                          env=os.environ | {'PYTHONPATH': os.pathsep.join(p for p in sys.path if p)})
+    assert done.stdout.split() == ['finished', 'finished'], done.stdout + done.stderr

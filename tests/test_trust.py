@@ -63,7 +63,7 @@ def fitted(tree, workers=0, first=None, bars=False):
     torch.manual_seed(0)
     torch.set_num_threads(1)
     recipe = create_recipe('fast', 'normnet31k', epochs=2, bs=16, dropout=.1)
-    dls = loaders(tree, policy='crop_flip_cutout', path='item', num_workers=workers)
+    dls = loaders(tree, policy='crop_flip_cutout', tfms='item', num_workers=workers)
     learn = recipe_learner(dls, create_model('normnet31k', n_out=3), recipe, precision='fp32')
     with contextlib.nullcontext() if bars else learn.no_bar(), learn.no_logging():
         if first: first(learn)
@@ -165,7 +165,7 @@ def test_stopped_on_request(number, whole, cli, tree, tmp_path):
 
 def test_ctrl_c_reaches_workers_too(tree, tmp_path, main):
     out = tmp_path/'run'
-    more = ('--path', 'item', '--policy', 'crop_flip_cutout', '--workers', 2, '--checkpoint-every', 1, '--out', out)
+    more = ('--tfms', 'item', '--policy', 'crop_flip_cutout', '--workers', 2, '--checkpoint-every', 1, '--out', out)
     p = begun(*TRAIN, '--data', tree, *more, start_new_session=True)
     end, workers = time.monotonic() + 120, psutil.Process(p.pid).children
     while not (list(out.glob('checkpoints/epoch_*')) and len(workers()) == 2):
@@ -282,7 +282,7 @@ def test_a_worker_that_dies(tree, tmp_path, main, monkeypatch):
             if get_worker_info() and i == 1: os.kill(os.getpid(), signal.SIGKILL)
             yield b
     monkeypatch.setattr(ArrayDL, 'create_batches', dying)
-    more = '--path', 'item', '--policy', 'crop_flip_cutout', '--workers', 1
+    more = '--tfms', 'item', '--policy', 'crop_flip_cutout', '--workers', 1
     code, _, err = main(*TRAIN, '--data', tree, '--out', tmp_path/'run', *more)
     assert code == 2 and 'a worker process died' in err and err.count('\n') == 1
 

@@ -350,7 +350,7 @@ def test_interpretation_of_loaders_of_fastai():
     dls = DataLoaders(*[DataLoader(images, bs=4, shuffle=True, drop_last=True) for _ in range(2)])
     learn = Learner(dls, Net(), loss_func=nn.CrossEntropyLoss(reduction='none'))
     with learn.no_bar(), learn.no_logging(): interp = CifarInterpretation.from_learner(learn, 0)
-    assert interp.targs.tolist() == y.tolist() and interp.views == 'none'
+    assert interp.targs.tolist() == y.tolist() and interp.tta == 'none'
 
 def test_where_a_net_looks(interp):
     "For the class that was predicted, or for another one; in the deepest map, or in another one"

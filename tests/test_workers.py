@@ -32,7 +32,7 @@ if __name__ == '__main__':
     for way in ways:
         method, n = way.split(':')
         multiprocessing.set_start_method(method, force=True)
-        dls = data.dataloaders(bs=16, policy='crop_flip_cutout', seed=5, num_workers=int(n), path='item', device='cpu')
+        dls = data.dataloaders(bs=16, policy='crop_flip_cutout', seed=5, num_workers=int(n), tfms='item', device='cpu')
         dl = dls.train.new(cls=Watched)
         dl.log, dl.epoch = Path(f'{way}.log'), 0 # so that the second epoch is made: a worker has to know it
         batches = [digest(b) for b in dl]
@@ -60,7 +60,7 @@ def test_the_cache_is_not_sent_to_workers(tree):
     "What is pickled to a worker names the folder of the memory-mapped images and holds none of them"
     from fastcifar.data.load import load_data
     data = load_data(tree)
-    dl = data.dataloaders(bs=16, num_workers=2, path='item', device='cpu').train
+    dl = data.dataloaders(bs=16, num_workers=2, tfms='item', device='cpu').train
     for _ in dl: pass # as in a second epoch: with all that the first has left behind
     sent = bytes(ForkingPickler.dumps(dl))
     assert not [i for s in data.x for i, x in enumerate(data.x[s]) if x.tobytes() in sent]
@@ -103,6 +103,6 @@ def test_whole_batches_need_no_workers(tree):
     "The batch path starts no process, whatever number is given; the item path as many as asked for"
     from fastcifar.data.load import load_data
     data = load_data(tree)
-    def workers(path, n): return [dl.fake_l.num_workers for dl in data.dataloaders(bs=8, path=path, num_workers=n, device='cpu')]
+    def workers(tfms, n): return [dl.fake_l.num_workers for dl in data.dataloaders(bs=8, tfms=tfms, num_workers=n, device='cpu')]
     assert workers('batch', 0) == workers('batch', 2) == [0, 0]
     assert workers('item', 0) == [0, 0] and workers('item', 2)[0] == 2

@@ -39,7 +39,7 @@ VARIANTS = { # name: (settings of the recipe, what is done to the net)
     'momentum 0.9': ({'mom': 0.9}, None),
     'half the rate': ({'lr_max': 0.01, 'lr_min': 0.01, 'lr_end': 1e-5}, None),
     'twice the rate': ({'lr_max': 0.04, 'lr_min': 0.04, 'lr_end': 4e-5}, None),
-    "updates of Adam's size": ({'spectral': 0.}, None),
+    "updates of Adam's size": ({'update_norm': 0.}, None),
     'filters of any size': ({'unit_filters': False}, None),
     'head as quick as the rest': ({}, quick_head),
     'without whitening': ({'freeze': ()}, plain_filters),
@@ -51,8 +51,8 @@ VARIANTS = { # name: (settings of the recipe, what is done to the net)
     'Adam, rate 0.005': ({'optimizer': 'adam', 'lr_max': 0.005, 'lr_min': 5e-4, 'lr_end': 5e-6, 'peak': 0.05}, None),
     'whitening bias never frozen': ({'freeze': ()}, None),
     'averaged weights (0.95)': ({'ema': 0.95}, None),
-    'biases a tenth as quick': ({'bias_rate': 0.1}, None),
-    'biases three times as quick': ({'bias_rate': 3.}, None),
+    'biases a tenth as quick': ({'bias_lr_mult': 0.1}, None),
+    'biases three times as quick': ({'bias_lr_mult': 3.}, None),
     'cosine schedule': ({'anneal': 'cos'}, None)}
 
 def trial(data, settings, change, seed):
@@ -68,8 +68,8 @@ def trial(data, settings, change, seed):
         fit_recipe(learn, r)
         seconds = time.perf_counter() - start
         kinds = ('none',) if settings or change else ('none', 'flip', 'crops')
-        views = {k: 100 * float(learn.validate(cbs=[TTA(k)])[1]) for k in kinds}
-    return dict(accuracy=views['none'], flip_views=views.get('flip'), six_views=views.get('crops'),
+        tta = {k: 100 * float(learn.validate(cbs=[TTA(k)])[1]) for k in kinds}
+    return dict(accuracy=tta['none'], flip_views=tta.get('flip'), six_views=tta.get('crops'),
                 seconds=round(seconds))
 
 if __name__ == '__main__':

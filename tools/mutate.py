@@ -122,12 +122,12 @@ def run_notebook(copy:Path, module:str):
     def exported(cell_id):
         line, source = parts[cell_id]
         exec(compile('\n' * (line - 1) + absolute(source, module), file, 'exec'), shell.user_ns)
-    shell.user_ns['_exported'] = exported
+    shell.user_ns['run_exported_cell'] = exported
     def left_out(cell):
         if cell.cell_type != 'code' or 'nbdev_export(' in cell.source: return True
         said, at[0] = getattr(cell, 'directives_', None) or {}, cell.id
         if said.get('eval:', [''])[0].lower() == 'false' or skipped & said.keys(): return True
-        if cell.id in parts and not only_imports(parts[cell.id][1]): cell.source = f'_exported({cell.id!r})'
+        if cell.id in parts and not only_imports(parts[cell.id][1]): cell.source = f'run_exported_cell({cell.id!r})'
     try: shell.run_all(nb, exc_stop=True, preproc=left_out)
     except BaseException: # noqa: an exit is a failure too
         print(shell.prettytb(fname=path))

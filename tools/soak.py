@@ -23,11 +23,11 @@ from fastcifar.runs.run import train_run
 from fastcifar.models.weights import load_tensors
 
 RESULTS = Path(__file__).resolve().parents[1]/'results/soak.json'
-SETTINGS = dict(batch=dict(path='batch'), item=dict(path='item', policy='crop_flip_cutout'),
-                averaged=dict(path='batch', ema=.9, freeze=(('head.*', 2),)),
-                bf16=dict(path='batch', precision='bf16'),
+SETTINGS = dict(batch=dict(tfms='batch'), item=dict(tfms='item', policy='crop_flip_cutout'),
+                averaged=dict(tfms='batch', ema=.9, freeze=(('head.*', 2),)),
+                bf16=dict(tfms='batch', precision='bf16'),
                 # few images, as fp16 is slow on a CPU
-                fp16=dict(path='batch', precision='fp16', optimizer='adam', lr_max=2e-3, valid=1000))
+                fp16=dict(tfms='batch', precision='fp16', optimizer='adam', lr_max=2e-3, valid=1000))
 
 def config(kind):
     usual = dict(data='digits', epochs=3, bs=128, dropout=.1, valid=100, precision='fp32')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MARGIN', 'bench_data', 'bench_step', 'bench_epoch', 'read_accuracies', 'accuracy_difference', 'bench_cpu_speedrun',
-           'bench_parallel', 'bench_together']
+           'bench_parallel', 'bench_fused']
 
 # %% ../../nbs/bench/01_cpu.ipynb #ed8878cb
 import contextlib, functools, itertools, math, os, statistics, subprocess, sys, tempfile
@@ -80,7 +80,7 @@ def _take(batches, n):
 # %% ../../nbs/bench/01_cpu.ipynb #aa391f8a
 def _loaders(data, policy):
     "The training images in our item path and batch path, in a torch `DataLoader` and in a fastai `DataBlock`"
-    def ours(path): return data.dataloaders(bs=512, policy=policy, path=path, device='cpu').train
+    def ours(tfms): return data.dataloaders(bs=512, policy=policy, tfms=tfms, device='cpu').train
     torch_dl = DataLoader(_Pictures(data, policy), 512, shuffle=True)
     return ours('item'), ours('batch'), torch_dl, _fastai_loader(data, create_policy(policy, data.fill))
 
@@ -284,9 +284,9 @@ def bench_epoch(
 def _whole(name, recipe, k):
     "A function that gives the seconds of a training with one evaluation, from `k` steps and some test images"
     steps, _, learn = _our_steps(name, recipe, k, 'cpu')
-    views = [TTA(recipe.views)] if recipe.views != 'none' else []
+    tta = [TTA(recipe.tta)] if recipe.tta != 'none' else []
     def evaluation():
-        with learn.no_bar(), learn.no_logging(): learn.validate(cbs=views)
+        with learn.no_bar(), learn.no_logging(): learn.validate(cbs=tta)
     def whole():
         training = steps() / k * recipe.epochs * -(-50_000 // recipe.bs)
         return training + seconds(evaluation) * 10_000 / len(learn.dls.valid_ds)
@@ -465,12 +465,12 @@ def _together_row(name, rounds, steps, n, device):
         fused = fused_learner(data, configs, device)
         def timed(*learners): return lambda: seconds(lambda: _fit_once(*learners), device)
         pairs = take_turns(timed(fused), timed(*alone), rounds)
-    return speed_row(f'together/{name}', pairs, per=f'{steps} steps of {bs} for {n} seeds',
+    return speed_row(f'fused/{name}', pairs, per=f'{steps} steps of {bs} for {n} seeds',
                      images=n * len(data.y['train']),
                      note=f'{n} seeds in one pass against one after another, on {device.type}')
 
 # %% ../../nbs/bench/01_cpu.ipynb #02dc55df
-def bench_together(
+def bench_fused(
     nets:tuple=('normnet31k', 'normnet48k', 'groupnet'), # Which
     rounds:int=3, # Rounds of each
     steps:int=None, # Steps of the recipe's batch size; None: 10, or 200 on a GPU, where the start weighs more

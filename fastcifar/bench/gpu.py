@@ -32,11 +32,11 @@ def _timed_fit(name, recipe, data, seed, device):
     seed_everything(seed)
     dls = data.dataloaders(bs=recipe.bs, policy=recipe.policy, seed=seed, device=device)
     learn = recipe_learner(dls, create_model(name, n_out=len(data.classes)), recipe, compile=True)
-    views = [TTA(recipe.views)] if recipe.views != 'none' else []
+    tta = [TTA(recipe.tta)] if recipe.tta != 'none' else []
     make_resident(data, device)
     def run():
         if hasattr(learn.model, 'init_whitening'): learn.model.init_whitening(sample_images(dls))
-        with learn.no_bar(), learn.no_logging(): fit_recipe(learn, recipe, cbs=[_NoValidation(last=True), *views])
+        with learn.no_bar(), learn.no_logging(): fit_recipe(learn, recipe, cbs=[_NoValidation(last=True), *tta])
     return seconds(run, device), float(learn.recorder.values[-1][-1])
 
 # %% ../../nbs/bench/02_gpu.ipynb #db2a6b96

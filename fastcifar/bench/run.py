@@ -12,21 +12,21 @@ import torch
 
 from ..basics import FastcifarError, check_name
 from .cpu import bench_cpu_speedrun, bench_data, bench_epoch, bench_parallel, bench_step
-from .cpu import bench_together
+from .cpu import bench_fused
 from .gpu import bench_gpu_speedrun
 from ..device import checked_device
 from ..runs.folder import environment
 
 # %% ../../nbs/bench/03_run.ipynb #4af0c5a6
-BENCHES = ('data', 'step', 'epoch', 'speedrun', 'parallel', 'together')
-_ON_GPU = ('epoch', 'speedrun', 'together')
+BENCHES = ('data', 'step', 'epoch', 'speedrun', 'parallel', 'fused')
+_ON_GPU = ('epoch', 'speedrun', 'fused')
 
 def _bench_device(name, device, airbench):
     "The device of a benchmark: the one that is given, or a GPU where that is the point"
     if (str(device).startswith('cuda') or airbench) and not torch.cuda.is_available():
         raise FastcifarError('the GPU rows need a CUDA device, and there is none here: '
                              'leave --device and --airbench out for the CPU rows')
-    if device is None: device = 'cuda' if name in ('speedrun', 'together') and torch.cuda.is_available() else 'cpu'
+    if device is None: device = 'cuda' if name in ('speedrun', 'fused') and torch.cuda.is_available() else 'cpu'
     return checked_device(device)
 
 # %% ../../nbs/bench/03_run.ipynb #275927a0
@@ -49,14 +49,14 @@ def _rows(name, device, rounds, data, n, airbench, results):
     if name == 'step': return bench_step(rounds)
     if name == 'parallel': return bench_parallel(rounds=rounds)
     if name == 'epoch': return bench_epoch(rounds=rounds, device=device)
-    if name == 'together': return bench_together(rounds=rounds, device=device)
+    if name == 'fused': return bench_fused(rounds=rounds, device=device)
     if device.type == 'cuda': return bench_gpu_speedrun(data, device, n, airbench)
     return bench_cpu_speedrun(rounds, results=results)
 
 def run_bench(
     name:str, # One of `BENCHES`
     rounds:int=None, # Rounds of each pair; None: 5
-    device=None, # `'cuda'` for the GPU rows; None: a GPU if there is one, for `speedrun` and `together`
+    device=None, # `'cuda'` for the GPU rows; None: a GPU if there is one, for `speedrun` and `fused`
     data:str=None, # For accuracies of the speedrun on a GPU; None: $FASTCIFAR_DATA, else `'cifar10'`
     n:int=None, # Whole trainings of each in the speedrun on a GPU; None: 10
     airbench=None, # Path of airbench94_muon.py

@@ -248,7 +248,7 @@ class BatchPolicy:
         seed:int=0, # Start of the random streams
     ):
         if not has_batch_form(policy):
-            raise FastcifarError(f'the policy {policy!r} has no form for whole batches: use path="item"')
+            raise FastcifarError(f'the policy {policy!r} has no form for whole batches: use tfms="item"')
         self.steps, self.fill, self.seed = POLICIES[policy], tuple(int(round(f)) for f in fill), seed
         self.n = sum(map(n_draws, self.steps))
         self.alternates = any(isinstance(s, AlternatingFlipStep) for s in self.steps)

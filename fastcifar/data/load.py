@@ -22,7 +22,7 @@ from .fetch import ARCHIVES, fetch_archive
 from .formats import Arrays, SIDE, check_arrays, read_images
 from .images import ImageData, stratified_holdout
 from .item_augment import policy_transform
-from .loaders import (ArrayDL, BatchDL, BytesToFloat, CifarDataLoaders, NormalizeOnce, best_path,
+from .loaders import (ArrayDL, BatchDL, BytesToFloat, CifarDataLoaders, NormalizeOnce, best_tfms,
                                     row_datasets, split_rows)
 from ..device import checked_device
 
@@ -208,7 +208,7 @@ def dataloaders(self:ImageData,
     stats:tuple=None, # (mean, std) to normalize with, in 0..1; None: those of the training pixels
     # `'item'`: Albumentations, image by image; `'batch'`: tensor operations on the device;
     # `'auto'`: batch where the policy has a form for whole batches
-    path:str='auto',
+    tfms:str='auto',
     dtype:torch.dtype=torch.float32, # Of the images that the batch path makes
 ) -> CifarDataLoaders: # Loaders: train, validation, and the test split as the third when `valid` is given
     "fastai DataLoaders over this data set"
@@ -217,14 +217,14 @@ def dataloaders(self:ImageData,
     splits = split_rows(self, valid)
     _check_loading(bs, len(splits[0]), num_workers)
     policy = self.policy if policy is None else policy
-    path = best_path(policy, path)
+    tfms = best_tfms(policy, tfms)
     tfm = policy_transform(policy, self.fill, seed)
     tfm.order = 0 # before fastai's item transforms, such as `Resize`: a policy is made for images of 32x32
     dsets, device = row_datasets(self, splits), checked_device(device)
     stats = _checked_stats(*(stats or (self.mean, self.std)))
-    if path == 'item': kind, special = ArrayDL, dict(num_workers=num_workers)
+    if tfms == 'item': kind, special = ArrayDL, dict(num_workers=num_workers)
     else: # there is nothing for workers to do
         kind = BatchDL
         special = dict(batch_policy=BatchPolicy(policy, self.fill, seed), dtype=dtype, num_workers=0)
     make = functools.partial(kind, bs=bs, seed=seed, device=device, **special)
-    return _make_loaders(make, dsets, tfm, stats, drop_last, device).made_of(self, seed, stats, path)
+    return _make_loaders(make, dsets, tfm, stats, drop_last, device).made_of(self, seed, stats, tfms)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KeyedDL', 'AllImages', 'ReadImage', 'ReadLabel', 'RowDatasets', 'split_rows', 'row_datasets', 'NormalizedImage',
-           'NormalizeOnce', 'BytesToFloat', 'ArrayDL', 'make_resident', 'BatchDL', 'best_path', 'CifarDataLoaders']
+           'NormalizeOnce', 'BytesToFloat', 'ArrayDL', 'make_resident', 'BatchDL', 'best_tfms', 'CifarDataLoaders']
 
 # %% ../../nbs/data/08_loaders.ipynb #a12f67a9
 import fastai.vision.data # teaches show_batch to draw images
@@ -402,14 +402,14 @@ class BatchDL(ArrayDL):
         return make
 
 # %% ../../nbs/data/08_loaders.ipynb #20dca4f5
-def best_path(
+def best_tfms(
     policy, # A name, or an Albumentations pipeline
-    path:str='auto', # `'auto'`, `'item'` or `'batch'`
+    tfms:str='auto', # `'auto'`, `'item'` or `'batch'`
 ) -> str: # `'item'` or `'batch'`
     "How batches are made: by the batch path on every device, but for pipelines that have no form for whole batches"
-    check_name(path, ('auto', 'item', 'batch'), 'path')
+    check_name(tfms, ('auto', 'item', 'batch'), 'tfms')
     if isinstance(policy, str): check_name(policy, list_policies(), 'policy')
-    if path == 'item': return 'item'
+    if tfms == 'item': return 'item'
     if has_batch_form(policy): return 'batch'
     warnings.warn('this policy has no form for whole batches: the item path makes them')
     return 'item'
@@ -426,16 +426,16 @@ class CifarDataLoaders(DataLoaders):
         "The loaders without images and labels, as `learn.export` saves them; they still make batches of other images"
         res = super().new_empty()
         read = next(t for t in res[0].dataset.tls[0].tfms.fs if isinstance(t, ReadImage))
-        return res.made_of(read.rows.data, self.seed, self.stats, self.way)
+        return res.made_of(read.rows.data, self.seed, self.stats, self.tfms)
 
     def made_of(self,
         data:ImageData, # The data set
         seed:int, # Start of shuffle and augmentation streams
         stats:tuple, # (mean, std) of the normalization, in 0..1
-        way:str, # `'item'` or `'batch'`: how batches are made
+        tfms:str, # `'item'` or `'batch'`: how batches are made
     ) -> 'CifarDataLoaders':
-        "These loaders, with what they were made of in `data`, `seed`, `stats` and `way`"
-        self.data, self.seed, self.stats, self.way = data, seed, stats, way
+        "These loaders, with what they were made of in `data`, `seed`, `stats` and `tfms`"
+        self.data, self.seed, self.stats, self.tfms = data, seed, stats, tfms
         return self
 
     def evaluation(self,

@@ -69,7 +69,7 @@ def _row(interp, name, severity, right, n):
     "What is known of one corruption at one severity"
     low, high = wilson_interval(right, n)
     return dict(corruption=name, severity=severity, images=n, right=right, accuracy=right / n, low=low[0], high=high[0],
-                views=interp.views)
+                tta=interp.tta)
 
 def _right(interp, images, targs): return int((interp.predict(images).argmax(-1) == torch.as_tensor(targs)).sum())
 

@@ -136,25 +136,25 @@ class CifarInterpretation(ClassificationInterpretation):
         losses, # (n,) loss of each image
         preds, # (n, classes) probabilities
         targs, # (n,) true classes
-        views:str='none', # The test-time views that the predictions were made with
+        tta:str='none', # The test-time views that the predictions were made with
     ):
         super().__init__(learn, dl, losses)
-        self.preds, self.targs, self.decoded, self.views = preds, targs, preds.argmax(-1), views
+        self.preds, self.targs, self.decoded, self.tta = preds, targs, preds.argmax(-1), tta
 
     @classmethod
     def from_learner(cls,
         learn:Learner, # A trained learner
         ds_idx:int=1, # Which of its loaders: 0 train, 1 validation, 2 test if there is a validation split
         dl=None, # Another loader instead
-        views:str=None, # Test-time views, one of `fastcifar.train.tta.VIEWS`; None: those of the learner, if it has any
+        tta:str=None, # Test-time views, one of `fastcifar.train.tta.VIEWS`; None: those of the learner, if it has any
     ) -> 'CifarInterpretation':
         "Predict every image of a loader once, without augmentation"
         if dl is None: dl = _evaluation(learn.dls, ds_idx)
         learn.model.to(getattr(dl, 'device', None) or 'cpu') # fastai moves it when a fit starts, not before
-        with viewed(learn, views) as views, learn.no_logging():
+        with viewed(learn, tta) as tta, learn.no_logging():
             preds, targs, losses = learn.get_preds(dl=dl, with_loss=True)
         if _smoothing(learn.loss_func): losses = _cross_entropy(preds, targs)
-        return cls(learn, dl, losses, preds.float(), targs, views)
+        return cls(learn, dl, losses, preds.float(), targs, tta)
 
 # %% ../../nbs/interpret/01_interpretation.ipynb #b96f11ec
 @patch(as_prop=True)
@@ -206,7 +206,7 @@ def predict(self:CifarInterpretation,
 ) -> torch.Tensor: # Probabilities (n, classes)
     "What the net says of other images, with the test-time views of these predictions"
     dl = self.learn.dls.test_dl([PILImage.create(im) for im in images])
-    with viewed(self.learn, self.views), self.learn.no_bar(), self.learn.no_logging():
+    with viewed(self.learn, self.tta), self.learn.no_bar(), self.learn.no_logging():
         return self.learn.get_preds(dl=dl)[0]
 
 # %% ../../nbs/interpret/01_interpretation.ipynb #48712723

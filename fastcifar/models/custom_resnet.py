@@ -40,7 +40,7 @@ def _scaled_head(n_in, n_out, scale):
     reference=dict(TORCH_ADAM, epochs=24, bs=512, policy='small_crop_flip_cutout', lr_max=5.214e-4, lr_min=5.214e-6,
         lr_end=5.214e-8, anneal='linear', wd=1e-2, stats=((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),
         model_args=dict(head_scale=1.)),
-    fast=fast_settings(24, 'small_crop_flip_cutout', lr_max=4e-3, bs=512, label_smoothing=0.2, views='crops')))
+    fast=fast_settings(24, 'small_crop_flip_cutout', lr_max=4e-3, bs=512, label_smoothing=0.2, tta='crops')))
 class CustomResNet(nn.Module):
     "The custom ResNet: prep, three layers, two of them with a residual block, max pool and a linear head"
     def __init__(self,

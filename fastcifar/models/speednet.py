@@ -68,8 +68,8 @@ def _groups(n_in, widths, norm, groups):
 
 # %% ../../nbs/models/05_speednet.ipynb #fcdb7b9a
 _speedrun = dict(epochs=8, bs=1000, policy='small_crop_altflip', label_smoothing=0.2, freeze=(('whiten.bias', 3),),
-    optimizer='muon', spectral=12., unit_filters=True, mom=0.6, mom_cycle=None, wd=0.,
-    lr_max=0.02, lr_min=0.02, lr_end=2e-5, peak=0.01, anneal='linear', views='crops')
+    optimizer='muon', update_norm=12., unit_filters=True, mom=0.6, mom_cycle=None, wd=0.,
+    lr_max=0.02, lr_min=0.02, lr_end=2e-5, peak=0.01, anneal='linear', tta='crops')
 
 @register_model('speednet', budget=2_000_000, recipes=dict(speedrun=_speedrun, fast=_speedrun, reference=_speedrun))
 class SpeedNet(nn.Module):

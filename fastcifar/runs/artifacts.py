@@ -100,7 +100,7 @@ def _save_weights(run, learn, c):
     "Write the net of a run, with what it takes to predict with it"
     data, (mean, std) = learn.dls.data, learn.dls.stats[:2]
     save_model(learn.model, run.weights_file, classes=list(data.classes), mean=mean, std=std, data=data.name,
-               data_sha256=data.source, views=c.views)
+               data_sha256=data.source, tta=c.tta)
 
 def _accuracies(test, train):
     return dict(test_accuracy=test.accuracy, test_loss=test.loss, test_images=len(test.targs), wrong=len(test.wrong()),
@@ -112,7 +112,7 @@ def _metrics(learn, c, lrs, history, test, train, valid):
     return dict(**_accuracies(test, train), valid_accuracy=valid, valid_images=c.valid,
                 epochs=c.epochs, seed=c.seed, lr_min=lrs.lr_min, lr_max=lrs.lr_max, lr_note=lrs.note,
                 one_class=test.one_class(), model=c.model, norm=c.norm, recipe=c.recipe, bs=c.bs,
-                views=test.views, train_views=train.views, parameters=count_parameters(learn.model),
+                tta=test.tta, train_tta=train.tta, parameters=count_parameters(learn.model),
                 data=data.name, data_sha256=data.source, precision=c.precision,
                 seconds=round(sum(h['seconds'] for h in history), 1))
 
@@ -121,7 +121,7 @@ def _conclusion(m, out, page):
     "The last lines of a run"
     right = m['test_images'] - m['wrong']
     said = (f'test accuracy {m["test_accuracy"]:.2%} ({right:,} of {m["test_images"]:,} images of {m["data"]}, '
-            f'last epoch, seed {m["seed"]}, test-time views: {m["views"]})\nrun folder: {out}')
+            f'last epoch, seed {m["seed"]}, test-time views: {m["tta"]})\nrun folder: {out}')
     return said + (f'\nto read: {page}' if page else '')
 
 def finish_run(
@@ -136,7 +136,7 @@ def finish_run(
     "Evaluate the last epoch, write weights, then `metrics.json`, with which the run is finished, and then draw"
     say('evaluating')
     run = RunFolder(out)
-    def predicted(i): return CifarInterpretation.from_learner(learn, i, views=c.views) # each accuracy in the same way
+    def predicted(i): return CifarInterpretation.from_learner(learn, i, tta=c.tta) # each accuracy in the same way
     test, train = predicted(len(learn.dls.loaders) - 1), predicted(0)
     _save_weights(run, learn, c)
     valid = predicted(1).accuracy if c.valid else None

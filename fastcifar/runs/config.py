@@ -10,7 +10,7 @@ import dataclasses
 
 import torch
 
-from ..basics import FastcifarError, as_json
+from ..basics import FastcifarError, as_json, upgrade_names
 from ..data.load import NAMED
 from ..models.zoo import create_model, model_entry
 from .recipes import check_given, create_recipe
@@ -54,6 +54,6 @@ def build_model(
 def upgrade_config(
     saved:dict, # As an older version may have written it
 ) -> dict:
-    "A saved configuration with what runs had before a field existed"
+    "A saved configuration with the names of today, and with what runs had before a field existed"
     plain = {f.name: f.default for f in dataclasses.fields(Config)}
-    return as_json(plain | dict(path='item') | saved)
+    return as_json(plain | dict(tfms='item') | upgrade_names(saved))

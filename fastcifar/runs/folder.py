@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 import fastcifar
 from ..basics import FastcifarError, as_json, check_folder, command_line, env_number, read_json, read_text
-from ..basics import remove_unfinished, user_path, write_atomic, write_json, write_text
+from ..basics import remove_unfinished, upgrade_names, user_path, write_atomic, write_json, write_text
 from ..data.batch_augment import has_batch_form
 from ..data.fetch import ARCHIVES
 from ..data.load import NAMED, load_data, place_of
@@ -117,7 +117,7 @@ def unfinished(
 @patch
 def metrics(self:RunFolder) -> dict:
     "The numbers of a finished run"
-    return read_json(self.metrics_file)
+    return upgrade_names(read_json(self.metrics_file))
 
 @patch
 def write_metrics(self:RunFolder,
@@ -227,7 +227,7 @@ def _check_data(
 def _chosen(c, data, device):
     "What a run chooses by itself where `'auto'` is asked for"
     policy = data.policy if c.policy is None else c.policy
-    return dict(precision=best_precision(device), path='batch' if has_batch_form(policy) else 'item')
+    return dict(precision=best_precision(device), tfms='batch' if has_batch_form(policy) else 'item')
 
 def _check_equal(name, was, now, out):
     "Raise an error if a setting of the run in a folder is another one"
@@ -248,7 +248,7 @@ def resolve_config(
     out:Path, # Run folder
     device, # Where it is trained
     begun:bool=False, # Has it begun elsewhere, so that the configuration in the folder holds?
-) -> Config: # With precision and path settled
+) -> Config: # With precision and tfms settled
     "Compare with the configuration in the folder, or write it there; the data set goes by its content"
     about = dict(data=data.name, data_sha256=data.source, data_order=data.order)
     new = as_json(dataclasses.asdict(c) | about)
@@ -267,7 +267,7 @@ def settings_on(
 ) -> dict:
     "Saved settings as this version writes them; if the data set is `data`, with its hash of today"
     known = dict(data=data.source) if data.known_as(saved.get('data')) else {}
-    return upgrade_config({'path': 'auto', **saved, **known})
+    return upgrade_config({'tfms': 'auto', **saved, **known})
 
 # %% ../../nbs/runs/04_folder.ipynb #64745528
 def check_settings(
@@ -278,7 +278,7 @@ def check_settings(
     old = run_config(out)
     for f in (f for f in dataclasses.fields(Config) if f.name != 'data'):
         was, now = (as_json(getattr(o, f.name)) for o in (old, c))
-        left_open = f.name in ('precision', 'path') and now == 'auto'
+        left_open = f.name in ('precision', 'tfms') and now == 'auto'
         if not left_open: _check_equal(f.name, was, now, out)
 
 def check_same(

@@ -152,7 +152,7 @@ def _seeded(data, c, device, build):
     "(net, loaders, random state) of a run before its training, drawn as by a run of its own"
     seed_everything(c.seed)
     dls = data.dataloaders(bs=c.bs, policy=c.policy, seed=c.seed, valid=c.valid, device=device, stats=c.stats,
-                           path=c.path)
+                           tfms=c.tfms)
     net = build(c, len(data.classes)).to(device)
     prepare_net(net, dls)
     return net, dls, _state(device)
@@ -219,7 +219,7 @@ def command(self:FusedTraining, configs) -> str:
 def begin(self:FusedTraining, configs, begun) -> dict: # Folder -> its start, for `note_start`
     "Write how the runs are trained into the folders of those that are not finished"
     call = self.command(configs)
-    more = dict(together=len(configs), compile=self.options.get('compile', False))
+    more = dict(fused=len(configs), compile=self.options.get('compile', False))
     starts = {}
     for c, f in zip(configs, self.folders):
         if f.is_finished: continue

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..basics import FastcifarError, as_json, check_file, check_name, is_number, read_json, write_json
+from ..basics import FastcifarError, RENAMED, as_json, check_file, check_name, is_number, read_json
+from ..basics import upgrade_names, write_json
 from ..models.zoo import list_models, model_entry
 from .settings import RECIPES, Recipe, SCHEDULES
 from ..train.optim import OPTIMIZERS
@@ -99,13 +100,19 @@ def _scale_dependents(r, settings):
     return more | settings
 
 # %% ../../nbs/runs/01_recipes.ipynb #4e017591
+def _check_known(r, settings):
+    "Refuse names that no setting of the recipe has"
+    known = [f.name for f in dataclasses.fields(r)]
+    for k in settings:
+        if k in RENAMED: raise FastcifarError(f'the setting {k} is called {RENAMED[k]} now')
+        check_name(k, known, 'setting of a recipe')
+
 def override_recipe(
     r:Recipe, # From `create_recipe` or a file; a `Config` is one too
     **settings, # Fields to have otherwise
 ) -> Recipe: # Of the same class
     "A recipe with some settings overridden; what goes with a setting goes along"
-    known = [f.name for f in dataclasses.fields(r)]
-    for k in settings: check_name(k, known, 'setting of a recipe')
+    _check_known(r, settings)
     res = dataclasses.replace(r, **_scale_dependents(r, settings)).checked()
     check_given(res, settings)
     return res
@@ -151,8 +158,7 @@ def _same(a, b):
 def _not_idle(name, model, settings):
     "The settings of a file without those that lie idle as they do in the recipe of that name"
     r = create_recipe(name, model)
-    known = [f.name for f in dataclasses.fields(r)]
-    for k in settings: check_name(k, known, 'setting of a recipe')
+    _check_known(r, settings)
     idle = idle_settings(dataclasses.replace(r, **settings).checked())
     usual = create_recipe(name, model, **{k: v for k, v in settings.items() if k not in idle})
     settings = {k: v for k, v in settings.items() if k not in idle or not _same(v, getattr(usual, k))}
@@ -168,7 +174,7 @@ def read_recipe(
     if not isinstance(r, dict) or not isinstance(r.get('settings'), dict):
         raise FastcifarError(f'{path} holds no recipe: give one that fastcifar recipes --save or fastcifar sweep '
                              f'has written, or a name of {", ".join(RECIPES)}')
-    try: settings = _not_idle(r.get('recipe'), r.get('model'), r['settings'])
+    try: settings = _not_idle(r.get('recipe'), r.get('model'), upgrade_names(r['settings']))
     except FastcifarError as e: raise FastcifarError(f'{path}: {e}') from e
     old = {k: r[k] for k in ('model_args',) if k in r} # where sweeps of older versions have it
     about = {k: r[k] for k in ('recipe', 'model', 'norm', 'groups') if r.get(k) is not None}

@@ -47,7 +47,7 @@ def load_run(
     def ordered(data): return c.valid is not None or note.get('classes', data.classes) != data.classes
     data = run_data(run.path, data, ordered)
     dls = data.dataloaders(bs=c.bs, policy=c.policy, seed=c.seed, valid=c.valid, device=device, stats=c.stats,
-                           path=c.path)
+                           tfms=c.tfms)
     learn = recipe_learner(dls, build_model(c, len(data.classes)), c, precision=c.precision)
     load_weights(learn.model, tensors, weights)
     return learn
@@ -63,7 +63,7 @@ def evaluate_run(
     learn = load_run(out, data, device)
     bars = sys.stdout.isatty() if bars is None else bars
     with contextlib.nullcontext() if bars else learn.no_bar():
-        return CifarInterpretation.from_learner(learn, len(learn.dls.loaders) - 1, views=run_config(out).views)
+        return CifarInterpretation.from_learner(learn, len(learn.dls.loaders) - 1, tta=run_config(out).tta)
 
 # %% ../../nbs/runs/08_reopen.ipynb #ad4d59cc
 def _rates_of(run, metrics):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..basics import FastcifarError, check_file, say, user_path, write_text
+from ..basics import FastcifarError, check_file, say, upgrade_names, user_path, write_text
 from ..data.load import load_data
 from ..models.weights import load_tensors
 from .config import upgrade_config
@@ -76,7 +76,7 @@ def records_table(
     for r in (r for file in files for r in read_records(file)):
         s = r['surroundings']
         where = dict(threads=s['threads'], processor=s['device_name'], torch=s['versions']['torch'], commit=s['commit'])
-        rows.append(dict(name=r['name'], **r['metrics'], **where, status='finished'))
+        rows.append(dict(name=r['name'], **upgrade_names(r['metrics']), **where, status='finished'))
     return pd.DataFrame(rows)
 
 def read_record(

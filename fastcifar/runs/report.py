@@ -239,10 +239,10 @@ _PERCENT = {k: '{:.2%}' for k in ('accuracy', 'train_accuracy', 'low', 'high')} 
 
 def _cards(metrics, ece, environment):
     "The numbers at the top of the page"
-    views = metrics.get('train_views', 'none')
+    tta = metrics.get('train_tta', 'none')
     return [('parameters', f'{metrics["parameters"]:,}'), ('epochs', metrics['epochs']),
             ('training time', f'{metrics["seconds"]:,.0f} s'),
-            ('training accuracy', f'{metrics["train_accuracy"]:.2%} (test-time views: {views})'),
+            ('training accuracy', f'{metrics["train_accuracy"]:.2%} (test-time views: {tta})'),
             ('test loss', f'{metrics["test_loss"]:.4f}'), ('calibration error', ece),
             ('precision', metrics['precision']), ('device', _devices(environment))]
 
@@ -255,7 +255,7 @@ def _result(config, metrics):
     right = metrics['test_images'] - metrics['wrong']
     return dict(title=f'{config["model"]} ({config["norm"]}), recipe {config["recipe"]}, on {metrics["data"]}',
                 accuracy=f'{metrics["test_accuracy"]:.2%}', right=f'{right:,}', images=f'{metrics["test_images"]:,}',
-                data=metrics['data'], seed=metrics['seed'], views=metrics.get('views', 'none'),
+                data=metrics['data'], seed=metrics['seed'], tta=metrics.get('tta', 'none'),
                 interval=_interval(right, metrics['test_images']), wrong=f'{metrics["wrong"]:,}',
                 rates=_rates(config, metrics), warning=metrics.get('one_class', ''))
 
@@ -339,6 +339,6 @@ def write_study_report(
     shown = table_cells(runs.drop(columns='folder'), _FORMS, dict(model=pages))
     page = render('study.html', title=f'Study: {", ".join(dict.fromkeys(runs.model))}',
                   counts=f'{len(runs)} runs: {counts}', answer=answer, figures=figures,
-                  views=', '.join(sorted(done.views.unique())) if len(done) else '-',
+                  tta=', '.join(sorted(done.tta.unique())) if len(done) else '-',
                   differences=table_cells(differences, _FORMS), summary=table_cells(summary, _FORMS), runs=shown)
     return _write_page(out, page)

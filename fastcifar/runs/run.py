@@ -189,7 +189,8 @@ def introduce(self:Training, learn, c):
     "Say what is trained on what, and whether that is few steps"
     parallel = f' in {world_size()} processes' if world_size() > 1 else ''
     self.say(f'{self.data}\n{c.model} ({c.norm}): {count_parameters(learn.model):,} parameters, recipe {c.recipe}, '
-             f'{c.precision} on {self.device}{parallel}, {c.path} path, seed {c.seed}\nrun folder: {self.folder.path}')
+             f'{c.precision} on {self.device}{parallel}, {c.tfms} transforms, seed {c.seed}\n'
+             f'run folder: {self.folder.path}')
     batches = len(learn.dls.train)
     if c.epochs * batches < 50:
         self.say(f'{c.epochs} epochs of {batches} batches are few steps to learn in: a smaller --bs makes more')
@@ -198,7 +199,7 @@ def introduce(self:Training, learn, c):
 def loaders(self:Training, c):
     "The data as they are trained on"
     return self.data.dataloaders(bs=c.bs, policy=c.policy, num_workers=self.options.get('workers', 0), seed=c.seed,
-                                 valid=c.valid, device=self.device, stats=c.stats, path=c.path)
+                                 valid=c.valid, device=self.device, stats=c.stats, tfms=c.tfms)
 
 @patch
 def train(self:Training) -> dict: # The metrics; none in another process than the first

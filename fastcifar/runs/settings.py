@@ -144,9 +144,9 @@ class Recipe:
         schedule='one_cycle')
     sqr_mom:float = setting(0.99, 'beta2 of Adam', _SHARE)
     eps:float = setting(1e-5, 'number added to the denominator of Adam', _SHARE)
-    spectral:float = setting(
+    update_norm:float = setting(
         0., 'Muon: norm of its updates, in learning rates; 0: the size of those of Adam', _FACTOR)
-    bias_rate:float = setting(
+    bias_lr_mult:float = setting(
         1., 'Muon: learning rate of biases and whatever else Adam trains, in learning rates', _FACTOR)
     ns_steps:int = setting(5, 'Muon: Newton-Schulz steps towards an orthogonal update', at_least(1))
     unit_filters:bool = setting(
@@ -165,7 +165,7 @@ class Recipe:
         (), 'pairs (pattern of parameter names, epochs after which they are frozen)', _FREEZE, whole=True)
     ema:float = setting(
         0., 'share of the averaged weights that stays at each step; 0: no average', _SHARE, whole=True)
-    views:str = setting(
+    tta:str = setting(
         'none', 'test-time views of the final evaluation', OneOf(('none', 'flip', 'crops')), whole=True)
     stats:tuple|None = setting(
         None, '(mean, std) to normalize with', _STATS, none='those of the training pixels')
@@ -233,7 +233,7 @@ class Config(Recipe):
     precision:str = setting(
         'auto', 'number format; auto: the one that the hardware is fastest in',
         OneOf(('auto', 'fp32', 'bf16', 'fp16')), option='machine')
-    path:str = setting(
+    tfms:str = setting(
         'auto', 'how batches are made; item: by Albumentations, batch: as tensors on the device, '
                 'auto: batch, unless the policy has no such form',
         OneOf(('auto', 'item', 'batch')), option='machine')

@@ -112,7 +112,7 @@ An image classifier for 32x32 colour pictures with {parameters:,} parameters. Cl
 |--|--|--|--|
 | {test_accuracy:.2%} | {low:.2%} to {high:.2%} | {seed} | 1 |
 
-Measured after the last epoch, test-time views: {views}. One run: another seed gives another accuracy, and the \
+Measured after the last epoch, test-time views: {tta}. One run: another seed gives another accuracy, and the \
 interval does not say how far away.
 
 ## How it was trained
@@ -183,7 +183,7 @@ def model_card(
     numbers = {k: m[k] for k in ('parameters', 'test_images', 'test_accuracy')}
     return _CARD.format(
         **numbers, **_training_facts(c), net=net, norm=norm, low=low, high=high, classes=_listed(c['classes']),
-        views=as_markdown(c['views']), version=as_markdown(c['environment']['versions']['fastcifar']),
+        tta=as_markdown(c['tta']), version=as_markdown(c['environment']['versions']['fastcifar']),
         tag=', onnx' if onnx else '', onnx=_ONNX_PART.format(**onnx) if onnx else '')
 
 # %% ../../nbs/share/01_export.ipynb #63734178
@@ -206,7 +206,7 @@ _KEPT = ('test_accuracy', 'test_loss', 'test_images', 'wrong', 'train_accuracy',
 def _about_net(model, net, classes):
     "What config.json of an exported folder says of the net"
     return dict(library='fastcifar', architecture=model.config, classes=classes, mean=model.note['mean'],
-                std=model.note['std'], views=net.views, input='uint8 (N, 32, 32, 3), RGB')
+                std=model.note['std'], tta=net.tta, input='uint8 (N, 32, 32, 3), RGB')
 
 def _about_run(metrics, config, env):
     "What config.json of an exported folder says of the training"

@@ -30,10 +30,10 @@ class PixelNet(nn.Module):
         model:nn.Module, # (N, 3, 32, 32) -> logits (N, classes)
         mean, # Of each channel, in 0..1
         std, # Of each channel, in 0..1
-        views:str='none', # One of `fastcifar.train.tta.VIEWS`
+        tta:str='none', # One of `fastcifar.train.tta.VIEWS`
     ):
         super().__init__()
-        self.model, self.views = model, views
+        self.model, self.tta = model, tta
         self.register_buffer('mean', _per_channel(mean))
         self.register_buffer('std', _per_channel(std))
 
@@ -41,7 +41,7 @@ class PixelNet(nn.Module):
         images:torch.Tensor, # uint8 (N, 32, 32, 3)
     ) -> torch.Tensor: # Probabilities (N, classes)
         x = images.permute(0, 3, 1, 2).contiguous().float() / 255
-        return tta_logits(self.model, (x - self.mean) / self.std, self.views).softmax(-1)
+        return tta_logits(self.model, (x - self.mean) / self.std, self.tta).softmax(-1)
 
 # %% ../../nbs/share/00_predict.ipynb #baf6d3fd
 def _class_names(classes):
@@ -64,10 +64,10 @@ def pixel_net(
     "The net of a weights' file, with what its note says about classes and normalization"
     note = getattr(model, 'note', {})
     try:
-        classes, views = _class_names(note['classes']), note.get('views', 'none')
-        fits = len(classes) == note['model'].get('n_out', 10) and views in VIEWS
+        classes, tta = _class_names(note['classes']), note.get('tta', note.get('views', 'none'))
+        fits = len(classes) == note['model'].get('n_out', 10) and tta in VIEWS
         if not _can_normalize(note['mean'], note['std']) or not fits: raise ValueError
-        return PixelNet(model, note['mean'], note['std'], views).eval(), classes
+        return PixelNet(model, note['mean'], note['std'], tta).eval(), classes
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError):
         raise FastcifarError(f'{where} does not say its classes and how to normalize: '
                              'it was saved without them') from None

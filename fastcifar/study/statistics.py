@@ -197,7 +197,7 @@ def _compared(done, factor):
         yield f'{_named(shared)}: {said}; {_claim(pairs, values, even)}{_hardly_compared(wide, pairs)}'
 
 # %% ../../nbs/study/00_statistics.ipynb #50f45bfd
-UNLIKE = dict(precision='precision', path='path', views='views', epochs='epochs', bs='batch size',
+UNLIKE = dict(precision='precision', tfms='tfms', tta='tta', epochs='epochs', bs='batch size',
               data='data') # column -> its name
 
 def _plain(v): return str(v) if isinstance(v, str) else f'{v:g}' # a column with gaps holds 8.0
@@ -208,7 +208,7 @@ def _apart(runs, factor):
     return {UNLIKE[k]: ', '.join(map(_plain, sorted(v))) for k, v in values.items() if len(v) > 1}
 
 def _unlike(done, factors):
-    "A line for what else compared runs differ in: views of recipes; path or precision, where a study went on elsewhere"
+    "A line for what else compared runs differ in: views of recipes; tfms or precision, where a study went on elsewhere"
     lines = []
     for factor in factors:
         rest = _alike(done, factor)

@@ -22,6 +22,7 @@ from ..data.load import load_data
 from ..device import checked_device
 from ..interpret.interpretation import save_plot
 from ..models.layers import NORMS
+from ..models.registry import adopt_models, foreign_models
 from ..models.zoo import list_models
 from ..runs.config import build_model, configure
 from ..runs.folder import BESIDE, RunFolder, _is_run, check_same, own_folder, settings_on
@@ -143,8 +144,9 @@ def _fused(cs, outs, work, threads, device, wait, pictures):
             # process's
             say(f'{type(e).__name__}: {e}; now each by itself')
 
-def _one_pass(cs, folder, threads, device, parent=None, wait=0, pictures=True):
+def _one_pass(cs, folder, threads, device, parent=None, wait=0, pictures=True, nets=()):
     "Train runs that differ in their seeds alone, together if there are several; None for each, or why it failed"
+    adopt_models(nets)
     if os.getpid() != parent: # a single one needs no process of its own
         import matplotlib; matplotlib.use('agg')
         if parent: _die_with(parent)
@@ -160,22 +162,22 @@ def _cell(c): return run_name(c).rpartition('-seed')[0]
 
 def _work(cs, folder):
     "Where a pass keeps its checkpoints; its name says which seeds it has"
-    return folder.parent/'together'/f'{_cell(cs[0])}-seeds{"_".join(str(c.seed) for c in cs)}'
+    return folder.parent/'fused'/f'{_cell(cs[0])}-seeds{"_".join(str(c.seed) for c in cs)}'
 
 def _begun_passes(cell, cs, folder):
     "The passes over seeds of a cell that were begun"
-    places = (folder.parent/'together').glob(f'{cell}-seeds*')
+    places = (folder.parent/'fused').glob(f'{cell}-seeds*')
     seeds = [d.name.rpartition('-seeds')[2].split('_') for d in places]
     return [[c for c in cs if str(c.seed) in some] for some in seeds]
 
-def _passes(grid, folder, together):
-    "The unfinished runs in passes of up to `together` seeds of a cell; a pass that was begun is gone on with"
+def _passes(grid, folder, fused):
+    "The unfinished runs in passes of up to `fused` seeds of a cell; a pass that was begun is gone on with"
     res = []
     for cell, cs in groupby(grid, _cell).items():
-        begun = _begun_passes(cell, cs, folder) if together > 1 else []
+        begun = _begun_passes(cell, cs, folder) if fused > 1 else []
         left = [c for c in cs if not _is_finished(c, folder) and not any(c in b for b in begun)]
         res += [b for b in begun if not all(_is_finished(c, folder) for c in b)]
-        res += [left[i:i + together] for i in range(0, len(left), together)]
+        res += [left[i:i + fused] for i in range(0, len(left), fused)]
     place = {run_name(c): i for i, c in enumerate(grid)}
     return sorted(res, key=lambda cs: place[run_name(cs[0])])
 
@@ -309,13 +311,13 @@ class _Plan:
     jobs:int # Passes at a time on this machine
     threads:int # CPU threads of each
     tasks:RayTasks # A cluster to run on instead
-    together:int # Seeds of a pass at most
+    fused:int # Seeds of a pass at most
     pictures:bool # Draw pictures of each run?
 
     def said(self):
         "In words, how many passes run at a time, and where"
         at_a_time = min(self.tasks.at_a_time() if self.tasks else self.jobs, len(self.todo))
-        seeds = '' if self.together == 1 else f', each up to {self.together} seeds in one pass,'
+        seeds = '' if self.fused == 1 else f', each up to {self.fused} seeds in one pass,'
         return f'{at_a_time} at a time{seeds} on {"a Ray cluster" if self.tasks else ", ".join(self.places)}'
 
 def _gpus(device):
@@ -328,7 +330,8 @@ def _gpus(device):
 def _on_this_machine(plan, say):
     "(position, what `_one_pass` gives) of each pass, in the order in which they are ready"
     def where(i): return plan.places[i % len(plan.places)]
-    calls = {i: (cs, plan.folder, plan.threads, where(i), os.getpid(), 0, plan.pictures)
+    nets = foreign_models()
+    calls = {i: (cs, plan.folder, plan.threads, where(i), os.getpid(), 0, plan.pictures, nets)
              for i, cs in enumerate(plan.todo)}
     return _on_pool(_one_pass, calls, plan.jobs, say)
 
@@ -338,7 +341,7 @@ def _on_ray(plan):
     calls = []
     for cs in plan.todo:
         cs = [dataclasses.replace(c, data=everywhere(c.data)) for c in cs]
-        calls.append((cs, plan.folder, plan.threads, device, None, LOST_WAIT, plan.pictures))
+        calls.append((cs, plan.folder, plan.threads, device, None, LOST_WAIT, plan.pictures, foreign_models()))
     for i, back in plan.tasks(_one_pass, calls):
         yield i, in_a_line(back) if isinstance(back, Exception) else back # it died each time
 
@@ -378,13 +381,13 @@ def _run(self:Study, plan, bars, say):
     except Stopped as e:
         raise Stopped('stopped; the same command continues the study from the last checkpoints',
                       e.exit_code - 128) from None
-    with contextlib.suppress(OSError): (self.out/'together').rmdir() # if nothing is left in it
+    with contextlib.suppress(OSError): (self.out/'fused').rmdir() # if nothing is left in it
     return self.write(say)
 
 # %% ../../nbs/study/04_study.ipynb #ba6fd5e1
-def _check_run_options(jobs, threads, together, device, tasks):
+def _check_run_options(jobs, threads, fused, device, tasks):
     "Refuse options of `Study.run` that cannot work"
-    for n, v in (('jobs', jobs), ('threads', threads), ('together', together)):
+    for n, v in (('jobs', jobs), ('threads', threads), ('fused', fused)):
         if v is not None and v < 1: raise FastcifarError(f'{n} is {v}: give at least 1')
     on_gpu = torch.cuda.is_available() and str(device or default_device()).startswith('cuda')
     if not tasks and not on_gpu: checked_device(device) # a context on a GPU would take its memory
@@ -398,19 +401,20 @@ def run(self:Study,
     device=None, # fastai's default device if None; several GPUs are used in turn
     pictures:bool=True, # Draw pictures and write report.html of each run?
     tasks:RayTasks=None, # A Ray cluster to run on, instead of this machine; it needs a shared file system
-    together:int=1, # Seeds that are trained in one pass, where nets are too small for a GPU
+    fused:int=1, # Seeds that are trained in one pass, where nets are too small for a GPU
     bars:bool=None, # A progress bar? None: if this is a terminal
     say=say, # Called with a line for each run
 ) -> pd.DataFrame: # `results()`
     "Run what is not finished yet, and write tables and plots"
-    _check_run_options(jobs, threads, together, device, tasks)
+    _check_run_options(jobs, threads, fused, device, tasks)
     places, folder = _gpus(device), _runs(self.out.resolve())
     jobs = jobs or (max(1, cpu_count() // threads) if places == ['cpu'] else 3 * len(places))
     finished = {run_name(c) for c in self.grid if _is_finished(c, folder)}
-    todo = _passes(self.grid, folder, together)
+    with contextlib.suppress(OSError): (self.out/'together').rename(self.out/'fused') # as version 0.1 called it
+    todo = _passes(self.grid, folder, fused)
     for cs in todo: check_fusable(cs)
     load_data(self.data, self.grid[0].convert) # what cannot be read is to be said before there is a folder
-    plan = _Plan(todo, finished, folder, places, jobs, threads, tasks, together, pictures)
+    plan = _Plan(todo, finished, folder, places, jobs, threads, tasks, fused, pictures)
     with own_folder(self.out, _is_study, 'a study'):
         self._settle()
         return self._run(plan, bars, say)

@@ -94,7 +94,7 @@ def _settings_of(saved, data):
 @patch
 def _settle(self:Sweep, data):
     "Write what the sweep is, or compare with what is there"
-    own = dict(data=data.source, tune=sorted(self.tune), judged_with_views=self.base.views)
+    own = dict(data=data.source, tune=sorted(self.tune), judged_with_views=self.base.tta)
     new = as_json(dict(dataclasses.asdict(self.base), **own))
     f = self.out/'sweep.json'
     old = read_json(f) if f.exists() else new
@@ -137,14 +137,14 @@ class _Report(Callback):
 
 def _loaders(c, data, device):
     return data.dataloaders(bs=c.bs, policy=c.policy, seed=c.seed, valid=c.valid, device=device, stats=c.stats,
-                            path=c.path)
+                            tfms=c.tfms)
 
 # %% ../../nbs/study/05_sweep.ipynb #607386ad
 def _validated(learn, c, report):
     "Train, and give the accuracy on the held-out images, as `train` evaluates what is found"
     with learn.no_bar(), learn.no_logging():
         fit_recipe(learn, c, cbs=[report])
-        return CifarInterpretation.from_learner(learn, 1, views=c.views).accuracy
+        return CifarInterpretation.from_learner(learn, 1, tta=c.tta).accuracy
 
 @patch
 def _try(self:Sweep, study, trial, c, data, device, request):
@@ -200,7 +200,7 @@ def write(self:Sweep,
     done = t[t.state == 'complete']
     if not len(done): return {}
     found = dict(trials=len(t), complete=len(done), valid_accuracy=study.best_trial.value, valid_images=base.valid,
-                 views=base.views, data=data.name, data_sha256=data.source, epochs=base.epochs, seed=base.seed)
+                 tta=base.tta, data=data.name, data_sha256=data.source, epochs=base.epochs, seed=base.seed)
     res = self._write_best(study.best_trial, found)
     save_plot(lambda: plot_sweep(t), self.out/'sweep.png', say)
     return res
@@ -254,7 +254,7 @@ def _run(self:Sweep, trials, threads, device, data, bars, say):
     study, request, base = self._storage(), StopRequest(say), self.base
     over = _over(study)
     say(f'{trials} trials, {min(over, trials)} done; {data.name}, {base.valid:,} training images held out, '
-        f'test-time views: {base.views}')
+        f'test-time views: {base.tta}')
     study.sampler = optuna.samplers.TPESampler(seed=base.seed + len(study.trials))
     bars = sys.stdout.isatty() if bars is None else bars
     with request, cpu_threads(threads):

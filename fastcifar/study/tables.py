@@ -85,8 +85,8 @@ def _finished(run, c, given, h, reason):
     if 0 < len(h) < settled.epochs:
         reason = f'{run.history_file} has {len(h)} of {settled.epochs} epochs'
         h = h[:0]
-    return dict(status='finished', reason=_plain(reason), **{k: m[k] for k in _SHOWN}, path=settled.path,
-                views=settled.views, train_views=m.get('train_views', 'none'),
+    return dict(status='finished', reason=_plain(reason), **{k: m[k] for k in _SHOWN}, tfms=settled.tfms,
+                tta=settled.tta, train_tta=m.get('train_tta', 'none'),
                 epochs_to_60=_epochs_to(h, .6), epochs_to_70=_epochs_to(h, .7))
 
 def _failed(reason): return dict(status='failed', reason=_plain(reason))

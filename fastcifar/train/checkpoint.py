@@ -23,7 +23,7 @@ from fastai.optimizer import Lookahead, Optimizer
 from fastai.torch_core import find_bs
 from fastcore.basics import patch
 
-from ..basics import FastcifarError, remove_unfinished, rng_state, say, set_rng_state
+from ..basics import FastcifarError, remove_unfinished, rng_state, say, set_rng_state, upgrade_names
 from ..models.weights import is_ours, load_tensors, load_weights, save_tensors
 from .callbacks import FreezeParts, StopOnNaN
 from .distributed import all_gather, all_reduce_sum, rank, world_size
@@ -181,12 +181,16 @@ def _like(t, p):
     if t.shape != p.shape: raise ValueError(f'a tensor has shape {tuple(t.shape)} instead of {tuple(p.shape)}')
     return torch.empty_like(p, dtype=t.dtype, requires_grad=False).copy_(t)
 
+def _hypers(note):
+    "What an optimizer was set to; a copy, since `fit` writes into it"
+    return [upgrade_names(h) for h in note['hypers']]
+
 def _load_optimizer(opt, tensors, note):
     "Put back what an optimizer holds"
     state = []
     for i, ((p, *_), kept) in enumerate(zip(opt.all_params(), note['opt'], strict=True)):
         state.append({k: _like(tensors[f'opt.{i}.{k}'], p) if v is None else v for k, v in kept.items()})
-    opt.load_state_dict(dict(state=state, hypers=[dict(h) for h in note['hypers']])) # a copy: `fit` writes into them
+    opt.load_state_dict(dict(state=state, hypers=_hypers(note)))
 
 def restore_weights(
     learn, # Before its fit
@@ -230,7 +234,7 @@ def restore_position(
     if note['n_iter'] != len(dls.train):
         raise ValueError(f'it was made with {note["n_iter"]} batches an epoch, now there are {len(dls.train)}')
     set_rng_state(of_this_process(note)['rng'])
-    for h, kept in zip(learn.opt.hypers, note['hypers']):
+    for h, kept in zip(learn.opt.hypers, _hypers(note)):
         h.update(kept) # a callback may have changed them; `fit` has set them anew
     _restore_loaders(dls.loaders, dls.train, note)
     learn.train_iter, learn.first_batch = note['train_iter'], note['batch']

@@ -253,19 +253,19 @@ class Muon(ListAdam):
         eps:float=1e-5, # Added to Adam's denominator
         wd:float=0., # Weight decay
         least:int=10, # Fewest rows and columns that make a parameter a matrix
-        spectral:float=0., # The norm of a matrix's update, in learning rates; 0: a root mean square of 0.2, like Adam's
+        update_norm:float=0., # Norm of a matrix's update, in learning rates; 0: a root mean square of 0.2, like Adam's
         decay:str='decoupled', # `'decoupled'`, or `'l2'`: added to the gradient
         nets:int=1, # Matrices below each other in a parameter, those of fused nets, see `fastcifar.runs.fused`
-        bias_rate:float=1., # Learning rate of what Adam trains, biases above all, in learning rates
+        bias_lr_mult:float=1., # Learning rate of what Adam trains, biases above all, in learning rates
         unit_filters:bool=False, # Bring each convolution's filters to a root mean square norm of 1 before each step?
         ns_steps:int=5, # Newton-Schulz steps towards an orthogonal update
     ):
-        muon = dict(least=least, spectral=spectral, nets=nets, bias_rate=bias_rate, unit_filters=unit_filters,
-                    ns_steps=ns_steps)
+        muon = dict(least=least, update_norm=update_norm, nets=nets, bias_lr_mult=bias_lr_mult,
+                    unit_filters=unit_filters, ns_steps=ns_steps)
         super().__init__(params, decay, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, **muon)
 
-    # checkpoints of older versions do not have `bias_rate`, `unit_filters` and `ns_steps`
-    def update(self, ps, grads, states, lr, least, nets, bias_rate=1., unit_filters=False, **numbers):
+    # checkpoints of older versions do not have `bias_lr_mult`, `unit_filters` and `ns_steps`
+    def update(self, ps, grads, states, lr, least, nets, bias_lr_mult=1., unit_filters=False, **numbers):
         lists, matrices, rest = (ps, grads, states), [], []
         for i, p in enumerate(ps): (matrices if _is_matrix(p, least, nets) else rest).append(i)
         if matrices:
@@ -273,14 +273,14 @@ class Muon(ListAdam):
             self._orthogonal(*(_pick(l, matrices) for l in lists), lr=lr, nets=nets, **numbers)
         if rest:
             own = {k: _pick(v, rest) if isinstance(v, list) else v for k, v in numbers.items()}
-            super().update(*(_pick(l, rest) for l in lists), lr=lr * bias_rate, **own)
+            super().update(*(_pick(l, rest) for l in lists), lr=lr * bias_lr_mult, **own)
 
-    def _orthogonal(self, ps, grads, states, lr, mom, spectral, nets, ns_steps=5, **numbers):
+    def _orthogonal(self, ps, grads, states, lr, mom, update_norm, nets, ns_steps=5, **numbers):
         "Move matrices"
         avgs = _kept(states, 'grad_avg', ps)
         _mean_(avgs, grads, mom)
         ahead = _lerp(grads, avgs, mom) # Nesterov's look ahead
-        sizes = [spectral or 0.2 * math.sqrt(max(len(p) // nets, p[0].numel())) for p in ps]
+        sizes = [update_norm or 0.2 * math.sqrt(max(len(p) // nets, p[0].numel())) for p in ps]
         if ps[0].is_cuda: return _scaled_add_(ps, _orthogonal_on_gpu(ps, ahead, sizes, nets, ns_steps), -lr)
         updates = _orthogonal_by_shape(ahead, nets, ns_steps)
         for p, u, size in zip(ps, updates, sizes): p.add_(u.to(p.dtype), alpha=-lr * size)
@@ -289,7 +289,7 @@ class Muon(ListAdam):
 OPTIMIZERS = { # and the settings that each has
     'adam': ('mom', 'sqr_mom', 'eps'),
     'sgd': ('mom',),
-    'muon': ('mom', 'sqr_mom', 'eps', 'spectral', 'bias_rate', 'unit_filters', 'ns_steps'),
+    'muon': ('mom', 'sqr_mom', 'eps', 'update_norm', 'bias_lr_mult', 'unit_filters', 'ns_steps'),
 }
 
 def _check_idle(name, given):
@@ -305,16 +305,17 @@ def optimizer(
     sqr_mom:float=0.99, # Adam's beta2
     eps:float=1e-5, # Added to Adam's denominator
     decay:str='decoupled', # `'decoupled'`, or `'l2'`: added to the gradient
-    spectral:float=0., # Norm of Muon's updates, in learning rates; 0: the size of Adam's
+    update_norm:float=0., # Norm of Muon's updates, in learning rates; 0: the size of Adam's
     nets:int=1, # Nets whose weights lie below each other in each parameter
-    bias_rate:float=1., # Muon: learning rate of biases and whatever else Adam trains, in learning rates
+    bias_lr_mult:float=1., # Muon: learning rate of biases and whatever else Adam trains, in learning rates
     unit_filters:bool=False, # Muon: bring filters to a root mean square norm of 1 before each step?
     ns_steps:int=5, # Muon: Newton-Schulz steps
 ): # What `Learner` takes as `opt_func`
     "An optimizer function for a fastai `Learner`"
     check_name(name, OPTIMIZERS, 'optimizer')
     check_name(decay, _DECAYS, 'kind of weight decay')
-    own = dict(spectral=spectral, bias_rate=bias_rate, unit_filters=unit_filters, ns_steps=ns_steps) # of Muon
+    own = dict(update_norm=update_norm, bias_lr_mult=bias_lr_mult,
+               unit_filters=unit_filters, ns_steps=ns_steps) # of Muon
     _check_idle(name, dict(sqr_mom=sqr_mom, eps=eps, **own))
     if name == 'sgd': return partial(ListSGD, decay=decay, mom=mom, wd=0.)
     adam = dict(decay=decay, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=0.)

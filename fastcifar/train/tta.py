@@ -31,15 +31,15 @@ def _shifted(x):
 def tta_logits(
     model, # (N, 3, H, W) -> logits (N, classes)
     x:torch.Tensor, # (N, 3, H, W), normalized
-    views:str='flip', # One of `VIEWS`: the image alone, with its mirror image, or six views
+    tta:str='flip', # One of `VIEWS`: the image alone, with its mirror image, or six views
     pred:torch.Tensor=None, # The logits of `x` itself, if they are there already
 ) -> torch.Tensor: # float32 (N, classes)
     "The mean logits over several views of each image"
-    check_name(views, VIEWS, 'kind of views')
+    check_name(tta, VIEWS, 'kind of views')
     if pred is None: pred = model(x)
-    if views == 'none': return pred.float()
+    if tta == 'none': return pred.float()
     here = _with_mirror(model, x, pred)
-    if views == 'flip': return here
+    if tta == 'flip': return here
     first, second = _shifted(x)
     return here / 2 + (_with_mirror(model, first, model(first)) + _with_mirror(model, second, model(second))) / 4
 
@@ -48,22 +48,22 @@ class TTA(Callback):
     "Average the predictions over several views of each image, wherever the net is validated"
     order, run_train = MixedPrecision.order - 2, False # before `Autocast` leaves its context
     def __init__(self,
-        views:str='flip', # One of `VIEWS`
-    ): self.views = check_name(views, VIEWS, 'kind of views')
+        tta:str='flip', # One of `VIEWS`
+    ): self.tta = check_name(tta, VIEWS, 'kind of views')
 
     def after_pred(self):
         learn = self.learn
         if len(learn.xb) > 1 or not all(isinstance(t, torch.Tensor) for t in (learn.xb[0], learn.pred)):
             raise FastcifarError('views are for nets that take images and give logits, nothing else: leave out TTA')
-        learn.pred = tta_logits(self.model, learn.xb[0], self.views, learn.pred)
+        learn.pred = tta_logits(self.model, learn.xb[0], self.tta, learn.pred)
 
 # %% ../../nbs/train/08_tta.ipynb #f57bb29b
 @contextlib.contextmanager
 def viewed(
     learn, # A learner
-    views:str=None, # One of `VIEWS`; None: those of its own `TTA` callback, if it has one
+    tta:str=None, # One of `VIEWS`; None: those of its own `TTA` callback, if it has one
 ):
     "Context in which a learner predicts with these test-time views and no others; gives their name"
     own = [cb for cb in learn.cbs if isinstance(cb, TTA)]
-    views = check_name(views or (own[-1].views if own else 'none'), VIEWS, 'kind of views')
-    with learn.removed_cbs(own), learn.added_cbs([TTA(views)] if views != 'none' else []): yield views
+    tta = check_name(tta or (own[-1].tta if own else 'none'), VIEWS, 'kind of views')
+    with learn.removed_cbs(own), learn.added_cbs([TTA(tta)] if tta != 'none' else []): yield tta

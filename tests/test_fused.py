@@ -19,13 +19,13 @@ def command(out, *more):
 @pytest.fixture(scope='module')
 def studies(tmp_path_factory):
     "A study in one pass, the same one killed in the middle and continued, and the same one run by run"
-    out = tmp_path_factory.mktemp('together')
-    for name, more in (('whole', ('--together', 2)), ('alone', ())):
+    out = tmp_path_factory.mktemp('fused')
+    for name, more in (('whole', ('--fused', 2)), ('alone', ())):
         subprocess.run(command(out/name, *more), check=True, capture_output=True, timeout=300)
-    cmd = command(out/'killed', '--together', 2)
+    cmd = command(out/'killed', '--fused', 2)
     p = subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     end = time.monotonic() + 200
-    while not list(out.glob('killed/together/*/checkpoints/epoch_0001.safetensors')):
+    while not list(out.glob('killed/fused/*/checkpoints/epoch_0001.safetensors')):
         assert p.poll() is None and time.monotonic() < end, p.stderr.read()[-2000:]
         time.sleep(.02)
     os.kill(p.pid, signal.SIGKILL)
@@ -39,7 +39,7 @@ def runs(study): return sorted((study/'runs').iterdir())
 def test_a_killed_pass_continues_exactly(studies):
     out, finished, done = studies
     assert done.returncode == 0 and not finished, done.stderr[-2000:]
-    assert 'continuing' in (runs(out/'killed')[0]/'log.txt').read_text() and not (out/'killed/together').exists()
+    assert 'continuing' in (runs(out/'killed')[0]/'log.txt').read_text() and not (out/'killed/fused').exists()
     for a, b in zip(runs(out/'whole'), runs(out/'killed'), strict=True):
         x, y = (load_file(d/'model.safetensors') for d in (a, b))
         assert all(torch.equal(x[k], y[k]) for k in x), a.name
@@ -66,7 +66,7 @@ def test_each_seed_is_trained_as_alone(studies):
 def test_finished_runs_stay_and_seeds_join(studies, main):
     out = studies[0]/'whole'
     before = {f: f.stat().st_mtime_ns for f in out.glob('runs/*/*')}
-    code, said, err = main('compare', *SETTINGS, '--seeds', 4, '--together', 3, '--out', out)
+    code, said, err = main('compare', *SETTINGS, '--seeds', 4, '--fused', 3, '--out', out)
     assert code == 0, err
     assert '4 runs, 2 finished' in said and '2/2' in said
     assert pd.read_csv(out/'results.csv').status.tolist() == ['finished'] * 4
@@ -74,23 +74,23 @@ def test_finished_runs_stay_and_seeds_join(studies, main):
 
 def test_a_pass_that_fails_says_which_run_does(main):
     "A learning rate at which every net explodes: each run has its own reason"
-    wild = '--seeds 2 --epochs 1 --optimizer sgd --lr-max 900 --lr-min 900 --together 2 --out s'
+    wild = '--seeds 2 --epochs 1 --optimizer sgd --lr-max 900 --lr-min 900 --fused 2 --out s'
     code, said, _ = main('compare', *SETTINGS, *wild.split())
     assert code == 1 and said.count('failed: groupnet') == 2 and 'NaN or infinite' in said
     assert pd.read_csv('s/results.csv').status.tolist() == ['failed', 'failed']
 
 def test_one_rate_for_all(main):
-    code, _, err = main('compare', *SETTINGS, '--recipes', 'one_cycle', '--together', 2, '--out', 's')
+    code, _, err = main('compare', *SETTINGS, '--recipes', 'one_cycle', '--fused', 2, '--out', 's')
     assert code == 2 and 'give lr_max (--lr-max)' in err and err.count('\n') == 1
 
 def test_a_pass_of_another_process_is_left_alone(main):
     "Its checkpoints stay when this process cannot have the folder; the runs are then trained one by one"
     from fastcifar.study.study import Study
     Study('s', 'groupnet', 'digits', 'gn', seeds=2, batch_sizes=128, epochs=1, precision='fp32')._settle()
-    work = Path('s/together/groupnet-gn-fast-bs128-seeds0_1')
+    work = Path('s/fused/groupnet-gn-fast-bs128-seeds0_1')
     (work/'checkpoints').mkdir(parents=True)
     (work/'checkpoints/kept').write_text('theirs')
-    with FileLock(work/'.lock'): code, _, err = main('compare', *SETTINGS, '--epochs', 1, '--together', 2, '--out', 's')
+    with FileLock(work/'.lock'): code, _, err = main('compare', *SETTINGS, '--epochs', 1, '--fused', 2, '--out', 's')
     assert code == 0, err
     assert (work/'checkpoints/kept').read_text() == 'theirs'
     assert pd.read_csv('s/results.csv').status.tolist() == ['finished', 'finished']
