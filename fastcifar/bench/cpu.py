@@ -7,7 +7,8 @@ __all__ = ['MARGIN', 'bench_data', 'bench_step', 'bench_epoch', 'read_accuracies
            'bench_parallel', 'bench_fused']
 
 # %% ../../nbs/bench/01_cpu.ipynb #ed8878cb
-import contextlib, functools, itertools, math, os, statistics, subprocess, sys, tempfile
+import contextlib, copy, dataclasses, functools, itertools, math, os, statistics, subprocess, sys, tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,13 +36,13 @@ from ..data.item_augment import create_policy
 from ..device import best_precision, checked_device, cpu_threads
 from ..models.zoo import create_model
 from ..runs.config import build_model, configure
-from ..runs.fit import recipe_learner
+from ..runs.fit import recipe_learner, recipe_rates
 from ..runs.fused import fused_learner
 from ..runs.recipes import create_recipe
 from ..train.checkpoint import Checkpoints
 from ..train.learner import cifar_learner
 from ..train.loop import LeanScheduler, piecewise
-from ..train.tta import TTA
+from ..train.tta import TTA, tta_logits
 
 # %% ../../nbs/bench/01_cpu.ipynb #2bc1bd94
 class _Pictures(Dataset):
@@ -79,10 +80,10 @@ def _take(batches, n):
 
 # %% ../../nbs/bench/01_cpu.ipynb #aa391f8a
 def _loaders(data, policy):
-    "The training images in our item path and batch path, in a torch `DataLoader` and in a fastai `DataBlock`"
+    "The training images as we give them by default, item by item and in batches, by torch and by fastai"
     def ours(tfms): return data.dataloaders(bs=512, policy=policy, tfms=tfms, device='cpu').train
     torch_dl = DataLoader(_Pictures(data, policy), 512, shuffle=True)
-    return ours('item'), ours('batch'), torch_dl, _fastai_loader(data, create_policy(policy, data.fill))
+    return *map(ours, ('auto', 'item', 'batch')), torch_dl, _fastai_loader(data, create_policy(policy, data.fill))
 
 def _augment_alone(data, policy, n):
     "A function that puts `n` images through Albumentations, in random order"
@@ -96,18 +97,24 @@ def bench_data(
     rounds:int=5, # Rounds of each pair
     n:int=4096, # Images a round
 ) -> list: # Of `Row`
-    "The item path and the batch path against their alternatives"
+    "Our default loaders, the item path and the batch path against their alternatives"
     data, policy = noise_data(), 'crop_flip_cutout'
-    item, batch, torch_dl, fastai = _loaders(data, policy)
+    default, item, batch, torch_dl, fastai = _loaders(data, policy)
     augment = _augment_alone(data, policy, n)
     def timed(batches, n=n): return lambda: seconds(lambda: _take(batches, n))
     def row(name, ours, theirs, n=n, **kwargs):
         return speed_row(name, take_turns(ours, theirs, rounds), per=f'{n} images', **kwargs)
     with cpu_threads(1):
-        return [row('item/compose', timed(item), lambda: seconds(augment), must=0.8, goal=0.9),
-                row('item/dataloader', timed(item), timed(torch_dl)),
-                row('item/datablock', timed(item, 1024), timed(fastai, 1024), 1024, must=8, goal=10),
-                row('batch/item', timed(batch), timed(item), must=4, goal=8)]
+        return [row('default/datablock', timed(default, 1024), timed(fastai, 1024), 1024, must=20, goal=40,
+                    what='data.dataloaders() against a fastai DataBlock with the same Albumentations policy'),
+                row('item/compose', timed(item), lambda: seconds(augment), must=0.8, goal=0.9,
+                    what='item by item against bare Albumentations, which makes no batches'),
+                row('item/dataloader', timed(item), timed(torch_dl),
+                    what='item by item against a torch DataLoader with Albumentations'),
+                row('item/datablock', timed(item, 1024), timed(fastai, 1024), 1024,
+                    what='item by item against a fastai DataBlock with Albumentations'),
+                row('batch/item', timed(batch), timed(item), must=4, goal=8,
+                    what='whole batches against item by item')]
 
 # %% ../../nbs/bench/01_cpu.ipynb #4d00cb06
 class _Ready(list):
@@ -178,8 +185,9 @@ def bench_step(
     torch.manual_seed(0)
     ours, bare, fastai = _step_times(blocks, steps)
     per = f'step, of {blocks * steps}'
-    return [_overhead_row('step/overhead_us', ours, bare, per=per, must=150, goal=60),
-            _overhead_row('step/fastai_overhead_us', fastai, bare, per=per)]
+    return [_overhead_row('step/overhead_us', ours, bare, per=per, must=80, goal=60,
+                          what='what a step takes beyond one of a bare PyTorch loop'),
+            _overhead_row('step/fastai_overhead_us', fastai, bare, per=per, what="the same for fastai's Learner")]
 
 # %% ../../nbs/bench/01_cpu.ipynb #fa173e9d
 def _with_stock_dropout(net):
@@ -199,10 +207,10 @@ def _forever(dl):
     while True: yield from dl
 
 # %% ../../nbs/bench/01_cpu.ipynb #2a6ac15f
-def _their_steps(name, data, steps):
+def _their_steps(name, data, steps, norm='bn'):
     "A function that times `steps` training steps, the authors' way"
     recipe = create_recipe('reference', name)
-    net = _with_stock_dropout(create_model(name))
+    net = _with_stock_dropout(create_model(name, norm=norm))
     opt = _their_optimizer(net, recipe)
     dl = DataLoader(_Pictures(data, recipe.policy), recipe.bs, shuffle=True, num_workers=2, persistent_workers=True)
     batches = _forever(dl)
@@ -217,13 +225,15 @@ def _their_steps(name, data, steps):
             right += (out.argmax(1) == y).sum().item()
     return lambda: seconds(run)
 
-def _epoch_row(name, rounds, steps, device, **kwargs):
+def _epoch_row(name, rounds, steps, device, norm='bn', **kwargs):
     "The time of steps of ours against theirs"
     recipe = create_recipe('reference', name)
     data = noise_data(max(recipe.bs * steps, 5000))
-    ours, *_ = _our_steps(name, recipe, steps, device, data)
-    pairs = take_turns(ours, _their_steps(name, data, steps), rounds, pause=2.)
-    return speed_row(f'epoch/{name}', pairs, per=f'{steps} steps', **kwargs)
+    ours, *_ = _our_steps(name, recipe, steps, device, data, norm=norm)
+    pairs = take_turns(ours, _their_steps(name, data, steps, norm), rounds, pause=2.)
+    label = name if norm == 'bn' else f'{name}-{norm}'
+    return speed_row(f'epoch/{label}', pairs, per=f'{steps} steps', images=recipe.bs * steps,
+                     what=f'{label}: an epoch of our default against one as its authors run it', **kwargs)
 
 # %% ../../nbs/bench/01_cpu.ipynb #6f73a95c
 def _wait_row(name, rounds, images, device):
@@ -235,7 +245,8 @@ def _wait_row(name, rounds, images, device):
     dl.keep()
     shares = [1 - b / a for a, b in take_turns(whole, ready, rounds)]
     per = f'{steps} steps of {recipe.bs}, {recipe.policy}'
-    return Row(f'wait/{name}', *_spread(shares), 'share', must=0.05, goal=0.02, per=per)
+    return Row(f'wait/{name}', *_spread(shares), 'share', must=0.05, goal=0.02, per=per,
+               what=f"{name}: share of an epoch's time that making its batches adds")
 
 # %% ../../nbs/bench/01_cpu.ipynb #776741bb
 class _TimedCheckpoints(Checkpoints):
@@ -256,7 +267,8 @@ def _checkpoint_share(steps, every):
 def _checkpoint_row(rounds, steps, every=50):
     "The time of a checkpoint over that of the batches between two of them"
     shares = [_checkpoint_share(steps, every) for _ in range(rounds)]
-    return Row('checkpoint/normnet31k', *_spread(shares), 'share', must=0.02, per=f'{every} batches of 512')
+    return Row('checkpoint/normnet31k', *_spread(shares), 'share', must=0.02, per=f'{every} batches of 512',
+               what='normnet31k: time of a checkpoint over that of the batches between two of them')
 
 # %% ../../nbs/bench/01_cpu.ipynb #d7050d11
 def _usual_steps(name, gpu):
@@ -271,11 +283,12 @@ def bench_epoch(
     device='cpu', # On a GPU, the share of waiting alone is measured
 ) -> list: # Of `Row`
     "A training epoch against the reference recipe as its authors run it, and the share of time spent waiting for data"
-    thresholds = dict(normnet31k=dict(must=1.5, goal=2), custom_resnet=dict(must=3, goal=5))
+    thresholds = dict(normnet31k=dict(must=2), custom_resnet=dict(must=3, goal=5))
     gpu, rows = torch.device(device).type == 'cuda', []
     for name in nets:
         k = (steps or {}).get(name, _usual_steps(name, gpu))
-        if not gpu: rows.append(_epoch_row(name, rounds, k, device, **thresholds.get(name, {})))
+        norms = () if gpu else ('bn', 'gn', 'ln') if name == 'normnet31k' else ('bn',)
+        rows += [_epoch_row(name, rounds, k, device, norm, **thresholds.get(name, {})) for norm in norms]
         rows.append(_wait_row(name, rounds, k * create_recipe('reference', name).bs, device))
     if 'normnet31k' in nets and not gpu: rows.append(_checkpoint_row(rounds, (steps or {}).get('normnet31k', 20)))
     return rows
@@ -290,6 +303,48 @@ def _whole(name, recipe, k):
     def whole():
         training = steps() / k * recipe.epochs * -(-50_000 // recipe.bs)
         return training + seconds(evaluation) * 10_000 / len(learn.dls.valid_ds)
+    return whole
+
+# %% ../../nbs/bench/01_cpu.ipynb #3c72428d
+def _plain(dl):
+    "Batches as tensors of torch alone"
+    return ([t.as_subclass(torch.Tensor) for t in batch] for batch in dl)
+
+def _script_steps(learn, dl, recipe, steps):
+    "A function that trains for some steps without a learner: a loop of plain PyTorch"
+    net, short = copy.deepcopy(learn.model), best_precision('cpu') == 'bf16'
+    opt = learn.opt_func([list(net.parameters())], lr=recipe.lr_max, wd=0.)
+    rate = recipe_rates(dataclasses.replace(recipe, epochs=1))['lr']
+    def run():
+        net.train()
+        for i, (x, y) in enumerate(_plain(dl)):
+            with torch.autocast('cpu', torch.bfloat16, enabled=short):
+                out = net(x.contiguous(memory_format=torch.channels_last))
+            F.cross_entropy(out.float(), y, label_smoothing=recipe.label_smoothing).backward()
+            opt.set_hyper('lr', rate(i / steps))
+            opt.step()
+            opt.zero_grad()
+    return net, run
+
+def _script_evaluation(net, dl, recipe):
+    "A function that counts what a net gets right, with the test-time views of a recipe"
+    short = best_precision('cpu') == 'bf16'
+    def run():
+        net.eval()
+        right = 0
+        with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=short):
+            for x, y in _plain(dl): right += (tta_logits(net, x, recipe.tta).argmax(1) == y).sum().item()
+    return run
+
+# %% ../../nbs/bench/01_cpu.ipynb #0812b672
+def _script_whole(name, recipe, k):
+    "As `_whole`, without a learner"
+    _, dl, learn = _our_steps(name, recipe, k, 'cpu')
+    net, train = _script_steps(learn, dl, recipe, k)
+    evaluate = _script_evaluation(net, learn.dls.valid, recipe)
+    def whole():
+        training = seconds(train) / k * recipe.epochs * -(-50_000 // recipe.bs)
+        return training + seconds(evaluate) * 10_000 / len(learn.dls.valid_ds)
     return whole
 
 # %% ../../nbs/bench/01_cpu.ipynb #7c129e4a
@@ -376,20 +431,31 @@ def _share_row(rival, rounds, k):
     suffix = '' if rival.recipe == 'reference' else f'_{rival.recipe}'
     thresholds = {} if rival.no_worse is None else dict(must=0.3, goal=0.15)
     return Row(f'cpu/speedrun_vs_custom_resnet{suffix}', *_spread(shares), 'share', ours, theirs,
-               'whole training and evaluation, from parts', note=f'{best_precision("cpu")}; {rival.note}',
+               'whole training and evaluation, from parts',
+               what=f"a whole speedrun as a share of the custom ResNet's 24 epochs ({rival.recipe})",
+               note=f'{best_precision("cpu")}; {rival.note}',
                counts=rival.no_worse is not False, **thresholds)
+
+def _script_row(rounds, k):
+    "The row of the speedrun against the same training without a learner"
+    recipe = create_recipe('speedrun', 'speednet')
+    pairs = take_turns(_whole('speednet', recipe, k), _script_whole('speednet', recipe, k), rounds)
+    ours, theirs = (statistics.median(t) for t in zip(*pairs))
+    return Row('cpu/speedrun_vs_script', *_spread([a / b for a, b in pairs]), 'share', ours, theirs,
+               'whole training and evaluation, from parts', must=1.03,
+               what='a whole speedrun with a fastai Learner, as a share of its time in a loop of plain PyTorch')
 
 def bench_cpu_speedrun(
     rounds:int=3, # Rounds of each
     k:int=3, # Steps a round
     results=(), # Files for `read_accuracies`; without them times alone are compared, and nothing is judged
 ) -> list: # Of `Row`
-    "The time of a whole speedrun over that of the custom ResNet's 24 epochs, for each recipe of those"
+    "A whole speedrun against the custom ResNet's 24 epochs, for each recipe of those, and against a bare script"
     if results: rivals = _rivals(read_accuracies(results))
     else:
         usual = create_recipe('speedrun', 'speednet').epochs
         rivals = [_Rival('reference', usual, None, 'accuracies are not compared')]
-    return [_share_row(rival, rounds, k) for rival in rivals]
+    return [*(_share_row(rival, rounds, k) for rival in rivals), _script_row(rounds, k)]
 
 # %% ../../nbs/bench/01_cpu.ipynb #cf313fb5
 _PROCESSES = '''
@@ -431,6 +497,18 @@ def _in_processes(name, steps, processes, threads):
     raise FastcifarError(f'{processes} processes could not be timed: {last[:200]}')
 
 # %% ../../nbs/bench/01_cpu.ipynb #5e659053
+def _at_once(name, steps, n):
+    "Seconds of an epoch of `n` trainings that run at the same time with a thread each: of the slowest"
+    with ThreadPoolExecutor(n) as pool:
+        return max(pool.map(lambda _: _in_processes(name, steps, 1, 1), range(n)))
+
+def _at_once_row(name, rounds, steps, n):
+    "Trainings at the same time against one after another"
+    def in_turn(): return n * _in_processes(name, steps, 1, n)
+    return speed_row(f'runs_at_once/{name}', take_turns(lambda: _at_once(name, steps, n), in_turn, rounds),
+                     images=n * 512 * steps, per=f'{steps} steps of 512 in each of {n} runs',
+                     what=f'{name}: {n} runs at once with a thread each against one after another with {n}')
+
 def bench_parallel(
     nets:tuple=('normnet31k', 'sepnet178k'), # Which
     rounds:int=3, # Rounds of each
@@ -441,8 +519,9 @@ def bench_parallel(
     def row(name):
         processes, threads = (functools.partial(_in_processes, name, steps, *k) for k in ((n, 1), (1, n)))
         return speed_row(f'parallel/{name}', take_turns(processes, threads, rounds), images=512 * steps,
-                         per=f'{steps} steps of 512', note=f'{n} processes of one thread against one of {n}')
-    return [row(name) for name in nets]
+                         per=f'{steps} steps of 512',
+                         what=f'{name}: one training in {n} processes of a thread against one of {n} threads')
+    return [*map(row, nets), *(_at_once_row(name, rounds, steps, n) for name in nets)]
 
 # %% ../../nbs/bench/01_cpu.ipynb #24825e5b
 def _fit_once(*learners):
@@ -455,7 +534,7 @@ def _learner_alone(data, config, device):
     dls = data.dataloaders(bs=config.bs, policy=config.policy, seed=config.seed, device=device)
     return recipe_learner(dls, build_model(config, 10), config)
 
-def _together_row(name, rounds, steps, n, device):
+def _fused_row(name, rounds, steps, n, device):
     "Seeds of one net in one pass against one after another"
     configs = [configure('fast', name, seed=s) for s in range(n)]
     bs = configs[0].bs
@@ -467,7 +546,7 @@ def _together_row(name, rounds, steps, n, device):
         pairs = take_turns(timed(fused), timed(*alone), rounds)
     return speed_row(f'fused/{name}', pairs, per=f'{steps} steps of {bs} for {n} seeds',
                      images=n * len(data.y['train']),
-                     note=f'{n} seeds in one pass against one after another, on {device.type}')
+                     note=f'on {device.type}', what=f'{name}: {n} seeds in one pass against one after another')
 
 # %% ../../nbs/bench/01_cpu.ipynb #02dc55df
 def bench_fused(
@@ -481,4 +560,4 @@ def bench_fused(
     device = checked_device(device)
     gpu = device.type == 'cuda'
     steps, n = steps or (200 if gpu else 10), n or (10 if gpu else 4)
-    return [_together_row(name, rounds, steps, n, device) for name in nets]
+    return [_fused_row(name, rounds, steps, n, device) for name in nets]

@@ -56,6 +56,7 @@ class Row:
     ours:float = None # Median time of ours, in seconds for what `per` says
     theirs:float = None # Of the alternative
     per:str = '' # What the times are for
+    what:str = '' # What is compared, in words
     must:float = dataclasses.field(default=None, repr=False) # Threshold below which speed has been lost
     goal:float = dataclasses.field(default=None, repr=False) # A second, stricter threshold
     note:str = '' # What else there is to say
@@ -115,12 +116,12 @@ class _NoValidation(Callback):
         if not (self.last and self.epoch == self.n_epoch - 1): raise CancelValidException()
 
 # %% ../../nbs/bench/00_timing.ipynb #2a6c4ac5
-def _our_steps(name, recipe, steps, device, data=None, cbs=()):
+def _our_steps(name, recipe, steps, device, data=None, cbs=(), norm='bn'):
     "A function that times `steps` training steps of ours, their loader, and the learner"
     data = data or noise_data(max(recipe.bs * steps, 5000))
     dls = data.dataloaders(bs=recipe.bs, policy=recipe.policy, device=device)
     dls.loaders[0] = dl = _FirstBatches(dls.loaders[0], steps)
-    learn = recipe_learner(dls, create_model(name), recipe)
+    learn = recipe_learner(dls, create_model(name, norm=norm), recipe)
     one_epoch = dataclasses.replace(recipe, epochs=1)
     def run():
         with learn.no_bar(), learn.no_logging(): fit_recipe(learn, one_epoch, cbs=[_NoValidation(), *cbs])

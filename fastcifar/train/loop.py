@@ -388,8 +388,19 @@ def _split(self:LeanLearner, b):
 def _do_one_batch(self:LeanLearner):
     if self.step_graph is None or not self.step_graph.step(self): super(LeanLearner, self)._do_one_batch()
 
+# %% ../../nbs/train/02_loop.ipynb #86a71167
+def _optimizer_of(opt):
+    "What takes the steps: torch's optimizer within a wrapper, which would look for each method anew"
+    return opt.opt if type(opt) is OptimWrapper else opt
+
 @patch
-def _step(self:LeanLearner): (self.opt.opt if type(self.opt) is OptimWrapper else self.opt).step()
+def _step(self:LeanLearner): _optimizer_of(self.opt).step()
+
+@patch
+def _do_grad_opt(self:LeanLearner):
+    self._with_events(self._backward, 'backward', CancelBackwardException)
+    self._with_events(self._step, 'step', CancelStepException)
+    _optimizer_of(self.opt).zero_grad()
 
 @patch
 def to_detach(self:LeanLearner, b, cpu=True, gather=True):
