@@ -53,15 +53,17 @@ def no_onednn():
     finally: torch.backends.mkldnn.enabled = before
 
 # %% ../nbs/01_device.ipynb #e41db20c
+def _is_slow_with_channels_last(m):
+    "Is this a norm that takes longer in that format on a CPU?"
+    return isinstance(m, nn.LayerNorm) or isinstance(m, nn.GroupNorm) and m.num_groups > 1
+
 def best_channels_last(
     model:nn.Module, # The net
     device, # Where it will run
 ) -> bool:
     "Is the channels-last format the faster one for this net on this device?"
-    kinds = [type(m) for m in model.modules()]
-    if nn.Conv2d not in kinds: return False # The images would only be rearranged, and back
-    slow = any(issubclass(k, (nn.GroupNorm, nn.LayerNorm)) for k in kinds)
-    return torch.device(device).type != 'cpu' or not slow
+    if not any(type(m) is nn.Conv2d for m in model.modules()): return False # images would be rearranged, and back
+    return torch.device(device).type != 'cpu' or not any(map(_is_slow_with_channels_last, model.modules()))
 
 # %% ../nbs/01_device.ipynb #e3bac416
 def keep_freed_memory() -> bool: # Whether it could be done here
