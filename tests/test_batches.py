@@ -58,6 +58,15 @@ def test_a_process_without_an_image_borrows_one(data):
 
 def images(dl): return torch.cat([x for x, _ in dl])
 
+def test_augmentation_of_whole_batches_goes_by_epoch(data):
+    "The pixels of each image in each epoch, whatever the order: a policy that moves nothing away keeps them apart"
+    dl = data.dataloaders(8, 'small_crop_flip', seed=0, device='cpu', tfms='batch').train
+    again = data.dataloaders(8, 'small_crop_flip', seed=0, device='cpu', tfms='batch').train
+    def sums(dl): return sorted(x.double().sum().item() for batch, _ in dl for x in batch)
+    epochs = [sums(dl) for _ in range(3)]
+    assert [sums(again) for _ in range(3)] == epochs
+    assert all(a != b for a, b in zip(epochs, epochs[1:])) and epochs[0] != epochs[2]
+
 def test_augmentation_goes_by_seed_and_epoch_on_every_way(data):
     "Through the items of fastai, through arrays, and after another item transform"
     def made(seed=0): return data.dataloaders(8, 'small_crop_flip', seed=seed, device='cpu', tfms='item').train

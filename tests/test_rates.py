@@ -13,6 +13,7 @@ from fastcifar.data.load import load_data
 from fastcifar.runs.recipes import USUAL_RATES, create_recipe, list_models, recipes_of
 from fastcifar.runs.fit import fit_recipe, recipe_learner
 from fastcifar.runs.config import build_model, configure
+from fastcifar.train.optim import OPTIMIZERS
 from fastcifar.train.schedule import LRRange, plot_range, read_range
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,6 +52,8 @@ def test_what_does_not_fall_is_uncertain(seed, size, start, rise):
     assert 'uncertain' in repr(r) and '0.003 is a usual rate' in r.note and '\n' not in r.note
     short = read_range(RATES[:60], np.full(60, start), default=.05)
     assert short.lr_max == pytest.approx(RATES[59] / 10) # higher ones were not tried
+
+def test_every_optimizer_has_a_usual_rate(): assert set(USUAL_RATES) == set(OPTIMIZERS)
 
 def test_an_uncertain_curve_is_drawn_too():
     for r in (read_range(RATES, fall(-2)), read_range(RATES, np.full(100, 2.3), default=.01)):

@@ -267,6 +267,27 @@ def test_what_torch_says_in_many_lines(text, says):
         or '^shapes do not fit') as e, runs.explain_errors('the/run'): raise RuntimeError(f'{text}\nmore')
     assert not says or 'more' not in str(e.value)
 
+@pytest.mark.parametrize('epochs, batches, few', [(3, 16, True), (1, 49, True), (2, 25, False), (30, 2, False)])
+def test_few_steps_are_named(epochs, batches, few):
+    "Epochs times batches, below 50"
+    said = []
+    t = SimpleNamespace(say=said.append, data='noise', device='cpu', folder=SimpleNamespace(path='r'))
+    learn = SimpleNamespace(model=torch.nn.Linear(1, 1), dls=SimpleNamespace(train=range(batches)))
+    runs.Training.introduce(t, learn, config(epochs=epochs))
+    assert ('few steps' in said[-1]) == few and 'run folder: r' in said[0]
+
+def test_rates_that_were_given_or_found(tmp_path):
+    "A given peak begins at a fiftieth of itself; found ones are kept, and a training does not go on without them"
+    said, folder = [], RunFolder(tmp_path)
+    t = SimpleNamespace(say=said.append, folder=folder)
+    given, found = config(lr_max=.5, lr_min=None), config(lr_max=None, lr_min=None)
+    assert runs.Training.find_rates(t, None, given)[:2] == (.01, .5) and not said
+    runs.Training.check_rates_kept(t, given)
+    with pytest.raises(FastcifarError, match='lr_range.json is missing'): runs.Training.check_rates_kept(t, found)
+    folder.write_lr_range(LRRange(.001, .02, [.001, .02], [2., 1.]))
+    runs.Training.check_rates_kept(t, found)
+    assert runs.Training.find_rates(t, None, found)[:2] == (.001, .02) and 'LRMAX 2.00e-02' in said[0]
+
 def test_history_is_told_and_kept(tmp_path):
     "A line of names, then a line for each epoch"
     row = dict(epoch=1, train_loss=1.5, train_accuracy=.25, valid_loss=1.25, accuracy=.5, seconds=2.)

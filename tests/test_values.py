@@ -1,5 +1,5 @@
 "What the smaller parts give, value by value, where the whole would hide a mistake in one of them."
-import copy, math
+import contextlib, copy, math
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -7,15 +7,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from torch import nn
 
-from fastcifar.train.callbacks import EMA
+from fastcifar.train.callbacks import CheckOutputs, EMA, FreezeParts
 from fastcifar.train.tta import TTA, tta_logits
 from fastcifar.basics import FastcifarError
 from fastcifar.data.load import Arrays
 from fastcifar.data.images import ImageData
 from fastcifar.interpret.interpretation import CifarInterpretation, check_plot, save_plot
-from fastcifar.interpret.corruptions import plot_corruptions, plot_robustness, read_corruptions
+from fastcifar.interpret.corruptions import corrupt, plot_corruptions, plot_robustness, read_corruptions
 from fastcifar.train.schedule import RangeTest, lr_range, one_cycle, plot_range, read_range
 from fastcifar.study.statistics import plot_study_curves, study_answer
 
@@ -173,6 +175,55 @@ def test_an_average_ends_in_the_net():
     ema.conclude(state)
     assert net.norm.weight.item() == pytest.approx(state['average.norm.weight'].item())
     assert net.norm.num_batches_tracked == 5 and net.steps == 7
+
+def test_an_average_is_in_the_net_after_a_fit():
+    "Also after one that ended while it was validated, when net and average have changed places"
+    for interrupted in (False, True):
+        ema = averaged([1., 2., 3.])
+        expected = ema.average['norm.weight'].item()
+        if interrupted: ema.before_validate()
+        ema.after_fit()
+        net = ema.learn.model
+        assert net.norm.weight.item() == pytest.approx(expected) and net.steps == 4 and ema.average is None
+
+def test_parts_are_frozen_from_their_epoch_on():
+    "Those of the pattern alone; after the fit they can be trained again"
+    net = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    freeze = FreezeParts([('0.bias', 2)])
+    freeze.learn = SimpleNamespace(model=net, epoch=0)
+    def trained(): return [n for n, p in net.named_parameters() if p.requires_grad]
+    for epoch, frozen in ((0, []), (1, []), (2, ['0.bias']), (3, ['0.bias'])):
+        freeze.learn.epoch = epoch
+        freeze.before_train()
+        assert sorted({'0.weight', '0.bias', '1.weight', '1.bias'} - set(trained())) == frozen
+    freeze.after_fit()
+    assert len(trained()) == 4
+
+def test_outputs_are_counted_where_classes_are_told_apart():
+    dls = SimpleNamespace(c=3)
+    for loss, n in ((nn.CrossEntropyLoss(), 3), (nn.functional.cross_entropy, 3), (nn.MSELoss(), None)):
+        check = CheckOutputs()
+        check.learn = SimpleNamespace(dls=dls, loss_func=loss)
+        check.before_fit()
+        assert check.n == n
+        check.learn.pred = torch.zeros(2, 4)
+        with pytest.raises(FastcifarError, match='gives 4 outputs') if n else contextlib.nullcontext(): check.after_pred()
+
+def test_an_image_that_is_not_corrupted_is_a_copy():
+    "What is done to the result is not done to the data"
+    images = np.zeros((2, 32, 32, 3), np.uint8)
+    corrupt(images, 'noise', 0)[:] = 9
+    corrupt(images[:0], 'noise', 3)
+    assert not images.any()
+
+def test_a_range_test_leaves_the_shuffles_of_fastai():
+    from fastcifar.train.learner import cifar_learner
+    items = [(torch.randn(3, 32, 32), i % 2) for i in range(32)]
+    dls = DataLoaders(DataLoader(items, bs=8, shuffle=True), DataLoader(items, bs=8), device='cpu')
+    learn = cifar_learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(3072, 2)), precision='fp32', metrics=None)
+    before = dls.train.rng.getstate()
+    with learn.no_bar(): learn.lr_range(num_it=12, show_plot=False)
+    assert dls.train.rng.getstate() == before
 
 def test_no_views():
     def net(x): return x.sum((2, 3))
@@ -337,6 +388,17 @@ def test_label_errors_of_classes_that_are_there(learn):
     t = i.label_errors()
     assert t.image.tolist() == wanted and 3 < len(wanted) < len(issues)
     assert t.label_probability.tolist() == pytest.approx(p[wanted, labels[wanted]].tolist(), abs=1e-6)
+
+@pytest.mark.parametrize('n', [1, 2])
+def test_labels_of_one_class_cannot_be_doubted(learn, n):
+    "Two classes can be mistaken for each other"
+    p = np.tile([.97, .01, .01, .01], (40, 1))
+    p[20:] = p[20:, [1, 0, 2, 3]]
+    targs = torch.tensor([0] * 20 + [1] * 20) if n == 2 else torch.zeros(40, dtype=int)
+    if n == 2: targs[0] = 1 # the mistake
+    preds = torch.tensor(p, dtype=torch.float32)
+    i = CifarInterpretation(learn, learn.dls.evaluation(1), torch.zeros(40), preds, targs)
+    assert list(i._suspects()) == ([0] if n == 2 else [])
 
 def test_interpretation_of_loaders_of_fastai():
     "All images of the split, in order, though training leaves some out"
