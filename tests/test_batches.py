@@ -1,6 +1,7 @@
 "The batches of every path, epoch and process, and what becomes of images on their way."
 import shutil
 
+import albumentations as A
 import numpy as np
 import pytest
 import torch
@@ -55,6 +56,17 @@ def test_a_process_without_an_image_borrows_one(data):
         assert [len(y) for y in ys] == [1] * 4 and dl.shard_weight(3) == (7 if rank == 0 else 0)
         assert [len(y) for y in labels(valid)] == [1] * (4 if rank == 0 else 3)
         assert rank == 0 or ys[3][0] in range(4)
+
+def test_a_process_borrows_one_image_of_several(data):
+    dl = data.dataloaders(bs=10, policy='none', device='cpu').train # 22 images: the third batch has two
+    dl.share(3, 5)
+    assert [len(y) for y in labels(dl)] == [2, 2, 1] and dl.shard_weight(2) == 0
+
+@pytest.mark.parametrize('step', [A.Resize(16, 16), A.ToFloat()])
+def test_a_pipeline_gives_images_of_bytes(data, step):
+    "In the size that they had"
+    dl = data.dataloaders(bs=8, policy=A.Compose([step]), device='cpu', tfms='item').train
+    with pytest.raises(FastcifarError, match='it has to give uint8'): next(iter(dl))
 
 def images(dl): return torch.cat([x for x, _ in dl])
 

@@ -438,6 +438,7 @@ def test_rows_of_runs(tmp_path):
     assert t.epochs_to_60.tolist()[:2] == [1, 2] and t.epochs_to_70.fillna(-1).tolist()[:2] == [2, -1]
     assert t.loc[0, ['tfms', 'tta', 'precision', 'test_images', 'seconds']].tolist() == ['batch', 'none', 'fp32',
         200, 2]
+    assert t.train_tta[0] == 'none'
     alone = collect_runs(folders[:2])
     assert alone.test_accuracy.tolist() == [.7, .6] and alone.seed.tolist() == [0, 1]
     curves = collect_curves(folders, cs)
@@ -449,6 +450,7 @@ def test_rows_of_runs(tmp_path):
     [('epoch,train_loss,train_accuracy,valid_loss,accuracy\n1,1,.5,1,.5\n3,1,.5,1,.5\n', 'epochs are not'),
     ('epoch,train_loss,train_accuracy,valid_loss,accuracy\n2,1,.5,1,.5\n', 'epochs are not'),
     ('epoch,train_loss,train_accuracy,valid_loss,accuracy\n1,1,.5,1,1.5\n', 'an accuracy is none'),
+    ('epoch,train_loss,train_accuracy,valid_loss,accuracy\n1,1,.5,1,.5\n2,1,.5,1,1.5\n', 'an accuracy is none'),
     ('epoch,train_loss,train_accuracy,valid_loss,accuracy\n1,1,-.5,1,.5\n', 'an accuracy is none'),
     ('epoch,train_loss,train_accuracy,valid_loss,accuracy\n1,1,.5,1,.5', 'it is cut off'),
     ('epoch,accuracy\n1,.5\n', 'is damaged'),
@@ -501,6 +503,15 @@ def test_tables_of_a_study(tmp_path, monkeypatch):
     (s.out/'report.html').unlink(), (s.out/'results.csv').unlink()
     assert study.report_study(s.out, quiet) == s.out/'report.html'
     assert (s.out/'report.html').is_file() and pd.read_csv(s.out/'results.csv').equals(t)
+
+def test_a_folder_of_other_folders_is_no_study(tmp_path):
+    "Runs alone are one's; anything else among them is somebody's"
+    written(tmp_path/'runs/a', config())
+    assert study._is_study(tmp_path)
+    (tmp_path/'runs/photos').mkdir()
+    assert not study._is_study(tmp_path)
+
+def test_reasons_are_short(): assert tables._plain('x' * 5000) == 'x' * 1000
 
 def test_only_seeds_may_be_added(tmp_path, monkeypatch):
     "Whatever else differs is another study, and named"

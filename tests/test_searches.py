@@ -53,6 +53,16 @@ def test_where_a_sweep_starts(tmp_path):
     assert (s.base.lr_max, s.base.decay, s.base.valid, s.base.tta, s.base.data) == (.5, 'l2', 1, 'flip', 'digits')
     assert s.tune == TUNABLE and Sweep(tmp_path, 'normnet31k').base.valid == 5000
 
+def test_a_sweep_is_known_again(tmp_path):
+    "In whatever order its settings are named; not from a file that is none"
+    data = SimpleNamespace(source='images', known_as='images'.__eq__)
+    Sweep(tmp_path, 'normnet31k', 'digits', tune=('lr_max', 'wd'), valid=100)._settle(data)
+    Sweep(tmp_path, 'normnet31k', 'digits', tune=('wd', 'lr_max'), valid=100)._settle(data)
+    for other in ('[]', '{"model": "groupnet"}'):
+        (tmp_path/'sweep.json').write_text(other)
+        with pytest.raises(FastcifarError, match='holds a sweep of another configuration'):
+            Sweep(tmp_path, 'normnet31k', 'digits', tune=('lr_max', 'wd'), valid=100)._settle(data)
+
 @pytest.fixture
 def quick(monkeypatch):
     "Trials that give what the function `answers` says of their number"

@@ -16,7 +16,7 @@ from fastcifar.train.tta import TTA, tta_logits
 from fastcifar.basics import FastcifarError
 from fastcifar.data.load import Arrays
 from fastcifar.data.images import ImageData
-from fastcifar.interpret.interpretation import CifarInterpretation, check_plot, save_plot
+from fastcifar.interpret.interpretation import CifarInterpretation, check_plot, plot_schedule, save_plot
 from fastcifar.interpret.corruptions import corrupt, plot_corruptions, plot_robustness, read_corruptions
 from fastcifar.train.schedule import RangeTest, lr_range, one_cycle, plot_range, read_range
 from fastcifar.study.statistics import plot_study_curves, study_answer
@@ -241,6 +241,13 @@ def test_views_are_seen_in_the_number_format_of_the_net():
 def curves(recipes):
     return pd.DataFrame([dict(model='m', norm='bn', recipe=r, bs=8, seed=s, epoch=e, accuracy=.1 * e + .02 * s)
         for r in recipes for s in range(3) for e in (1, 2)])
+
+def test_picture_of_a_schedule():
+    "Over the epochs, a panel for each"
+    fig = plot_schedule(dict(lr=lambda pos: pos, mom=lambda pos: 1 - pos), epochs=4)
+    (lr,), (mom,) = (ax.lines for ax in fig.axes)
+    assert lr.get_xdata()[-1] == pytest.approx(4, abs=.01) and lr.get_ydata()[-1] == pytest.approx(1, abs=.01)
+    assert mom.get_ydata()[0] == 1 and fig.axes[0].get_xlabel() == 'epoch'
 
 def test_panels_of_study_curves():
     "A band from the lowest to the highest seed; places without a panel stay empty"

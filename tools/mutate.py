@@ -25,16 +25,17 @@ TESTS = { # module -> what is run besides its notebook; of these, the tests that
     'study.statistics': ['test_numbers', 'test_values'],
     'interpret.interpretation': ['test_numbers', 'test_values', 'test_names'],
     'interpret.corruptions': ['test_numbers', 'test_values'],
-    'train.tta': ['test_values', 'test_fastai'], 'train.callbacks': ['test_values', 'test_fastai'],
+    'train.tta': ['test_values', 'test_fastai'],
+    'train.callbacks': ['test_values', 'test_fastai', 'test_checkpoints', 'test_splits'],
     'train.schedule': ['test_values', 'test_rates', 'test_fastai'],
     'train.checkpoint': ['test_checkpoints', 'test_fastai'], 'data.loaders': ['test_batches'],
-    'share.export': ['test_shared'],
+    'share.export': ['test_shared', 'test_files'],
     'runs.folder': ['test_records', 'test_provenance', 'test_options'],
     'runs.run': ['test_records', 'test_numbers', 'test_provenance', 'test_options'],
     'runs.recipes': ['test_numbers', 'test_recipes'], 'runs.fit': ['test_numbers', 'test_recipes'],
     'study.tables': ['test_records', 'test_growth', 'test_options'],
     'study.study': ['test_records', 'test_growth', 'test_options'],
-    'study.sweep': ['test_searches', 'test_numbers']}
+    'study.sweep': ['test_searches', 'test_numbers', 'test_old_files']}
 OWN = ('hostile', 'soak', 'docs', 'readme', 'forms') # modules beside the tests, which import fastcifar
 HEAVY = ('ray', 'gradio', 'wandb', 'playwright') # not to be forked
 SLOW = ('killed', 'hostile', 'wheel', 'browser') # names of tests that start processes of their own

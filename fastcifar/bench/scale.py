@@ -28,7 +28,7 @@ def _quiet(*_): pass
 
 def _finished_run(trained, to, c, accuracy):
     "A copy of a finished run, as the run of another seed"
-    shutil.copytree(trained, to, ignore=shutil.ignore_patterns('checkpoints', '*.html', '*.png'))
+    shutil.copytree(trained, to)
     run = RunFolder(to)
     metrics = dict(run.metrics(), seed=c.seed, test_accuracy=accuracy)
     run.config_file.write_text(json.dumps(dict(run.saved_config(), seed=c.seed)))

@@ -323,8 +323,7 @@ class _Plan:
 def _gpus(device):
     "The devices that runs are put on in turn"
     device = default_device().type if device is None else str(device)
-    every = device == 'cuda' or device.startswith('cuda') and ':' not in device
-    return [f'cuda:{i}' for i in range(torch.cuda.device_count())] if every else [device]
+    return [f'cuda:{i}' for i in range(torch.cuda.device_count())] if device == 'cuda' else [device]
 
 # %% ../../nbs/study/04_study.ipynb #609913d1
 def _on_this_machine(plan, say):
