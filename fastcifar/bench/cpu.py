@@ -225,6 +225,15 @@ def _their_steps(name, data, steps, norm='bn'):
             right += (out.argmax(1) == y).sum().item()
     return lambda: seconds(run)
 
+def _compile_rows(name, rounds, steps, device):
+    "Compiled steps against plain ones; no row where there is no compiler"
+    def timed(compile): return _our_steps(name, create_recipe('fast', name), steps, device, compile=compile)[0]
+    try: compiled = timed(True)
+    except FastcifarError: return []
+    pairs = take_turns(compiled, timed(False), rounds) # it is compiled in the round that is not counted
+    return [speed_row(f'compile/{name}', pairs, per=f'{steps} steps',
+                      what=f'{name}: compiled against plain, without the time that compiling takes')]
+
 def _epoch_row(name, rounds, steps, device, norm='bn', **kwargs):
     "The time of steps of ours against theirs"
     recipe = create_recipe('reference', name)
@@ -290,7 +299,9 @@ def bench_epoch(
         norms = () if gpu else ('bn', 'gn', 'ln') if name == 'normnet31k' else ('bn',)
         rows += [_epoch_row(name, rounds, k, device, norm, **thresholds.get(name, {})) for norm in norms]
         rows.append(_wait_row(name, rounds, k * create_recipe('reference', name).bs, device))
-    if 'normnet31k' in nets and not gpu: rows.append(_checkpoint_row(rounds, (steps or {}).get('normnet31k', 20)))
+    if 'normnet31k' in nets and not gpu:
+        k = (steps or {}).get('normnet31k', 20)
+        rows += [_checkpoint_row(rounds, k), *_compile_rows('normnet31k', rounds, k, device)]
     return rows
 
 # %% ../../nbs/bench/01_cpu.ipynb #ab8c198c

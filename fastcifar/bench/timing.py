@@ -116,12 +116,12 @@ class _NoValidation(Callback):
         if not (self.last and self.epoch == self.n_epoch - 1): raise CancelValidException()
 
 # %% ../../nbs/bench/00_timing.ipynb #2a6c4ac5
-def _our_steps(name, recipe, steps, device, data=None, cbs=(), norm='bn'):
+def _our_steps(name, recipe, steps, device, data=None, cbs=(), norm='bn', **kwargs):
     "A function that times `steps` training steps of ours, their loader, and the learner"
     data = data or noise_data(max(recipe.bs * steps, 5000))
     dls = data.dataloaders(bs=recipe.bs, policy=recipe.policy, device=device)
     dls.loaders[0] = dl = _FirstBatches(dls.loaders[0], steps)
-    learn = recipe_learner(dls, create_model(name, norm=norm), recipe)
+    learn = recipe_learner(dls, create_model(name, norm=norm), recipe, **kwargs)
     one_epoch = dataclasses.replace(recipe, epochs=1)
     def run():
         with learn.no_bar(), learn.no_logging(): fit_recipe(learn, one_epoch, cbs=[_NoValidation(), *cbs])
