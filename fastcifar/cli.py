@@ -98,6 +98,7 @@ def _reader(f) -> dict:
     if bool in types: return dict(action='store_true', default=None)
     if int in types: return dict(type=_at_least(f.metadata['rule'].low), metavar='N')
     if dict in types: return dict(type=_arguments, metavar='NAME=VALUE')
+    if tuple in types: return dict(type=_whole, metavar='N,N')
     return dict(type=float) if float in types else {}
 
 # %% ../nbs/90_cli.ipynb #37bfeb75
@@ -530,6 +531,7 @@ def _range_learner(args):
     from fastcifar.runs.config import build_model, configure
     from fastcifar.runs.fit import recipe_learner
     c = configure(args.recipe, data=_data(args), **_about(args), **_given_of_a_step(args))
+    if c.sizes: _say(args)(f'images of {c.sizes[0]}x{c.sizes[0]}, the first size of the training')
     data = load_data(c.data, c.convert)
     seed_everything(c.seed)
     dls = data.dataloaders(bs=c.bs, policy=c.policy, seed=c.seed, num_workers=args.workers or 0, device=args.device,

@@ -16,7 +16,7 @@ from fastcifar.runs.fit import fit_recipe, recipe_learner, recipe_rates
 from fastcifar.runs.recipes import (USUAL_RATES, create_recipe, override_recipe, read_recipe, recipe_table, recipes_of,
     write_recipe)
 
-PLAIN = dict(epochs=24, bs=512, policy=None, optimizer='adam', schedule='one_cycle', lr_max=None, lr_min=None,
+PLAIN = dict(epochs=24, bs=512, policy=None, sizes=(), optimizer='adam', schedule='one_cycle', lr_max=None, lr_min=None,
     lr_end=None, peak=5 / 24, anneal='cos', step_epochs=1, gamma=.1, mom=.9, mom_cycle=(.95, .85, .95), sqr_mom=.99,
     eps=1e-5, update_norm=0, bias_lr_mult=1, ns_steps=5, unit_filters=False, wd=None, decay='decoupled', decay_all=False,
         l1=0, label_smoothing=0,
@@ -106,6 +106,7 @@ EDGES = { # setting -> values that are just allowed, and just not
     'freeze': ([(), [('a', 1)], (['a', 0], ('b', 2))], [('a', 1), [('a',)], [('a', 1, 2)], [(1, 1)], [('a', 'b')],
         ['ab']]), 'decay_all': ([True, False], [1, None]), 'unit_filters': ([True], [0]),
     'model_args': ([{}, None, dict(a=1)], [[], 'a']),
+    'sizes': ([(), (16, 32), [24, 28, 32], (32,) * 24], [(15,), (33,), (24.,), ('24',), (True,), 24, None, (32,) * 25]),
     'policy': ([None, 'none', 'flip'], ['flop', 1]), 'optimizer': (['sgd', 'adam', 'muon'], ['sgdd', None]),
     'schedule': (['steps'], ['step', None]), 'anneal': (['cos', 'linear'], ['cosine']), 'decay': (['l2'], ['l1']),
     'tta': (['none', 'flip', 'crops'], ['crop', None])}

@@ -60,7 +60,7 @@ class CustomResNet(nn.Module):
         self.layer1 = nn.Sequential(ConvNorm(64, 128, 16, pool=True, **kw), block(128, 16, **kw))
         self.layer2 = ConvNorm(128, 256, 8, pool=True, **kw)
         self.layer3 = nn.Sequential(ConvNorm(256, 512, 4, pool=True, **kw), block(512, 4, **kw))
-        self.pool = nn.MaxPool2d(4)
+        self.pool = nn.MaxPool2d(4, ceil_mode=True) # the whole map, also a smaller one
         self.head = _scaled_head(512, n_out, head_scale)
 
     def forward(self,

@@ -55,7 +55,8 @@ class SepNet178k(FeatureNet):
         bottleneck(64, 160)
         net.conv(64, dilation=2, padding=0, act=None)
         bottleneck(132, 320, dropout=0)
-        super().__init__(net, nn.Sequential(nn.AvgPool2d(4), nn.Flatten()), nn.Linear(132, n_out))
+        pool = nn.AvgPool2d(4, ceil_mode=True) # the whole map, also a smaller one
+        super().__init__(net, nn.Sequential(pool, nn.Flatten()), nn.Linear(132, n_out))
 
 # %% ../../nbs/models/03_sepnet.ipynb #965a71b5
 _per_pixel = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)) # mean and deviation over all pixels

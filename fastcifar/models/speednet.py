@@ -89,7 +89,8 @@ class SpeedNet(nn.Module):
         self.whiten = nn.Conv2d(n_in, n_filters, 2)
         self.whiten.weight.requires_grad_(False)
         self.features = _groups(n_filters, widths, norm, groups)
-        self.pool = nn.Sequential(nn.MaxPool2d(3), nn.Flatten(), Dropout(dropout))
+        pool = nn.MaxPool2d(3, ceil_mode=True) # the whole map, also a smaller one
+        self.pool = nn.Sequential(pool, nn.Flatten(), Dropout(dropout))
         self.head = _small_head(widths[-1], n_out, scale)
         self.scale = scale
         self.register_buffer('prepared', torch.tensor(False)) # has `init_whitening` seen images?

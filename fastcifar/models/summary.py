@@ -565,7 +565,7 @@ def _make_positive(module):
     for m in list(module.modules()):
         for name, child in m.named_children():
             if isinstance(child, nn.MaxPool2d):
-                setattr(m, name, nn.AvgPool2d(child.kernel_size, child.stride, child.padding))
+                setattr(m, name, nn.AvgPool2d(child.kernel_size, child.stride, child.padding, child.ceil_mode))
             elif 'Norm' in type(child).__name__ and not list(child.children()):
                 setattr(m, name, nn.Identity()) # some look at the whole map
 

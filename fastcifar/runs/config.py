@@ -15,6 +15,7 @@ from ..data.load import NAMED
 from ..models.zoo import create_model, model_entry
 from .recipes import check_given, create_recipe
 from .settings import Config, Recipe
+from ..train.callbacks import check_sizes
 
 # %% ../../nbs/runs/02_config.ipynb #c53331de
 def _names(cls): return {f.name for f in dataclasses.fields(cls)}
@@ -42,13 +43,15 @@ def build_model(
     c:Config, # What is trained
     n_out:int, # Classes
 ) -> torch.nn.Module:
-    "The net of a configuration"
+    "The net of a configuration; refused if it cannot take the sizes of images that it is to be trained on"
     more = c.model_args or {}
     if twice := sorted(_by_training & set(more)):
         raise FastcifarError(f'model_args has {", ".join(twice)}, which a training sets by itself: leave it out')
     own = {k: getattr(c, k) for k in ('groups', 'dropout') if getattr(c, k) is not None}
     if c.dropout == 0 and 'dropout' not in model_entry(c.model).arguments: del own['dropout'] # a net without any
-    return create_model(c.model, n_out=n_out, norm=c.norm, **own, **more)
+    net = create_model(c.model, n_out=n_out, norm=c.norm, **own, **more)
+    check_sizes(net, c.sizes)
+    return net
 
 # %% ../../nbs/runs/02_config.ipynb #29bc7290
 def upgrade_config(

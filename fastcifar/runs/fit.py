@@ -13,15 +13,16 @@ from torch import nn
 
 from .recipes import USUAL_RATES
 from .settings import Recipe
-from ..train.callbacks import EMA, FreezeParts, L1
+from ..train.callbacks import EMA, FreezeParts, L1, ProgressiveResizing
 from ..train.learner import cifar_learner
 from ..train.loop import CrossEntropy, piecewise
 from ..train.optim import OPTIMIZERS, optimizer
 
 # %% ../../nbs/runs/03_fit.ipynb #08c953df
 def _recipe_callbacks(r):
-    "L1, frozen parts and averaged weights, where a recipe asks for them"
-    res = [L1(r.l1)] if r.l1 else []
+    "Resized images, L1, frozen parts and averaged weights, where a recipe has them"
+    res = [ProgressiveResizing(r.sizes)] if r.sizes else []
+    if r.l1: res.append(L1(r.l1))
     if r.freeze: res.append(FreezeParts(r.freeze))
     if r.ema: res.append(EMA(r.ema))
     return res

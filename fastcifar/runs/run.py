@@ -98,7 +98,8 @@ def find_rates(self:Training, learn, c) -> LRRange:
     "LRMIN and LRMAX as given, as found before, or found now"
     if c.lr_max: return _given_rates(c)
     if not self.folder.lr_range_file.exists():
-        self.say('finding LRMIN and LRMAX (100 steps; 300 more if these are too few)')
+        small = f' on images of {c.sizes[0]}x{c.sizes[0]}' if c.sizes else ''
+        self.say(f'finding LRMIN and LRMAX{small} (100 steps; 300 more if these are too few)')
         self.folder.write_lr_range(learn.lr_range(show_plot=False))
     r = self.folder.lr_range()
     unsure = '' if r.certain else ', the usual ones: the range test is uncertain'

@@ -105,6 +105,9 @@ _STATS = Rule(
     'the mean and the standard deviation of three channels, in 0..1', lambda v: not v or _mean_std(v), 'give')
 _FREEZE = Rule(
     'pairs of a pattern of names and a number of epochs', lambda v: all(map(_pattern_epoch, v)), 'give')
+# up to half the usual size bilinear interpolation leaves no pixel out
+_SIZES = Rule(
+    'whole numbers from 16 to 32', lambda v: all(isinstance(s, int) and 16 <= s <= 32 for s in v), 'give')
 
 # %% ../../nbs/runs/00_settings.ipynb #26bfc60c
 _RATE = Rule('a learning rate above 0', lambda v: 0 < v < 1e3)
@@ -120,6 +123,9 @@ class Recipe:
     bs:int = setting(512, 'batch size', at_least(1), option='recipe')
     policy:str|None = setting(
         None, 'augmentation', OneOf(list_policies), none='that of the data set', option='recipe')
+    sizes:tuple = setting(
+        (), 'height and width of training images in equal parts of the epochs, such as 24,28,32; evaluation is at 32',
+        _SIZES, option='recipe')
     optimizer:str = setting('adam', 'optimizer', OneOf(('adam', 'sgd', 'muon')), option='recipe')
     schedule:str = setting(
         'one_cycle', 'course of the learning rate', OneOf(_SCHEDULE_NAMES), option='recipe', whole=True)
@@ -130,8 +136,7 @@ class Recipe:
         None, 'first learning rate of a cycle', _RATE, none='found, or a fiftieth of lr_max',
         option='recipe', schedule='one_cycle')
     lr_end:float|None = setting(
-        None, 'last learning rate of a cycle', _RATE, none='lr_min, so without annihilation',
-        schedule='one_cycle')
+        None, 'last learning rate of a cycle', _RATE, none='lr_min, so without annihilation', schedule='one_cycle')
     peak:float = setting(
         5 / 24, 'where the cycle has its peak, as a share of all epochs', _SHARE, schedule='one_cycle')
     anneal:str = setting(
@@ -153,11 +158,9 @@ class Recipe:
         False, 'Muon: bring the filters of every convolution to a root mean square norm of 1 before '
                'each step? For nets with a norm behind each')
     wd:float|None = setting(None, 'weight decay', _FACTOR, none='0.001 / lr_max', option='recipe')
-    decay:str = setting(
-        'decoupled', 'how weights decay; l2: through the gradient', OneOf(('decoupled', 'l2')))
+    decay:str = setting('decoupled', 'how weights decay; l2: through the gradient', OneOf(('decoupled', 'l2')))
     decay_all:bool = setting(False, 'decay norms and biases too?')
-    l1:float = setting(
-        0., "weight of the parameters' absolute values in the loss", _FACTOR, option='recipe')
+    l1:float = setting(0., "weight of the parameters' absolute values in the loss", _FACTOR, option='recipe')
     label_smoothing:float = setting(
         0., 'share of the target that is spread over all classes', _SHARE, option='recipe')
     dropout:float|None = setting(None, 'dropout of the net', _SHARE, none='that of the net', option='recipe')
@@ -184,6 +187,9 @@ def __repr__(self:Recipe):
 def checked(self:Recipe) -> Recipe: # The same object
     "This recipe, if its names and numbers make sense"
     for f in dataclasses.fields(self): check_setting(f, getattr(self, f.name))
+    if len(self.sizes) > self.epochs:
+        raise FastcifarError(f'sizes has {len(self.sizes)} sizes for {self.epochs} epochs: '
+                             'give at most one an epoch, or train for more epochs')
     if self.lr_min is not None and self.lr_max is None:
         raise FastcifarError('lr_min is given without lr_max: give both, or neither to have them found')
     if self.lr_min is not None and self.lr_min > self.lr_max:
