@@ -83,7 +83,7 @@ bench: .venv/installed
 	@$(BIN)/fastcifar bench data --out benchmarks/data.json
 	@$(BIN)/fastcifar bench step --rounds 20 --out benchmarks/step.json
 	@$(BIN)/fastcifar bench epoch --out benchmarks/epoch.json
-	@$(BIN)/fastcifar bench speedrun --device cpu --results results/norms/results.csv results/speedrun_*_epochs/results.csv --out benchmarks/cpu_speedrun.json
+	@$(BIN)/fastcifar bench speedrun --device cpu --out benchmarks/cpu_speedrun.json
 	@$(BIN)/fastcifar bench parallel --rounds 3 --out benchmarks/parallel.json
 	@$(BIN)/fastcifar bench fused --device cpu --rounds 3 --out benchmarks/fused.json
 

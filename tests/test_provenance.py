@@ -233,15 +233,13 @@ def test_options_of_a_damaged_record_are_left_out(tmp_path):
     for env in ([], dict(starts=3), dict(starts=[1])):
         with pytest.raises(FastcifarError, match='environment.json is damaged'): of(env)
 
-def test_what_is_collected_names_no_folders(tmp_path):
-    import importlib.util
-    spec = importlib.util.spec_from_file_location('collect', Path(__file__).parents[1]/'tools/collect.py')
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    (tmp_path/'config.json').write_text('{}')
-    starts = [dict(command='fastcifar train --out /home/me', threads=1)]
-    (tmp_path/'environment.json').write_text(json.dumps(dict(command='fastcifar train --out /home/me', starts=starts)))
-    assert tool.about(tmp_path) == dict(config={}, environment=dict(starts=[dict(threads=1)]))
+def test_a_record_names_no_folders(main, broken_off, tmp_path):
+    from fastcifar.runs.replay import record_of
+    out, first, _ = broken_off
+    assert main('train', '--resume', 'r', '--no-pictures')[0] == 0
+    assert str(tmp_path) in first or '--data' in first
+    text = json.dumps(record_of(out)['surroundings'])
+    assert 'command' not in text and str(out.parent) not in text
 
 def test_environments_of_before_are_continued(main, broken_off):
     out, first, _ = broken_off

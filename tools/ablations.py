@@ -1,4 +1,5 @@
-"""What parts and settings of the speedrun recipe bring: trials on a part of the training images; writes a table.
+"""What parts and settings of the speedrun recipe bring: trials on a part of the training images; writes a table that
+names its data by their hash.
 
     python tools/ablations.py DATA OUT.csv [SEEDS]
 """
@@ -83,6 +84,6 @@ if __name__ == '__main__':
     for seed in range(seeds):
         for name, (settings, change) in VARIANTS.items():
             if any(r['variant'] == name and r['seed'] == seed for r in rows): continue
-            rows.append(dict(variant=name, seed=seed, **trial(data, settings, change, seed)))
+            rows.append(dict(variant=name, seed=seed, **trial(data, settings, change, seed), data_sha256=full.source))
             print(rows[-1], flush=True)
             pd.DataFrame(rows).to_csv(out, index=False)

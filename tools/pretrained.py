@@ -1,16 +1,14 @@
-"""Put the nets of finished runs into the package; RESULTS.csv says how many runs of each there are.
+"""Put the nets of finished runs into the package; RECORDS (of `fastcifar record`) say how many runs of each there are.
 
-    python tools/pretrained.py RESULTS.csv RUN...
+    python tools/pretrained.py RECORDS.jsonl RUN...
 """
 import sys
 from pathlib import Path
 
-import pandas as pd
-
-from fastcifar.basics import file_sha256
-from fastcifar.basics import read_json, write_json
+from fastcifar.basics import file_sha256, read_json, write_json
 from fastcifar.models.weights import load_tensors, save_tensors
 from fastcifar.runs.folder import RunFolder
+from fastcifar.runs.replay import records_table
 
 FOLDER = Path(__file__).resolve().parents[1]/'fastcifar/models/pretrained'
 
@@ -18,8 +16,9 @@ def add(run, results):
     "Copy one net with a note of where it comes from, and return its line of the index"
     tensors, note = load_tensors(run.weights_file)
     m, path = run.metrics(), run.saved_config().get('path', 'item')
-    key = ['model', 'norm', 'recipe', 'bs']
-    cell = results[(results.status == 'finished') & (results[key] == [m[k] for k in key]).all(axis=1)]
+    key = ['model', 'norm', 'recipe', 'bs', 'data_sha256']
+    cell = results[(results[key] == [m[k] for k in key]).all(axis=1)]
+    if m['seed'] not in set(cell.seed): raise SystemExit(f'{run} is not among the records: add it to them first')
     origin = dict(recipe=m['recipe'], epochs=m['epochs'], seed=m['seed'], precision=m['precision'], path=path,
                   data=m['data'], data_sha256=m['data_sha256'], test_accuracy=m['test_accuracy'],
                   n=len(cell), mean_accuracy=round(float(cell.test_accuracy.mean()), 6), parameters=m['parameters'])
@@ -28,7 +27,7 @@ def add(run, results):
     return file.stem, dict(sha256=file_sha256(file), **origin)
 
 if __name__ == '__main__':
-    results, index = pd.read_csv(sys.argv[1]), FOLDER/'index.json'
+    results, index = records_table(sys.argv[1]), FOLDER/'index.json'
     old = read_json(index) if index.exists() else {}
     new = dict(add(RunFolder(r), results) for r in sys.argv[2:])
     write_json(index, dict(sorted((old | new).items())))

@@ -208,7 +208,7 @@ RECIPES = {
     'one_cycle': 'rates found by a range test, Adam, one cycle without annihilation',
     'reference': 'as the authors of the net trained it (groupnet: as normnet41k, fastnet200k: as sepnet178k)',
     'fast': 'Muon and one cycle, in as many epochs as the reference or fewer; chosen by a few trials of normnet48k and '
-            'groupnet on a validation split (results/tuning.csv), carried over to the rest',
+            'groupnet on a validation split, carried over to the rest',
     'speedrun': 'speednet, as quickly as possible; see the tutorial on speed'}
 
 def list_recipes() -> list:
