@@ -101,8 +101,8 @@ def test_only_mistakes_are_shown_as_mistakes(page_of, interp):
     decoded = interp.targs.clone()
     decoded[:3] = (decoded[:3] + 1) % 10
     part = mistakes_in(page_of(decoded))
-    pairs = re.findall(r'<figcaption>(\d) -&gt; <span class="(\w+)">(\d)</span> \((\d+) %\)', part)
-    said = [(a, kind, b, p) for a, kind, b, p in pairs]
+    caption = r'<figcaption>(\d) -&gt; <span class="(\w+)">(\d)</span> <span class="whole">\((\d+) %\)</span>'
+    said = re.findall(caption, part)
     wrong = [(str(t), 'bad', str(d), '90') for t, d in zip(interp.targs[:3].tolist(), decoded[:3].tolist())]
     assert sorted(said[:3]) == sorted(said[3:6]) == sorted(wrong), 'the largest losses, then the surest'
     assert '3 of 300 test images' in part
@@ -261,6 +261,8 @@ def test_study_report(main, visit, tmp_path):
     assert page.evaluate('document.documentElement.scrollWidth') <= 390
     assert page.locator('h2').all_inner_texts() == ['Answer', 'Differences', 'Summary', 'Curves', 'Runs']
     assert page.locator('#runs ~ div tbody tr').count() == 4
+    assert 'tta none' in page.locator('#runs + p').inner_text() and 'seed' not in page.locator('#runs + p').inner_text()
+    assert visit((tmp_path/'study/report.html').as_uri(), 1280).evaluate(WIDER) == []
     assert axe(page) == []
     assert page.faults == []
     page.locator('#runs ~ div tbody a').first.click()

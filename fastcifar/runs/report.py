@@ -371,6 +371,15 @@ def write_run_report(
 _FORMS = {k: '{:.2f}' for k in ('mean', 'sd', 'low', 'high', 'difference')}
 _FORMS |= {k: '{:.3g}' for k in ('p', 'p_holm')} | {k: '{:.2%}' for k in ('test_accuracy', 'train_accuracy')}
 
+# Columns of the table of runs that stay, whatever they hold
+_OF_RUNS = ('model', 'norm', 'recipe', 'bs', 'seed', 'status', 'test_accuracy')
+
+def _apart(runs):
+    "(a table without what all runs have in common, that in words)"
+    same = {c: runs[c].iloc[0] for c in runs if c not in _OF_RUNS and runs[c].nunique(dropna=False) == 1}
+    said = [f'{c.replace("_", " ")} {_text(v, _FORMS.get(c))}' for c, v in same.items() if not (pd.isna(v) or v == '')]
+    return runs.drop(columns=list(same)), ', '.join(said)
+
 def write_study_report(
     out, # Study folder
     runs:pd.DataFrame, # A row for each run, with its folder in `folder` if it has a page
@@ -383,9 +392,11 @@ def write_study_report(
     done = runs[runs.status == 'finished']
     counts = ', '.join(f'{v} {k}' for k, v in runs.status.value_counts().items())
     pages = [f'{f}/{RunFolder.page_file}' if isinstance(f, str) else None for f in runs.folder]
-    shown = table_cells(runs.drop(columns='folder'), _FORMS, dict(model=pages))
+    differing, shared = _apart(runs.drop(columns='folder'))
+    shown = table_cells(differing, _FORMS, dict(model=pages))
     page = render('study.html', title=f'Study: {", ".join(dict.fromkeys(runs.model))}',
                   counts=f'{len(runs)} runs: {counts}', answer=answer, figures=figures,
                   tta=', '.join(sorted(done.tta.unique())) if len(done) else '-',
-                  differences=table_cells(differences, _FORMS), summary=table_cells(summary, _FORMS), runs=shown)
+                  differences=table_cells(differences, _FORMS), summary=table_cells(summary, _FORMS), runs=shown,
+                  shared=shared)
     return _write_page(out, page)

@@ -244,8 +244,8 @@ def study_answer(
     results:pd.DataFrame, # Of `collect_runs`
     factor:str=None, # Whose values are ranked: one of `CELL`; None: each that varies
 ) -> list: # Lines of text
-    """Which runs only guess, which differences are supported, a ranking only if all of its steps are, what else differs,
-    and which runs failed"""
+    """Which runs only guess, which differences are supported, a ranking only if all of its steps are, what else
+    differs, and which runs failed"""
     done, failed = results[results.status == 'finished'], results[results.status == 'failed']
     factors = [factor] if factor else _varied(done)
     lines = [*_chance_lines(done), *(line for f in factors for line in _compared(done, f))]
