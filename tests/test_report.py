@@ -51,7 +51,7 @@ def test_no_table_is_cut_off(run, visit, width):
     assert sizes[0] <= sizes[1]
     wider = page.evaluate(WIDER)
     assert wider == [] if width == 1280 else {'Layers, with receptive fields'} <= set(wider)
-    assert not {'Settings as used', 'Environment'} & set(wider)
+    assert not {'Configuration, as used', 'Environment'} & set(wider)
 
 @pytest.mark.parametrize('width', (1280, 800, 390))
 def test_lines_of_images_are_full(run, visit, width):
@@ -138,7 +138,7 @@ def test_configuration_is_that_of_the_training(run):
     from fastcifar.runs.settings import Config
     from fastcifar.train.schedule import LRRange, one_cycle
     page, m = (run/'report.html').read_text(), json.loads((run/'metrics.json').read_text())
-    used, rest = rows_of(page, 'Settings as used'), rows_of(page, 'Other settings')
+    used, rest = rows_of(page, 'Configuration, as used'), rows_of(page, 'Other settings')
     assert used['lr_max'] == f'{m["lr_max"]:.4g} (range test)' and used['lr_min'] == f'{m["lr_min"]:.4g} (range test)'
     assert used['wd'] == f'{one_cycle(LRRange(m["lr_min"], m["lr_max"]))["wd"]:.4g}'
     assert used['policy'] == 'crop' and json.loads((run/'config.json').read_text())['policy'] is None
