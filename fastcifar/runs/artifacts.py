@@ -113,7 +113,7 @@ def _metrics(learn, c, lrs, history, test, train, valid):
                 epochs=c.epochs, seed=c.seed, lr_min=lrs.lr_min, lr_max=lrs.lr_max, lr_note=lrs.note,
                 one_class=test.one_class(), model=c.model, norm=c.norm, recipe=c.recipe, bs=c.bs,
                 tta=test.tta, train_tta=train.tta, parameters=count_parameters(learn.model),
-                data=data.name, data_sha256=data.source, precision=c.precision,
+                classes=len(data.classes), data=data.name, data_sha256=data.source, precision=c.precision,
                 seconds=round(sum(h['seconds'] for h in history), 1))
 
 # %% ../../nbs/runs/06_artifacts.ipynb #e24756f4

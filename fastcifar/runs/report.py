@@ -7,7 +7,7 @@ __all__ = ['figure_svg', 'panel_svgs', 'drawn_svgs', 'picture_uri', 'table_cells
            'write_study_report']
 
 # %% ../../nbs/runs/05_report.ipynb #a205b19a
-import base64, io, re, warnings
+import base64, dataclasses, io, re, warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -18,18 +18,22 @@ from PIL import Image
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from .. import __version__
-from ..basics import check_file, say, write_text
+from ..basics import as_json, check_file, say, write_text
 from ..interpret.gradcam import overlay
-from ..interpret.interpretation import CifarInterpretation, attempt_plot, wilson_interval
-from ..models.summary import plot_field, plot_graph, summarize
+from ..interpret.interpretation import CifarInterpretation, at_chance, attempt_plot, said_of_chance
+from ..interpret.interpretation import wilson_interval
+from ..models.summary import layer_table, plot_field, plot_graph, summarize
+from .config import upgrade_config
 from .folder import RunFolder
-from .recipes import create_recipe
+from .recipes import create_recipe, idle_settings
+from .settings import Config
 
 # %% ../../nbs/runs/05_report.ipynb #26e6b81d
 def _own_names(svg, prefix):
-    "An `<svg>` whose names begin with `prefix`, and whose black is the colour of the text"
+    "An `<svg>` whose names begin with `prefix`; its black is the colour of the text, its white that of the page"
     def tag(m): # text, such as a class named #000000, stays as it is
-        return re.sub(r'(\bid="|href="#|url\(#)', rf'\g<1>{prefix}-', m[0]).replace('#000000', 'currentColor')
+        named = re.sub(r'(\bid="|href="#|url\(#)', rf'\g<1>{prefix}-', m[0])
+        return named.replace('#000000', 'currentColor').replace('#ffffff', 'var(--page, #ffffff)')
     return re.sub(r'<[^>]*>', tag, svg)
 
 def figure_svg(
@@ -134,7 +138,7 @@ def _write_page(out, page):
 def _shown(interp, t):
     "Rows of `predictions` with their images, for a grid"
     return [dict(uri=picture_uri(im), truth=r.truth, prediction=r.prediction, right=r.truth == r.prediction,
-                 probability=f'{r.probability:.0%}', loss=f'{r.loss:.2f}')
+                 probability=f'{100 * r.probability:.0f} %', loss=f'{r.loss:.2f}')
             for im, r in zip(interp.images(t.image), t.itertuples())]
 
 def _overlays(interp, idxs, classes):
@@ -142,8 +146,9 @@ def _overlays(interp, idxs, classes):
     return [picture_uri(overlay(im, m)) for im, m in zip(interp.images(idxs), interp.grad_cam(idxs, None, classes))]
 
 def _losses(interp, n):
-    "The largest losses, each as image, what speaks for the truth, and what speaks for the prediction"
-    t = interp.top_losses_table(n)
+    "The mistakes with the largest losses, each as image, what speaks for the truth, and what for the prediction"
+    t = interp.wrong().nlargest(n, 'loss')
+    if not len(t): return []
     shown, idxs = _shown(interp, t), t.image.tolist()
     overlays = [_overlays(interp, idxs, classes) for classes in (interp.targs[idxs], interp.decoded[idxs])]
     for f, for_truth, for_prediction in zip(shown, *overlays):
@@ -250,21 +255,30 @@ def _interval(right, images):
     low, high = (100 * float(v[0]) for v in wilson_interval(right, images))
     return f'{low:.2f} to {high:.2f} %'
 
-def _result(config, metrics):
+def _warning(metrics, classes):
+    "What to say first of a net that has learned nothing"
+    right = metrics['test_images'] - metrics['wrong']
+    guessed = at_chance(right, metrics['test_images'], classes)
+    return metrics.get('one_class') or (f'at chance: {said_of_chance(classes)}' if guessed else '')
+
+def _result(config, metrics, classes):
     "What came out, with the interval that chance leaves for these images"
     right = metrics['test_images'] - metrics['wrong']
     return dict(title=f'{config["model"]} ({config["norm"]}), recipe {config["recipe"]}, on {metrics["data"]}',
                 accuracy=f'{metrics["test_accuracy"]:.2%}', right=f'{right:,}', images=f'{metrics["test_images"]:,}',
                 data=metrics['data'], seed=metrics['seed'], tta=metrics.get('tta', 'none'),
                 interval=_interval(right, metrics['test_images']), wrong=f'{metrics["wrong"]:,}',
-                rates=_rates(config, metrics), warning=metrics.get('one_class', ''))
+                rates=_rates(config, metrics), warning=_warning(metrics, classes))
 
 # %% ../../nbs/runs/05_report.ipynb #5fbc34df
+_SHOWN = 20 # Images of a grid at most: full lines of 10, 5 and 4
+
 def _mistakes(interp):
     "Images that the net gets wrong, and labels that may be wrong"
-    labels = interp.label_errors()
-    return dict(losses=_losses(interp, 12), surest=_shown(interp, interp.wrong().head(30)),
-                labels=_shown(interp, labels.head(20)), label_errors=f'{len(labels):,}')
+    labels, believed = interp.label_errors(), int((interp.predictions().probability >= interp.sure_enough()).sum())
+    nothing = '' if len(labels) else interp._no_label_errors()
+    return dict(losses=_losses(interp, 12), no_labels=nothing, surest=_shown(interp, interp.wrong().head(_SHOWN)),
+                labels=_shown(interp, labels.head(_SHOWN)), label_errors=f'{len(labels):,}', believed=f'{believed:,}')
 
 def _classes(interp):
     "Accuracy of each class, and what is taken for what"
@@ -274,30 +288,60 @@ def _classes(interp):
 
 def _net(model):
     "Layers of the net, and their sums"
-    t = summarize(model)
+    t = layer_table(summarize(model))
     n = t.parameters.sum()
     return dict(parameters=f'{n:,}', macs=f'{t.MACs.sum():,}', megabytes=f'{4 * n / 1e6:.2f}', summary=table_cells(t))
 
-def _images(interp, config):
+def _images(interp):
     "Pixels of the data, training images as they are augmented, and predictions of images drawn at random"
     n, dls = len(interp.targs), interp.learn.dls
-    drawn = np.sort(np.random.default_rng(0).choice(n, min(24, n), replace=False))
+    drawn = np.sort(np.random.default_rng(0).choice(n, min(_SHOWN, n), replace=False))
     return dict(statistics=table_cells(dls.data.stats().T.reset_index(names='statistic')),
-                augmented=_augmented(dls, 24), policy=str(config['policy'] or dls.data.policy),
-                drawn=_shown(interp, interp.predictions().iloc[drawn]))
+                augmented=_augmented(dls, _SHOWN), drawn=_shown(interp, interp.predictions().iloc[drawn]))
+
+# %% ../../nbs/runs/05_report.ipynb #ecd4a531
+# Settings that a reader looks for, whatever they are
+_LOOKED_FOR = ('epochs', 'bs', 'optimizer', 'schedule', 'decay', 'norm', 'seed')
+
+def _used(config, metrics, policy):
+    "The settings of a run as the training used them: what was found or follows from others has its value"
+    lr_min, lr_max = metrics['lr_min'], metrics['lr_max']
+    config = upgrade_config(config)
+    used = {f.name: config[f.name] for f in dataclasses.fields(Config)}
+    used |= dict(lr_min=lr_min, lr_max=lr_max, policy=policy, precision=metrics['precision'])
+    if used['lr_end'] is None: used['lr_end'] = lr_min
+    if used['wd'] is None: used['wd'] = 1e-3 / lr_max # as `fit_recipe` has it
+    return used
+
+def _folded(used):
+    "The names of the settings that have their default, or no effect"
+    plain = {f.name: as_json(f.default) for f in dataclasses.fields(Config)}
+    usual = {k for k, v in used.items() if as_json(v) == plain[k] and k not in _LOOKED_FOR}
+    return usual | set(idle_settings(Config(**used)))
+
+def _value(v, none=''):
+    "A setting as a reader sees it; `none` is what None means"
+    if v is None: return none or '-'
+    return f'{v:.4g}' if isinstance(v, float) else str(v)
+
+def _two_columns(d): return table_cells(pd.DataFrame(list(d.items()), columns=['setting', 'value']))
+
+def _configuration(config, metrics, policy):
+    "(a table of the settings that make this training what it is, a table of the others)"
+    used, none = _used(config, metrics, policy), {f.name: f.metadata['none'] for f in dataclasses.fields(Config)}
+    folded, shown = _folded(used), {k: _value(v, none[k]) for k, v in used.items()}
+    for k in ('lr_min', 'lr_max') if config.get('lr_max') is None else (): shown[k] += ' (range test)'
+    kept, rest = ({k: v for k, v in shown.items() if (k in folded) == inside} for inside in (False, True))
+    return _two_columns(kept), _two_columns(rest)
 
 # %% ../../nbs/runs/05_report.ipynb #7cfc7573
-def _settings(d):
-    "A dictionary as a table of two columns"
-    rows = [(k, '-' if v is None else str(v)) for k, v in d.items()]
-    return table_cells(pd.DataFrame(rows, columns=['setting', 'value']))
-
 def _record(config, environment):
     "How to do it again, and with what it was done"
     elsewhere = ('versions', 'command', 'options', 'starts')
     about = {k: v for k, v in environment.items() if k not in elsewhere} | (environment.get('versions') or {})
+    about |= {k: config[k] for k in ('data_sha256', 'data_order') if k in config}
     return dict(command=environment.get('command', '-'), starts=_starts(environment),
-                configuration=_settings(config), environment=_settings(about))
+                environment=_two_columns({k: _value(v) for k, v in about.items()}))
 
 # %% ../../nbs/runs/05_report.ipynb #f9c153d9
 def write_run_report(
@@ -314,15 +358,27 @@ def write_run_report(
     "Write the page of a run: what came out, the mistakes, the net, and how to do it again"
     ece = f'{100 * interp.ece():.1f} points'
     own = drawn_svgs(dict(graph=lambda: plot_graph(model), field=lambda: plot_field(model)), say=say)
-    page = render('run.html', **_result(config, metrics), cards=_cards(metrics, ece, environment),
+    policy = str(config['policy'] or interp.learn.dls.data.policy)
+    kept, folded = _configuration(config, metrics, policy)
+    page = render('run.html', **_result(config, metrics, len(interp.vocab)), cards=_cards(metrics, ece, environment),
                   figures=figures | own, history=table_cells(history, _PERCENT), ece=ece, **_mistakes(interp),
-                  **_classes(interp), **_net(model), **_images(interp, config), **_record(config, environment))
+                  **_classes(interp), **_net(model), **_images(interp), policy=policy, configuration=kept,
+                  defaults=folded, **_record(config, environment))
     return _write_page(out, page)
 
 # %% ../../nbs/runs/05_report.ipynb #b7bb0bcf
 # Columns of a study's tables, as they are shown: in percentage points, p-values, percent
 _FORMS = {k: '{:.2f}' for k in ('mean', 'sd', 'low', 'high', 'difference')}
 _FORMS |= {k: '{:.3g}' for k in ('p', 'p_holm')} | {k: '{:.2%}' for k in ('test_accuracy', 'train_accuracy')}
+
+# Columns of the table of runs that stay, whatever they hold
+_OF_RUNS = ('model', 'norm', 'recipe', 'bs', 'seed', 'status', 'test_accuracy')
+
+def _apart(runs):
+    "(a table without what all runs have in common, that in words)"
+    same = {c: runs[c].iloc[0] for c in runs if c not in _OF_RUNS and runs[c].nunique(dropna=False) == 1}
+    said = [f'{c.replace("_", " ")} {_text(v, _FORMS.get(c))}' for c, v in same.items() if not (pd.isna(v) or v == '')]
+    return runs.drop(columns=list(same)), ', '.join(said)
 
 def write_study_report(
     out, # Study folder
@@ -336,9 +392,11 @@ def write_study_report(
     done = runs[runs.status == 'finished']
     counts = ', '.join(f'{v} {k}' for k, v in runs.status.value_counts().items())
     pages = [f'{f}/{RunFolder.page_file}' if isinstance(f, str) else None for f in runs.folder]
-    shown = table_cells(runs.drop(columns='folder'), _FORMS, dict(model=pages))
+    differing, shared = _apart(runs.drop(columns='folder'))
+    shown = table_cells(differing, _FORMS, dict(model=pages))
     page = render('study.html', title=f'Study: {", ".join(dict.fromkeys(runs.model))}',
                   counts=f'{len(runs)} runs: {counts}', answer=answer, figures=figures,
                   tta=', '.join(sorted(done.tta.unique())) if len(done) else '-',
-                  differences=table_cells(differences, _FORMS), summary=table_cells(summary, _FORMS), runs=shown)
+                  differences=table_cells(differences, _FORMS), summary=table_cells(summary, _FORMS), runs=shown,
+                  shared=shared)
     return _write_page(out, page)

@@ -16,6 +16,7 @@ import pandas as pd
 from scipy import stats
 
 from ..basics import FastcifarError
+from ..interpret.interpretation import at_chance, said_of_chance, shown_once
 
 # %% ../../nbs/study/00_statistics.ipynb #8c55f647
 CELL = ['model', 'norm', 'recipe', 'bs'] # what runs with several seeds have in common
@@ -229,14 +230,25 @@ def _single_cells(done):
         interval = '' if math.isnan(r.low) else f', 95 % interval {r.low:.2f} to {r.high:.2f} %'
         yield f'{_named(dict(zip(CELL, key)))}: {r["mean"]:.2f} % (n = {r.n:.0f}{interval})'
 
+def _chance_lines(done):
+    "A line for each cell with runs that are no better than guessing, where their number of classes is known"
+    known = done[done.classes.notna()] if 'classes' in done else done[:0]
+    for key, g in known.groupby(CELL, sort=False):
+        right = (g.test_accuracy * g.test_images).round()
+        n = sum(map(at_chance, right, g.test_images, g.classes))
+        runs = 'the only run' if len(g) == 1 else f'{n} of {len(g)} runs'
+        name, said = _named(dict(zip(CELL, key))), said_of_chance(int(g.classes.iloc[0]))
+        if n: yield f'{name}: at chance ({runs}): {said}'
+
 def study_answer(
     results:pd.DataFrame, # Of `collect_runs`
     factor:str=None, # Whose values are ranked: one of `CELL`; None: each that varies
 ) -> list: # Lines of text
-    "Which differences are supported, a ranking only if all of its steps are, what else differs, and which runs failed"
+    """Which runs only guess, which differences are supported, a ranking only if all of its steps are, what else
+    differs, and which runs failed"""
     done, failed = results[results.status == 'finished'], results[results.status == 'failed']
     factors = [factor] if factor else _varied(done)
-    lines = [line for f in factors for line in _compared(done, f)]
+    lines = [*_chance_lines(done), *(line for f in factors for line in _compared(done, f))]
     if not factors: lines += _single_cells(done)
     told = done[[isinstance(v, str) and v != '' for v in done.reason]] if 'reason' in done else done[:0]
     return lines + _unlike(done, factors) + _named_runs('failed', failed) + _named_runs('incomplete', told)
@@ -253,6 +265,7 @@ def _plot_curves(ax, curves):
     ax.grid(alpha=.3)
     ax.legend()
 
+@shown_once
 def plot_study_curves(
     curves:pd.DataFrame, # Of `collect_curves`
     split:str='test', # What the second split is called
@@ -280,6 +293,7 @@ def _plot_pair(ax, y, r):
     if not math.isnan(r.low): ax.plot([r.low, r.high], [y, y], color='C0', lw=2, alpha=.9 if sure else .4)
     ax.plot(r.difference, y, 'o', color='C0', mfc='C0' if sure else 'white', ms=7)
 
+@shown_once
 def plot_differences(
     differences:pd.DataFrame, # Of `paired_differences`
 ):

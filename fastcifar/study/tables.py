@@ -86,7 +86,7 @@ def _finished(run, c, given, h, reason):
         reason = f'{run.history_file} has {len(h)} of {settled.epochs} epochs'
         h = h[:0]
     return dict(status='finished', reason=_plain(reason), **{k: m[k] for k in _SHOWN}, tfms=settled.tfms,
-                tta=settled.tta, train_tta=m.get('train_tta', 'none'),
+                tta=settled.tta, train_tta=m.get('train_tta', 'none'), classes=m.get('classes'),
                 epochs_to_60=_epochs_to(h, .6), epochs_to_70=_epochs_to(h, .7))
 
 def _failed(reason): return dict(status='failed', reason=_plain(reason))
