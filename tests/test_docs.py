@@ -203,6 +203,11 @@ def test_parameters_stand_in_a_table(site):
     table = parsed(site/'basics.html').find(id='check_name').find_next('table')
     assert 'What was asked for' in table.get_text() and 'Returns' in table.get_text()
 
+def test_a_comment_of_several_lines_stays_in_its_cell(site):
+    rows = parsed(site/'data/load.html').find(id='load_data').find_next('table').find_all('tr')
+    cells = [[c.get_text(' ', strip=True) for c in row.find_all(['td', 'th'])] for row in rows]
+    assert [row[0] for row in cells] == ['', 'source', 'convert', 'Returns'] and cells[1][-1].endswith('arrays')
+
 # What goes with the site
 
 def test_llms_txt_names_every_page(site):
@@ -243,6 +248,39 @@ def served(site):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f'http://127.0.0.1:{server.server_port}'
     server.shutdown()
+
+# what lies beyond its box without a way to get there, code that a copy button covers, and cells one word wide
+UNREADABLE = """() => [...document.querySelectorAll('article :is(pre > code, td, th, img)')].flatMap(e => {
+    const box = e.getBoundingClientRect(), cut = e.scrollWidth > e.clientWidth + 1, wrong = []
+    const text = document.createRange()
+    text.selectNodeContents(e)
+    if (e.matches('code') && cut && !e.closest('.output')) wrong.push('code runs to the right')
+    const button = e.matches('code') && e.parentNode.querySelector('.md-code__nav')
+    if (button && button.offsetWidth && button.getBoundingClientRect().left < box.right - 1) wrong.push('covered code')
+    const {width, height} = text.getBoundingClientRect()
+    if (e.matches('td, th') && height > Math.max(100, 2.5 * width)) wrong.push('a narrow cell')
+    if (e.matches('img') && box.right > innerWidth) wrong.push('a cut picture')
+    return wrong.map(w => `${w}: ${(e.innerText ?? e.src).slice(0, 60)}`) })"""
+
+@pytest.mark.parametrize('width', [390, 1280])
+def test_nothing_is_cut_or_covered(browser, served, width):
+    tab, wrong = browser.new_page(viewport=dict(width=width, height=900)), {}
+    for page in ('index', 'train/learner', 'pages/benchmarks', 'pages/commands', 'pages/which_tool', 'data/load'):
+        tab.goto(f'{served}/{page}.html', wait_until='networkidle')
+        assert tab.locator('.md-code__nav').count() or page == 'pages/benchmarks'
+        if found := tab.evaluate(UNREADABLE): wrong[page] = found
+    tab.close()
+    assert wrong == {}
+
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+def test_accessible(browser, served, scheme):
+    axe = pytest.importorskip('axe_playwright_python.sync_playwright', reason='the dev extra is not installed').Axe()
+    for width in (390, 1280):
+        tab = browser.new_page(viewport=dict(width=width, height=900), color_scheme=scheme)
+        for page in ('index', 'train/learner', 'pages/results', 'pages/benchmarks', 'tutorials/five_lines'):
+            tab.goto(f'{served}/{page}.html', wait_until='networkidle')
+            assert axe.run(tab).response['violations'] == [], (page, width)
+        tab.close()
 
 @pytest.mark.parametrize('width', [390, 1280])
 def test_in_a_browser(browser, served, width):

@@ -139,15 +139,19 @@ def signature(node, obj) -> str:
     node.args.args = [a for a in node.args.args if a.arg not in ('self', 'cls')]
     return f'({ast.unparse(node.args)})' + (f' -> {ast.unparse(node.returns)}' if node.returns else '')
 
+def parameters(obj) -> str:
+    "The table of the parameters; a comment of several lines stays in its cell"
+    return re.sub(r'\n(?!\|)', ' ', str(DocmentTbl(obj)).strip())
+
 def reference(name:str, node, obj, level:int=3) -> str:
     "The entry of a function, class or method: heading, link to the source, signature, docstring, table of parameters"
     c, kind = get_config(), 'class ' if inspect.isclass(obj) else ''
     path, line = Path(inspect.getsourcefile(inspect.unwrap(obj))).relative_to(ROOT), inspect.getsourcelines(obj)[1]
-    call = textwrap.fill(f'{kind}{name}{signature(node, obj)}', 100, subsequent_indent='    ',
+    call = textwrap.fill(f'{kind}{name}{signature(node, obj)}', 80, subsequent_indent='    ',
                          break_long_words=False, break_on_hyphens=False)
     parts = [f'{"#" * level} {name} {{#{name.lower()}}}',
              f'[Source]({c.git_url}/blob/{c.branch}/{path}#L{line}){{.source}}',
-             f'```python\n{call}\n```', inspect.cleandoc(obj.__doc__ or ''), str(DocmentTbl(obj))]
+             f'```python\n{call}\n```', inspect.cleandoc(obj.__doc__ or ''), parameters(obj)]
     return '\n\n'.join(p for p in parts if p)
 
 def constant(name:str, source:str) -> str:
@@ -238,6 +242,19 @@ def markdown(nb, save) -> str:
 
 # The offline preview, built by zensical
 
+def accessible(text:str) -> str:
+    "A page for those who hear it: headings go down one level at a time, and an empty cell is no heading of a column"
+    above = []
+    def level(m):
+        if not m[1]:
+            while above and above[-1] >= m[2]: above.pop()
+            above.append(m[2])
+        return f'<{m[1]}h{len(above)}'
+    head, article, rest = text.partition('<article')
+    article, end, rest = (article + rest).partition('</article>')
+    article = re.sub(r'<th([^>]*)></th>', r'<td\1></td>', article)
+    return head + re.sub(r'<(/?)h([1-6])\b', level, article) + end + rest
+
 def titled(tree, titles:dict):
     "The menu as MkDocs and zensical read it"
     if isinstance(tree, str): return {titles[tree]: f'{page(tree)}.md'}
@@ -260,7 +277,8 @@ def config(tree:dict, titles:dict) -> dict:
                   {'pymdownx.highlight': dict(use_pygments=True)}, {'toc': dict(permalink=True, toc_depth='2-3')}]
     return dict(site_name=c.title, site_description=c.description, docs_dir='pages', site_dir='site',
                 use_directory_urls=False, nav=titled(tree, titles), theme=theme(), plugins=['search'],
-                extra_css=['docs.css'], extra=dict(generator=False, social=[source]), markdown_extensions=extensions)
+                extra_css=['docs.css'], extra_javascript=['docs.js'], extra=dict(generator=False, social=[source]),
+                markdown_extensions=extensions)
 
 def empty(folder:Path) -> Path:
     "`folder`, new and empty"
@@ -293,7 +311,7 @@ def preview(site:Path=ROOT/'_docs', work:Path=ROOT/'_proc') -> Path:
         nb = processed(notebook)
         about[notebook] = nb.frontmatter_
         texts[page(notebook)] = write_page(nb, docs/f'{page(notebook)}.md')
-    shutil.copy(ROOT/'tools/docs.css', docs)
+    for name in ('docs.css', 'docs.js'): shutil.copy(ROOT/'tools'/name, docs)
     copy_images(docs)
     titles = {notebook: a['title'] for notebook, a in about.items()}
     (work/'mkdocs.yml').write_text(yaml.safe_dump(config(tree, titles), sort_keys=False))
@@ -302,6 +320,7 @@ def preview(site:Path=ROOT/'_docs', work:Path=ROOT/'_proc') -> Path:
     shutil.rmtree(site, ignore_errors=True)
     shutil.move(work/'site', site) # zensical writes beside its configuration only
     for name, text in texts.items(): (site/f'{name}.html.md').write_text(text) # where llmstxt.org wants it
+    for p in site.rglob('*.html'): p.write_text(accessible(p.read_text()))
     (site/'llms.txt').write_text(llms(tree, about))
     return site
 
