@@ -86,6 +86,10 @@ bench: .venv/installed
 	@$(BIN)/fastcifar bench speedrun --device cpu --out benchmarks/cpu_speedrun.json
 	@$(BIN)/fastcifar bench parallel --rounds 3 --out benchmarks/parallel.json
 	@$(BIN)/fastcifar bench fused --device cpu --rounds 3 --out benchmarks/fused.json
+	@$(BIN)/fastcifar bench start --out benchmarks/start.json
+	@$(BIN)/fastcifar bench memory --out benchmarks/memory.json --rounds 3
+	@$(BIN)/fastcifar bench scale --out benchmarks/scale.json --rounds 3
+	@$(BIN)/fastcifar bench breakdown --out benchmarks/breakdown.json --rounds 3
 
 bench-gpu:
 	@python="$(gpu_python)"; PYTHONPATH=. $$python tools/gpu_slot/slot.py --out benchmarks/gpu $(if $(DATA),--data $(DATA)) $(if $(AIRBENCH),--airbench $(AIRBENCH))

@@ -22,7 +22,8 @@ from ..runs.recipes import create_recipe
 # %% ../../nbs/bench/05_breakdown.ipynb #aa91c176
 KINDS = { # part of a step -> names of operations
     'convolutions': r'conv', 'norms': r'batch_norm|group_norm|layer_norm|BatchNorm|GroupNorm|LayerNorm',
-    'activations': r'relu|Relu|celu|Celu|elu|threshold|clamp_min', 'pooling': r'pool|Pool|aten::mean|aten::amax|aten::max',
+    'activations': r'relu|Relu|celu|Celu|elu|threshold|clamp_min',
+    'pooling': r'pool|Pool|aten::mean|aten::amax|aten::max',
     'dropout': r'random_|bernoulli|aten::ge|dropout|MulBackward', 'copies': r'copy_|aten::to|contiguous|ToCopy',
     'loss': r'cross_entropy|softmax|nll_loss|NllLoss|SoftmaxBackward'}
 _WHOLE = {'optimizer': r'optimizer', 'loader': r'DataLoader'} # wherever they are above
@@ -80,7 +81,8 @@ def _net_rows(name, norm, steps, rounds, limit):
     run, *_ = _our_steps(name, recipe, steps, 'cpu', noise_data(recipe.bs * steps), [_MarkOptimizer()], norm)
     run()
     label, images = f'{name}-{norm}', recipe.bs * steps
-    work = 3 * 2 * sum(r.macs for r in trace(create_model(name, norm=norm))) * images / 1e9 # forward, and twice that backward
+    macs = sum(r.macs for r in trace(create_model(name, norm=norm)))
+    work = 3 * 2 * macs * images / 1e9 # forward, and twice that backward
     rates = [work / run() for _ in range(rounds)]
     rate = Row(f'breakdown/{label}', *_spread(rates), 'GFLOP/s', per=f'{steps} steps of {recipe.bs}', images=images,
                what=f'{label}: multiplications and additions of its layers a second',
