@@ -192,11 +192,10 @@ def check_sizes(
     sizes, # Heights and widths of images
 ):
     "Refuse a net that cannot take images of some size"
-    device = next(model.parameters()).device
     for s in sorted(set(sizes)):
+        x = torch.zeros(2, 3, s, s, device=next(model.parameters()).device)
         try:
-            # `forward`, since a compiled net would be compiled for it
-            with _evaluating(model): model.forward(torch.zeros(2, 3, s, s, device=device))
+            with _evaluating(model): model.forward(x) # which does not compile a net that is to be compiled
         except (RuntimeError, ValueError, AssertionError) as e:
             why = ' '.join(str(e).split())[:100]
             raise FastcifarError(f'{type(model).__name__} cannot be trained on images of {s}x{s} ({why}): '

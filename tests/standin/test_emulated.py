@@ -47,7 +47,8 @@ CASES = [('groupnet', 'fast', ADAM), ('groupnet', 'fast', dict(ADAM, wd=.1, deca
          ('groupnet', 'fast', dict(optimizer='sgd', wd=.1, lr_max=1e-3)),
          ('groupnet', 'fast', dict(lr_max=1e-4, wd=.1)),
          ('normnet31k', 'one_cycle', dict(net=dict(dropout=0.))),
-         ('groupnet', 'fast', dict(ADAM, epochs=3, freeze=(('*bias', 1),)))]
+         ('groupnet', 'fast', dict(ADAM, epochs=3, freeze=(('*bias', 1),))),
+         ('groupnet', 'fast', dict(ADAM, sizes=(24, 32)))]
 
 @pytest.mark.parametrize('name, recipe, kw', CASES)
 def test_a_recorded_step_is_the_step(name, recipe, kw):
