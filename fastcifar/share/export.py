@@ -135,6 +135,7 @@ It knows the classes above and nothing else, answers with one of them whatever i
 32x32 pixels only. Do not let anything of consequence depend on it.
 """
 
+# %% ../../nbs/share/01_export.ipynb #910d180f
 _ONNX_PART = """
 `model.onnx` (opset {opset}) takes bytes and normalizes by itself:
 
