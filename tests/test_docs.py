@@ -208,6 +208,32 @@ def test_a_comment_of_several_lines_stays_in_its_cell(site):
     cells = [[c.get_text(' ', strip=True) for c in row.find_all(['td', 'th'])] for row in rows]
     assert [row[0] for row in cells] == ['', 'source', 'convert', 'Returns'] and cells[1][-1].endswith('arrays')
 
+# Pages of the API open with the call that a user needs
+
+OPENINGS = ['runs/config', 'runs/run', 'runs/reopen', 'models/zoo'] # each needs what those before it made
+OPENED = [*OPENINGS, 'study/study', 'data/load', 'train/learner', 'train/schedule', 'interpret/interpretation', 'models/summary',
+          'share/predict', 'share/export', 'share/demo']
+
+def opening(site, page):
+    "The first code of a page, if it stands before the reference"
+    text = (site/f'{page}.html.md').read_text()
+    first = re.search(r'^(```+)\w*\n(.*?)^\1', text, re.M | re.S)
+    return first[2] if first.start() < text.find('{.source}') else ''
+
+def test_pages_of_the_api_open_with_a_call(site):
+    assert [page for page in OPENED if not re.search(r'\w\(', opening(site, page))] == []
+
+def test_the_opening_calls_work(site, tmp_path):
+    "One after the other, on the digits"
+    code = 'from fastcifar.all import *\n' + ''.join(opening(site, page) for page in OPENINGS)
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path/'runs/mine/report.html').is_file()
+
+def test_the_prose_below_a_title_is_kept(site):
+    text = main_text(site/'train/learner.html')
+    assert 'Afterwards it is a fastai learner like any other' in text
+
 # What goes with the site
 
 def test_llms_txt_names_every_page(site):

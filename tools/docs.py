@@ -193,8 +193,18 @@ class Pages(FilterDefaults):
 
 def processed(notebook:str):
     "A notebook ready for the page"
-    nb = read_nb(NBS/notebook)
+    nb = with_opening(read_nb(NBS/notebook))
     Pages()(nb)
+    return nb
+
+def with_opening(nb):
+    "A notebook whose first cell has title and description alone; what else stands there, nbdev would drop"
+    first = nb.cells[0]
+    head = re.match(r'# .*(\n+>.*)?', first.source)
+    if not head or not (rest := first.source[head.end():].strip()): return nb
+    first.source = head[0]
+    nb.cells.insert(1, mk_cell(rest, 'markdown'))
+    for i, cell in enumerate(nb.cells): cell.idx_ = i
     return nb
 
 # The Markdown of a page

@@ -128,13 +128,14 @@ With fastcifar {version} or later installed:
 
 In Python, `fastcifar.models.zoo.load_model('.')` gives the PyTorch module, which takes normalized images; mean and \
 standard deviation are in config.json.
-{onnx}
+{onnx}{pt2}
 ## What it is not for
 
 It knows the classes above and nothing else, answers with one of them whatever it is shown, and has seen pictures of \
 32x32 pixels only. Do not let anything of consequence depend on it.
 """
 
+# %% ../../nbs/share/01_export.ipynb #910d180f
 _ONNX_PART = """
 `model.onnx` (opset {opset}) takes bytes and normalizes by itself:
 
@@ -148,6 +149,18 @@ transparency over white, resized to 32x32 with antialiasing; as uint8 of shape (
 
 On {images:,} images it gave the predictions of the PyTorch module, and its probabilities differ by at most \
 {max_difference:.1g}.
+"""
+
+_PT2_PART = """
+`model.pt2` is a `torch.export` program, which plain torch opens. It holds a pickle, which can run code: open it only \
+if you trust those who gave it to you.
+
+    import torch
+    net = torch.export.load('model.pt2').module()
+    images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8) # your pictures; it normalizes by itself
+    probabilities = net(images)
+
+On {images:,} images its probabilities differ from those of the PyTorch module by at most {max_difference:.1g}.
 """
 
 # %% ../../nbs/share/01_export.ipynb #e7a728f9
@@ -177,14 +190,15 @@ def model_card(
     c:dict, # What `export_run` writes to config.json
 ) -> str: # Markdown, with the front matter that model hubs read
     "The README.md of an exported folder"
-    m, onnx = c['metrics'], c.get('onnx')
+    m, onnx, pt2 = c['metrics'], c.get('onnx'), c.get('pt2')
     (low,), (high,) = wilson_interval(m['test_images'] - m['wrong'], m['test_images'])
     net, norm = (as_markdown(c['architecture'][k]) for k in ('name', 'norm'))
     numbers = {k: m[k] for k in ('parameters', 'test_images', 'test_accuracy')}
     return _CARD.format(
         **numbers, **_training_facts(c), net=net, norm=norm, low=low, high=high, classes=_listed(c['classes']),
         tta=as_markdown(c['tta']), version=as_markdown(c['environment']['versions']['fastcifar']),
-        tag=', onnx' if onnx else '', onnx=_ONNX_PART.format(**onnx) if onnx else '')
+        tag=', onnx' if onnx else '', onnx=_ONNX_PART.format(**onnx) if onnx else '',
+        pt2=_PT2_PART.format(**pt2) if pt2 else '')
 
 # %% ../../nbs/share/01_export.ipynb #63734178
 def _test_images(out, data, n=1000):
@@ -215,17 +229,18 @@ def _about_run(metrics, config, env):
                 environment=kept)
 
 def _write_programs(folder, run, net, classes, onnx, pt2, data):
-    "Write the formats that were asked for beside the weights, and compare them; returns what to say of ONNX"
+    "Write the formats that were asked for beside the weights, and compare them; returns what to say of them"
     if not (onnx or pt2): return {}
     images, ours, said = _test_images(run, data), open_predictor(folder), {}
     if onnx:
         path = write_onnx(net, classes, folder/'model.onnx')
         diff = compare_predictions(ours, open_predictor(path), images)
         about = dict(opset=OPSET, images=len(images), max_difference=diff, onnxruntime=version('onnxruntime'))
-        said = dict(onnx=about)
+        said['onnx'] = about
     if pt2:
         path = write_program(net, classes, folder/'model.pt2')
-        compare_predictions(ours, open_predictor(path, trust=True), images)
+        diff = compare_predictions(ours, open_predictor(path, trust=True), images)
+        said['pt2'] = dict(images=len(images), max_difference=diff)
     return said
 
 def _fill(folder, run, onnx, pt2, data):
