@@ -96,3 +96,9 @@ def test_tutorial_of_norms_shows_the_records():
     for i, r in found.iterrows():
         [row] = [row for row in shown if row[1:4] == [r.model, r.a, r.b]]
         assert row[0] == str(i) and row[4:] == [str(r.n), *(f'{r[k]:.3f}' for k in ('difference', 'low', 'high', 'p_holm'))]
+
+def test_page_of_benchmarks_shows_the_files():
+    "No row less, and none of a file that is gone"
+    rows = {r['name'] for f in ROOT.glob('benchmarks/*.json') for r in json.loads(f.read_text())['rows']}
+    shown = [name for row in tables(ROOT/'nbs/pages/benchmarks.ipynb') for name in re.findall(r'\((\w+/\w+)\)$', row[0])]
+    assert sorted(shown) == sorted(rows)
