@@ -1,11 +1,12 @@
 "Every accuracy of CIFAR-10 that a reader sees is of the lossless images, and of a run that is written down."
-import csv, json, re
+import csv, importlib.util, json, re
 from html import unescape
 from pathlib import Path
 
 import pytest
 
 from fastcifar.data.fetch import ARCHIVES
+from fastcifar.runs.folder import RunFolder
 from fastcifar.runs.replay import records_table
 from fastcifar.study.statistics import paired_differences, study_summary
 
@@ -96,3 +97,23 @@ def test_tutorial_of_norms_shows_the_records():
     for i, r in found.iterrows():
         [row] = [row for row in shown if row[1:4] == [r.model, r.a, r.b]]
         assert row[0] == str(i) and row[4:] == [str(r.n), *(f'{r[k]:.3f}' for k in ('difference', 'low', 'high', 'p_holm'))]
+
+def test_page_of_benchmarks_shows_the_files():
+    "No row less, and none of a file that is gone"
+    rows = {r['name'] for f in ROOT.glob('benchmarks/*.json') for r in json.loads(f.read_text())['rows']}
+    shown = [name for row in tables(ROOT/'nbs/pages/benchmarks.ipynb') for name in re.findall(r'\((\w+/\w+)\)$', row[0])]
+    assert sorted(shown) == sorted(rows)
+
+def test_a_packaged_net_says_how_many_runs_there_are(main, tree, tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location('pretrained', ROOT/'tools/pretrained.py')
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    monkeypatch.setattr(tool, 'FOLDER', tmp_path)
+    short = 'train', '--data', tree, '--model', 'normnet31k', '--epochs', 1, '--bs', 20, '--lr-max', '1e-3', '--no-pictures'
+    for seed in (0, 1): assert main(*short, '--seed', seed, '--out', f'r{seed}')[0] == 0
+    assert main('record', 'r0', 'r1', '--out', 'both.jsonl')[0] == 0
+    runs = records_table(tmp_path/'both.jsonl')
+    key, row = tool.add(RunFolder(tmp_path/'r1'), runs)
+    assert key == 'normnet31k-bn' and (row['n'], row['seed'], row['data_sha256']) == (2, 1, runs.data_sha256[0])
+    assert row['mean_accuracy'] == round(runs.test_accuracy.mean(), 6) and (tmp_path/f'{key}.safetensors').exists()
+    with pytest.raises(SystemExit, match='not among the records'): tool.add(RunFolder(tmp_path/'r1'), runs[:1])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fastcifar.basics import file_sha256, read_json, write_json
 from fastcifar.models.weights import load_tensors, save_tensors
+from fastcifar.runs.config import upgrade_config
 from fastcifar.runs.folder import RunFolder
 from fastcifar.runs.replay import records_table
 
@@ -15,11 +16,11 @@ FOLDER = Path(__file__).resolve().parents[1]/'fastcifar/models/pretrained'
 def add(run, results):
     "Copy one net with a note of where it comes from, and return its line of the index"
     tensors, note = load_tensors(run.weights_file)
-    m, path = run.metrics(), run.saved_config().get('path', 'item')
+    m, tfms = run.metrics(), upgrade_config(run.saved_config())['tfms']
     key = ['model', 'norm', 'recipe', 'bs', 'data_sha256']
     cell = results[(results[key] == [m[k] for k in key]).all(axis=1)]
-    if m['seed'] not in set(cell.seed): raise SystemExit(f'{run} is not among the records: add it to them first')
-    origin = dict(recipe=m['recipe'], epochs=m['epochs'], seed=m['seed'], precision=m['precision'], path=path,
+    if m['seed'] not in set(cell.seed): raise SystemExit(f'{run.path} is not among the records: add it to them first')
+    origin = dict(recipe=m['recipe'], epochs=m['epochs'], seed=m['seed'], precision=m['precision'], tfms=tfms,
                   data=m['data'], data_sha256=m['data_sha256'], test_accuracy=m['test_accuracy'],
                   n=len(cell), mean_accuracy=round(float(cell.test_accuracy.mean()), 6), parameters=m['parameters'])
     keep = {k: note[k] for k in ('model', 'classes', 'mean', 'std')}
