@@ -198,6 +198,7 @@ def test_curves_have_their_labels():
     ax = plot_study_curves(c, 'validation').axes[0]
     assert lines(ax) == {'bn (n = 2)': pytest.approx([60.5, 70.5]),
         'gn (n = 2)': pytest.approx([30.5, 40.5])} and ax.get_ylabel() == 'validation accuracy (%)'
+    assert not [t for t in ax.get_xticks() if t % 1], 'whole epochs'
     plt.close('all')
 
 def results(**accuracies):

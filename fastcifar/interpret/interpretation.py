@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NUMBERED', 'BELIEVABLE', 'PICTURES', 'wilson_interval', 'at_chance', 'said_of_chance', 'error_bars', 'shown_once',
-           'CifarInterpretation', 'plot_curves', 'plot_schedule', 'write_plot', 'check_plot', 'attempt_plot',
-           'save_plot']
+           'CifarInterpretation', 'whole_epochs', 'plot_curves', 'plot_schedule', 'write_plot', 'check_plot',
+           'attempt_plot', 'save_plot']
 
 # %% ../../nbs/interpret/01_interpretation.ipynb #ed4fa3a1
 import fastai.vision.learner # teaches plot_top_losses to draw images
@@ -523,6 +523,12 @@ for _name in ('plot_top_losses', 'show_results'):
     setattr(CifarInterpretation, _name, draws_names(getattr(CifarInterpretation, _name)))
 
 # %% ../../nbs/interpret/01_interpretation.ipynb #4e6d6e67
+def whole_epochs(
+    ax, # Axes with epochs along x
+):
+    "Mark whole epochs alone, also where there is only one"
+    ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+
 @shown_once
 def plot_curves(
     history:pd.DataFrame, # `history.csv` of a run: one row an epoch
@@ -536,7 +542,7 @@ def plot_curves(
         for c, label in zip(cols, ('train (while training, augmented)', valid)):
             ax.plot(history.epoch, history[c] * scale, marker='.', label=label)
         ax.set(xlabel='epoch', ylabel=name)
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        whole_epochs(ax)
         ax.grid(alpha=.3)
         ax.legend()
     return fig
@@ -555,7 +561,7 @@ def plot_schedule(
     for ax, (name, f) in zip(axs[0], rates.items()):
         ax.plot(t * epochs, [f(float(o)) for o in t])
         ax.set(xlabel='epoch', ylabel=names.get(name, name))
-        if epochs > 1: ax.xaxis.get_major_locator().set_params(integer=True)
+        whole_epochs(ax)
         ax.grid(alpha=.3)
     return fig
 

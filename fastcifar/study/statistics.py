@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import stats
 
 from ..basics import FastcifarError
-from ..interpret.interpretation import at_chance, said_of_chance, shown_once
+from ..interpret.interpretation import at_chance, said_of_chance, shown_once, whole_epochs
 
 # %% ../../nbs/study/00_statistics.ipynb #8c55f647
 CELL = ['model', 'norm', 'recipe', 'bs'] # what runs with several seeds have in common
@@ -261,7 +261,7 @@ def _plot_curves(ax, curves):
         line, = ax.plot(acc.index, acc.mean(axis=1), marker='.', label=f'{norm} (n = {acc.shape[1]})')
         ax.fill_between(acc.index, acc.min(axis=1), acc.max(axis=1), color=line.get_color(), alpha=.2, lw=0)
     ax.set_xlabel('epoch')
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    whole_epochs(ax)
     ax.grid(alpha=.3)
     ax.legend()
 
