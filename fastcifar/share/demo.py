@@ -97,9 +97,9 @@ def _is_run(folder):
 def _test_accuracy(source, note, interp):
     "(share, number of test images or None) that a net gets right, as far as it is known; (None, None) if not"
     if interp is not None: return float(interp.accuracy), len(interp.targs)
-    exported = Path(source)/'config.json'
-    if _is_run(source): metrics = RunFolder(source).metrics()
-    else: metrics = read_json(exported).get('metrics', {}) if exported.is_file() else note
+    folder = RunFolder(source)
+    if _is_run(source): metrics = folder.metrics()
+    else: metrics = read_json(folder.config_file).get('metrics', {}) if folder.config_file.is_file() else note
     share, n = metrics.get('test_accuracy'), metrics.get('test_images')
     known = isinstance(share, float) and 0 <= share <= 1
     return (share, n if isinstance(n, int) else None) if known else (None, None)
