@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastcifar.models.zoo import create_model, list_models
+from fastcifar import __version__
+from fastcifar.models.zoo import count_parameters, create_model, list_models
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -17,6 +18,13 @@ def test_torch_hub_lists_and_makes_the_nets(monkeypatch, tmp_path):
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(net(x), create_model('groupnet', pretrained=True).eval()(x))
     assert torch.hub.load(str(ROOT), 'normnet31k', source='local', norm='gn', n_out=7)(x).shape == (2, 7)
+
+def test_the_citation_and_the_tools_page_name_this_version():
+    page = (ROOT/'nbs/pages/which_tool.ipynb').read_text()
+    assert f'version = {{{__version__}}}' in page
+    assert f'fastcifar is at version {__version__.rsplit(".", 1)[0]} |' in page
+    largest = max(count_parameters(create_model(name)) for name in list_models())
+    assert f"fastcifar's largest has {largest / 1e6:.1f} million parameters" in page
 
 @pytest.fixture(scope='module')
 def shared(tree, tmp_path_factory):
