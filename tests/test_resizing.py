@@ -148,10 +148,10 @@ def test_a_net_that_fails_is_left_as_it_was():
 
 def test_more_sizes_than_epochs_of_a_fit():
     c = configure('fast', 'groupnet', sizes=(16, 24, 32), bs=10)
-    learn = recipe_learner(noise().dataloaders(bs=10, policy='none', device='cpu'), build_model(c, 10), c)
+    learn = recipe_learner(noise().dataloaders(bs=2, policy='none', device='cpu'), build_model(c, 10), c)
     with learn.no_bar(), learn.no_logging():
         with pytest.raises(FastcifarError, match=r'3 sizes of images \(16, 24, 32\) for 2 epochs'): learn.fit(2, 1e-2)
-        r = learn.lr_range(show_plot=False, num_it=20)
+        r = learn.lr_range(show_plot=False, num_it=20) # two epochs
     assert 0 < r.lr_max
 
 # -- runs, as a person makes them
