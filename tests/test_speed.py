@@ -51,8 +51,9 @@ def test_the_speedrun_is_judged_by_whole_trainings(main, tmp_path, monkeypatch):
             args += '--results', 'r.csv'
         code, out, err = main(*args)
         assert code == 0, err
-        *rivals, script = json.loads(out)['rows']
+        *rivals, script, sizes = json.loads(out)['rows']
         assert (script['name'], script['ratio'], script['met']) == ('cpu/speedrun_vs_script', 1, 'must')
+        assert (sizes['name'], sizes['ratio']) == ('cpu/speedrun_sizes', 1)
         return rivals
 
     assert [(r['name'], r['ratio'], r['met']) for r in measured(rows)] == [

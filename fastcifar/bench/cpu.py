@@ -456,6 +456,15 @@ def _script_row(rounds, k):
                'whole training and evaluation, from parts', must=1.03,
                what='a whole speedrun with a fastai Learner, as a share of its time in a loop of plain PyTorch')
 
+def _sizes_row(rounds, k, sizes=(24, 28, 32)):
+    "The row of a speedrun that begins with smaller images"
+    plain = create_recipe('speedrun', 'speednet')
+    whole = _whole('speednet', plain, k)
+    parts = [_whole('speednet', dataclasses.replace(plain, sizes=(size,)), k) for size in sizes]
+    pairs = take_turns(lambda: statistics.mean(part() for part in parts), whole, rounds)
+    return speed_row('cpu/speedrun_sizes', pairs, per='whole training and evaluation, from parts',
+                     what=f'a speedrun with sizes {", ".join(map(str, sizes))} against one with whole images')
+
 def bench_cpu_speedrun(
     rounds:int=3, # Rounds of each
     k:int=3, # Steps a round
@@ -466,7 +475,7 @@ def bench_cpu_speedrun(
     else:
         usual = create_recipe('speedrun', 'speednet').epochs
         rivals = [_Rival('reference', usual, None, 'accuracies are not compared')]
-    return [*(_share_row(rival, rounds, k) for rival in rivals), _script_row(rounds, k)]
+    return [*(_share_row(rival, rounds, k) for rival in rivals), _script_row(rounds, k), _sizes_row(rounds, k)]
 
 # %% ../../nbs/bench/01_cpu.ipynb #cf313fb5
 _PROCESSES = '''
