@@ -169,7 +169,13 @@ def load_data(
     source='cifar10',
     convert:bool=False, # For your own images: resize to 32x32 and convert to RGB, instead of refusing what is not?
 ) -> ImageData: # With its `dataloaders`
-    "Load a data set, downloading, verifying and decoding it if that has not happened yet"
+    """Load a data set, downloading, verifying and decoding it if that has not happened yet
+
+    For example:
+
+        data = load_data('digits')
+        dls = data.dataloaders(bs=64)
+    """
     is_arrays = isinstance(source, (tuple, list))
     if convert and is_arrays: raise FastcifarError('convert is for image files, and these are arrays: leave it out')
     if is_arrays: return _from_arrays(source)
@@ -227,4 +233,4 @@ def dataloaders(self:ImageData,
         kind = BatchDL
         special = dict(batch_policy=BatchPolicy(policy, self.fill, seed), dtype=dtype, num_workers=0)
     make = functools.partial(kind, bs=bs, seed=seed, device=device, **special)
-    return _make_loaders(make, dsets, tfm, stats, drop_last, device).made_of(self, seed, stats, tfms)
+    return _make_loaders(make, dsets, tfm, stats, drop_last, device).made_of(self, seed, stats, tfms, policy)

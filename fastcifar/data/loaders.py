@@ -426,16 +426,18 @@ class CifarDataLoaders(DataLoaders):
         "The loaders without images and labels, as `learn.export` saves them; they still make batches of other images"
         res = super().new_empty()
         read = next(t for t in res[0].dataset.tls[0].tfms.fs if isinstance(t, ReadImage))
-        return res.made_of(read.rows.data, self.seed, self.stats, self.tfms)
+        return res.made_of(read.rows.data, self.seed, self.stats, self.tfms, vars(self).get('policy'))
 
     def made_of(self,
         data:ImageData, # The data set
         seed:int, # Start of shuffle and augmentation streams
         stats:tuple, # (mean, std) of the normalization, in 0..1
         tfms:str, # `'item'` or `'batch'`: how batches are made
+        policy=None, # Augmentation: a name, or a pipeline, which is kept as `'own policy'`
     ) -> 'CifarDataLoaders':
-        "These loaders, with what they were made of in `data`, `seed`, `stats` and `tfms`"
+        "These loaders, with what they were made of in `data`, `seed`, `stats`, `tfms` and `policy`"
         self.data, self.seed, self.stats, self.tfms = data, seed, stats, tfms
+        self.policy = policy if policy is None or isinstance(policy, str) else 'own policy'
         return self
 
     def evaluation(self,
@@ -447,3 +449,14 @@ class CifarDataLoaders(DataLoaders):
         chosen = spread_evenly(len(tls[0].items), n)
         unaugmented = RowDatasets(tls=[tl._new(L(tl.items)[chosen.tolist()], split_idx=1) for tl in tls])
         return self.valid.new(unaugmented, shuffle=False, drop_last=False)
+
+# %% ../../nbs/data/08_loaders.ipynb #7f693cd9
+@patch
+def __repr__(self:CifarDataLoaders):
+    "Data, sizes of the splits, classes, batch size, augmentation, and how batches are made"
+    splits = ('training', 'test') if len(self.loaders) == 2 else ('training', 'validation', 'test')
+    sizes = ' / '.join(f'{len(dl.dataset):,} {split}' for dl, split in zip(self.loaders, splits))
+    policy = vars(self).get('policy') # not of loaders that 0.2 or an older version has pickled
+    more = [policy] if policy else []
+    return ', '.join([f'CifarDataLoaders: {self.data.name}, {sizes} images', f'{len(self.data.classes)} classes',
+                      f'batches of {self.bs}', *more, f'{self.tfms} transforms'])

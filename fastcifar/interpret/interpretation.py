@@ -194,6 +194,14 @@ def loss(self:CifarInterpretation) -> float:
     "Mean cross-entropy, without the label smoothing that the net may have been trained with"
     return float(self.losses.double().mean())
 
+# %% ../../nbs/interpret/01_interpretation.ipynb #a5c32e4d
+@patch
+def __repr__(self:CifarInterpretation):
+    "How many images are predicted right, and with which test-time views"
+    right = int((self.decoded == self.targs).sum())
+    return (f'CifarInterpretation: {self.accuracy:.2%} ({right:,} of {len(self.targs):,} images), '
+            f'test-time views: {self.tta}')
+
 # %% ../../nbs/interpret/01_interpretation.ipynb #289dc322
 @patch
 def one_class(self:CifarInterpretation) -> str: # Empty: they differ, or there is nothing else to say

@@ -13,22 +13,25 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.tracker import SaveModelCallback
 from fastai.metrics import accuracy
-from fastcore.basics import patch
+from fastcore.basics import noop, patch
+from fastcore.meta import delegates
 from fastcore.xtras import join_path_file
 from torch import nn
 
-from ..device import best_channels_last, best_precision, compile_net, keep_freed_memory
+from ..basics import say
+from ..device import PRECISIONS, best_channels_last, best_precision, compile_net, keep_freed_memory
+from ..models.zoo import count_parameters
 from .callbacks import CheckOutputs, StopOnNaN
 from .distributed import data_parallel
 from .graph import StepGraph
 from .loop import CrossEntropy, LeanLearner
 from .optim import optimizer
 from .precision import Autocast, MemoryFormat
-from .schedule import LRRange, lr_range, preserve_learner
+from .schedule import LRRange, lr_range, one_cycle, preserve_learner
 
 # %% ../../nbs/train/07_learner.ipynb #ad58d3c3
 class CifarLearner(LeanLearner):
-    "A fastai `Learner` with `lr_range`"
+    "A fastai `Learner` with `lr_range` and `fit_cycle`"
     def create_opt(self):
         super().create_opt()
         if self.wd_bn_bias: return
@@ -56,15 +59,16 @@ class UnpicklingWarning(UserWarning):
     "A file is read in a way that lets it run code"
 
 @patch
-def lr_range(self:CifarLearner,
-    start_lr:float=1e-6, # First rate
-    end_lr:float=1., # Last rate, if the loss does not explode before
-    num_it:int=100, # Steps; three times as many in a second pass, if the first cannot be read
-    show_plot:bool=True, # Draw the curve?
-    default:float=None, # LRMAX if neither can be read; None: that of the learner
-) -> LRRange:
-    "LRMIN and LRMAX from a range test that leaves weights, optimizer and random generators as they were"
-    return lr_range(self, start_lr, end_lr, num_it, show_plot, default)
+@delegates(lr_range)
+def lr_range(self:CifarLearner, *args, **kwargs) -> LRRange:
+    """LRMIN and LRMAX from a range test that leaves weights, optimizer and random generators as they were
+
+    For example:
+
+        lrs = learn.lr_range()
+        learn.fit_cycle(24, lrs)
+    """
+    return lr_range(self, *args, **kwargs)
 
 @patch
 def lr_find(self:CifarLearner, *args, **kwargs):
@@ -81,6 +85,35 @@ def load(self:CifarLearner, file, *args, **kwargs):
         warnings.warn(f'{file} is unpickled, which can run code: load what you have written yourself',
                       UnpicklingWarning, stacklevel=2)
     return super(CifarLearner, self).load(file, *args, **kwargs)
+
+# %% ../../nbs/train/07_learner.ipynb #c881da55
+def _said_cycle(c, peak_epoch):
+    "The rates and the weight decay of a cycle in words"
+    lo = c['lr_max'] / c['div']
+    return (f'one cycle: learning rate {lo:.2e} to {c["lr_max"]:.2e} and back, peak at epoch {peak_epoch:.3g}; '
+            f'weight decay {c["wd"]:.3g}')
+
+@patch
+@delegates(LeanLearner.fit_one_cycle, but='lr_max,div,div_final,pct_start')
+def fit_cycle(self:CifarLearner,
+    n_epoch:int, # Epochs
+    lrs=None, # LRMIN and LRMAX: an `LRRange`, or a pair; None: `lr_range` finds them first
+    peak_epoch:float=None, # Epoch at which the rate is LRMAX; None: 5 in 24, and in proportion
+    wd:float=None, # Decoupled weight decay; None: 0.001 / LRMAX
+    **kwargs
+):
+    """Train one cycle from LRMIN to LRMAX and back to LRMIN, and say the rates and the weight decay it takes
+
+    For example:
+
+        lrs = learn.lr_range()
+        learn.fit_cycle(24, lrs)
+    """
+    if lrs is None: lrs = self.lr_range(show_plot=False)
+    if peak_epoch is None: peak_epoch = 5 / 24 * n_epoch
+    cycle = one_cycle(lrs, n_epoch, peak_epoch, wd)
+    if self.logger is not noop: say(_said_cycle(cycle, peak_epoch))
+    self.fit_one_cycle(n_epoch, **cycle, **kwargs)
 
 # %% ../../nbs/train/07_learner.ipynb #18640242
 @patch
@@ -168,7 +201,15 @@ def cifar_learner(
     capture:bool=True, # On a CUDA GPU: record training steps where that changes nothing? See `fastcifar.train.graph`
     **kwargs, # What else fastai's `Learner` takes
 ) -> CifarLearner:
-    "A fastai Learner for small nets on small images"
+    """A fastai Learner for small nets on small images
+
+    For example:
+
+        seed_everything(0)
+        dls = load_data('digits').dataloaders(bs=64)
+        learn = cifar_learner(dls, create_model('groupnet'))
+        learn.fit_cycle(6)
+    """
     device = torch.device(getattr(dls, 'device', None) or 'cpu')
     if precision == 'auto': precision = best_precision(device)
     if channels_last is None: channels_last = best_channels_last(model, device)
@@ -181,3 +222,23 @@ def cifar_learner(
                          metrics=metrics, cbs=cbs, **kwargs)
     if capture and device.type == 'cuda': learn.step_graph = StepGraph()
     return learn
+
+# %% ../../nbs/train/07_learner.ipynb #9b3e9a42
+def _net_name(model):
+    "`groupnet (bn)` of a net of `create_model`, else its class"
+    config = getattr(model, 'config', None)
+    known = isinstance(config, dict) and 'name' in config
+    return f'{config["name"]} ({config.get("norm", "bn")})' if known else type(model).__name__
+
+def _precision_name(learn):
+    "`bf16`: of fastai's callback if there is one, as it goes first"
+    cbs = learn._grab_cbs(MixedPrecision) or learn._grab_cbs(Autocast)
+    if not cbs: return 'fp32'
+    return getattr(cbs[0], 'precision', None) or next(k for k, t in PRECISIONS.items() if t == cbs[0].dtype)
+
+@patch
+def __repr__(self:CifarLearner):
+    "Net, parameters, optimizer, precision and device"
+    opt = getattr(self.opt_func, 'func', self.opt_func).__name__.removeprefix('List') # our `ListAdam` is an Adam
+    return (f'CifarLearner: {_net_name(self.model)}, {count_parameters(self.model):,} parameters, {opt}, '
+            f'{_precision_name(self)} on {self.dls.device or "cpu"}')

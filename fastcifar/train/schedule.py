@@ -212,7 +212,13 @@ def lr_range(
     show_plot:bool=True, # Draw the curve?
     default:float=None, # LRMAX if neither can be read; None: that of the learner
 ) -> LRRange:
-    "Run the learning-rate range test and read LRMIN and LRMAX off its curve"
+    """Run the learning-rate range test and read LRMIN and LRMAX off its curve
+
+    For example:
+
+        lrs = lr_range(learn)
+        learn.fit_one_cycle(24, **one_cycle(lrs, epochs=24))
+    """
     if default is None: default = float(getattr(learn.lr, 'stop', learn.lr)) # of a slice, the rate of the head
     with preserve_learner(learn), learn.no_logging():
         for steps in (num_it, 3 * num_it):
@@ -229,7 +235,12 @@ def one_cycle(
     peak_epoch:float=5, # Epoch at which the rate is LRMAX
     wd:float=None, # Decoupled weight decay; None: 0.001 / LRMAX
 ) -> dict: # `lr_max`, `div`, `div_final`, `pct_start`, `wd`
-    "Arguments of `fit_one_cycle`: from LRMIN to LRMAX in `peak_epoch` epochs, and back to LRMIN in the others"
+    """Arguments of `fit_one_cycle`: from LRMIN to LRMAX in `peak_epoch` epochs, and back to LRMIN in the others
+
+    For example, with the weight decay of the learner instead of the one that suits LRMAX:
+
+        learn.fit_one_cycle(12, **one_cycle((1e-4, 1e-2), epochs=12, peak_epoch=3, wd=learn.wd))
+    """
     lo, hi = lrs[0], lrs[1]
     if not 0 < lo <= hi:
         raise FastcifarError(f'LRMIN is {lo} and LRMAX {hi}: they must be positive, LRMIN the smaller')
