@@ -9,7 +9,7 @@ __all__ = ['GROUPS', 'COMMANDS', 'HOW', 'command', 'parser', 'main', 'train_comm
            'summary_command']
 
 # %% ../nbs/90_cli.ipynb #375b7275
-import argparse, dataclasses, json, math, os, sys, textwrap, typing, warnings
+import argparse, dataclasses, json, math, os, re, sys, textwrap, typing, warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -525,7 +525,7 @@ def _given_of_a_step(args):
     return given
 
 def _range_learner(args):
-    "A learner with what was given, for a range test"
+    "(a learner with what was given, its configuration) for a range test"
     from fastcifar.basics import seed_everything
     from fastcifar.data.load import load_data
     from fastcifar.runs.config import build_model, configure
@@ -536,7 +536,16 @@ def _range_learner(args):
     seed_everything(c.seed)
     dls = data.dataloaders(bs=c.bs, policy=c.policy, seed=c.seed, num_workers=args.workers or 0, device=args.device,
                            stats=c.stats, tfms=c.tfms)
-    return recipe_learner(dls, build_model(c, len(data.classes)), c, precision=c.precision)
+    return recipe_learner(dls, build_model(c, len(data.classes)), c, precision=c.precision), c
+
+def _train_hint(words, c, r):
+    "The command that trains as the range test did, at the rates that it found"
+    kept, words = [], iter(words[1:])
+    for word in words:
+        if word == '--plot': next(words)
+        elif word.partition('=')[0] not in ('--plot', '--overwrite', '--json'): kept.append(word)
+    lowest = dict(lr_min=f'{r.lr_min:.2e}') if c.schedule == 'one_cycle' else {}
+    return command_line('train', *kept, **lowest, lr_max=f'{r.lr_max:.2e}')
 
 @command('find-lr', 'find LRMIN and LRMAX by a learning-rate range test', _find_lr_options,
          'find-lr --data digits --model normnet31k --bs 8',
@@ -548,13 +557,15 @@ def find_lr_command(args) -> dict:
     from fastcifar.interpret.interpretation import check_plot, save_plot
     from fastcifar.train.schedule import plot_range
     check_plot(args.plot, args.overwrite)
-    learn, say = _range_learner(args), _say(args)
+    (learn, c), say = _range_learner(args), _say(args)
+    say(f'{learn.dls.data}\n{c.model} ({c.norm}), recipe {c.recipe}, batches of {c.bs}')
     with nullcontext() if _bars(args) else learn.no_bar():
         r = learn.lr_range(show_plot=False)
     doubt = '' if r.certain else ' (uncertain)'
     say(f'LRMIN {r.lr_min:.2e}\nLRMAX {r.lr_max:.2e}{doubt}')
     plot = args.plot if save_plot(lambda: plot_range(r), args.plot, say) else None
-    if plot: say(f'plot:  {plot}')
+    if plot: say(f'wrote {plot}')
+    say(f'to train with these rates: {_train_hint(args.typed, c, r)}')
     return dict(lr_min=r.lr_min, lr_max=r.lr_max, note=r.note, plot=plot)
 
 # %% ../nbs/90_cli.ipynb #a7017c48
@@ -747,7 +758,7 @@ def export_command(args) -> dict:
 
 # %% ../nbs/90_cli.ipynb #65b412b3
 def _bench_options(p):
-    p.add_argument('name', help='data, step, epoch, speedrun, parallel or fused')
+    p.add_argument('name', help='data, step, epoch, speedrun, parallel, fused, start, memory, scale or breakdown')
     p.option('what', '--data', help="for the speedrun on a GPU: 'cifar10', a folder or an archive "
                                     '(default: $FASTCIFAR_DATA, else cifar10)')
     p.option('what', '--airbench', type=_path, metavar='FILE',
@@ -762,7 +773,8 @@ def _bench_options(p):
     _overwrite_option(p, 'a file')
 
 # %% ../nbs/90_cli.ipynb #c8a269b2
-_UNITS = {'x': '{:.2f} x', 'us': '{:.0f} us', 's': '{:.1f} s', 'share': '{:.1%}'}
+_UNITS = {'x': '{:.2f} x', 'us': '{:.0f} us', 's': '{:.1f} s', 'share': '{:.1%}', 'power': 'n^{:.2f}',
+          'GFLOP/s': '{:.0f} GFLOP/s', 'GB/s': '{:.0f} GB/s'}
 
 def _in_unit(v, unit):
     "A number with its unit"
@@ -775,13 +787,15 @@ def _bench_table(rows):
     units = t.unit.map(_UNITS)
     for k in ('ratio', 'low', 'high'): t[k] = list(map(_in_unit, t[k], units))
     for k in ('ours', 'theirs'): t[k] = [_in_unit(v, '{:.3g} s') for v in t[k]]
-    return t[['name', 'ratio', 'low', 'high', 'ours', 'theirs', 'per']].fillna('-')
+    return t[['name', 'ratio', 'low', 'high', 'ours', 'theirs']].fillna('-')
 
 def _show_bench(r):
     "Print what was measured, and where"
     _table(_bench_table(r['rows']))
+    print('x: times as fast as the alternative; us, s and %: less is better; low and high: over the rounds\n')
     for x in r['rows']:
-        if x['note']: print(f'{x["name"]}: {x["note"]}')
+        told = '; '.join(filter(None, (x['what'], x['per'], x['note'])))
+        print(textwrap.fill(f'{x["name"]}: {told}', 80, subsequent_indent='  '))
     machine = r['machine']
     print(f'\n{machine["device_name"]}, {machine["cores"]} cores; torch {r["versions"]["torch"]}', flush=True)
 
@@ -869,6 +883,15 @@ def replay_command(args) -> dict:
 # %% ../nbs/90_cli.ipynb #216e9765
 def _no_options(p): pass
 
+def _show_models(t):
+    "Print what each net is, and what the columns are"
+    shown = t[['model', 'parameters', 'weights']].assign(parameters=t.parameters.map('{:,}'.format))
+    _table(shown.replace('', '-'))
+    print('parameters with 10 classes; weights: norms that come trained with the package', flush=True)
+    for r in t.itertuples():
+        what = re.sub(r'^[0-9,]+ parameters[:;] ', '', r.what)
+        print(textwrap.fill(f'{r.model}: {what}', 80, subsequent_indent='  '))
+
 @command('models', 'list the nets', _no_options,
          'models',
          'models --json',
@@ -877,8 +900,7 @@ def models_command(args) -> list:
     "List the nets with their trainable parameters, and the norms for which trained weights come with the package"
     from fastcifar.models.zoo import model_table
     t = model_table().reset_index()
-    width = max(len(n) for n in t.model)
-    for r in t.itertuples(): _say(args)(f'{r.model:{width}}  {r.parameters:>10,}  {r.weights:10}  {r.what}')
+    if not args.json: _show_models(t)
     return t.to_dict('records')
 
 # %% ../nbs/90_cli.ipynb #3a5ca9ef
@@ -898,12 +920,21 @@ def _save_recipe(args):
     _say(args)(f'{file}: change what you like, then: {command_line("train", recipe=file)}')
     return res
 
+def _setting_in_words(v):
+    "A value as a table has room for it"
+    if v is None or v == (): return '-'
+    if isinstance(v, float): return f'{v:.4g}'
+    if not isinstance(v, tuple): return str(v)
+    if any(isinstance(o, tuple) for o in v): return 'own values' # such as mean and standard deviation
+    return ', '.join(map(str, v))
+
 def _show_recipes(recipes):
     "Print the settings of recipes side by side, and what the recipes are"
     import pandas as pd
-    t = pd.DataFrame(recipes, dtype=object).map(lambda v: '-' if v is None else str(v))
+    t = pd.DataFrame(recipes, dtype=object).map(_setting_in_words)
     _table(t.reset_index(names='setting'))
-    print('\n'.join(['', *(f'{n}: {RECIPES[n]}' for n in recipes)]), flush=True)
+    lines = (textwrap.fill(f'{n}: {RECIPES[n]}', 80, subsequent_indent='  ') for n in recipes)
+    print('\n'.join(['-: none, or left to the training; see `fastcifar train --help`', '', *lines]), flush=True)
 
 @command('recipes', 'print the settings of the recipes of a net', _recipes_options,
          'recipes',
@@ -957,8 +988,10 @@ def _draw_summary(args, model, n_in):
 # %% ../nbs/90_cli.ipynb #4fcf008b
 def _show_summary(t, size):
     "Print the table of layers and what they sum up to"
-    _table(t.rename(columns=dict(kernel='k', stride='s', padding='p', dilation='d', groups='g', parameters='params')))
-    print('k kernel, s stride, p padding, d dilation, g groups')
+    from fastcifar.models.summary import layer_table
+    _table(layer_table(t).rename(columns=dict(parameters='params')))
+    print('window: kernel, s stride, p padding, d dilation, g groups')
+    print('field, jump: how far a value of the output looks, and how far apart two neighbours look, in pixels')
     n = t.parameters.sum()
     print(f'{n:,} parameters, {t.MACs.sum():,} multiply-accumulates for an image of {size}x{size}; '
           f'weights of {4 * n / 1e6:.2f} MB as fp32')

@@ -1,11 +1,13 @@
 "The whole program, as a person uses it."
-import argparse, contextlib, io, json, os, shlex, shutil, signal, subprocess, sys, time
+import argparse, contextlib, io, json, os, re, shlex, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
+
+from fastcifar.models.zoo import list_models
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ('--epochs', 3, '--bs', 20, '--lr-max', '1e-3')
@@ -305,3 +307,32 @@ def test_summary_of_grey_images(main):
     t = json.loads(main('summary', 'normnet31k', '--model-args', 'n_in=1', '--json')[1])
     rgb = json.loads(main('summary', 'normnet31k', '--json')[1])
     assert sum(r['parameters'] for r in rgb) - sum(r['parameters'] for r in t) == 2 * 9 * 16
+
+def test_lists_fit_a_terminal(main):
+    "Of 80 columns, with a header and what the columns mean"
+    code, out, _ = main('models')
+    lines = out.splitlines()
+    assert code == 0 and lines[0].split() == ['model', 'parameters', 'weights'] and 'parameters with 10 classes' in out
+    assert all(n in out for n in list_models()) and max(map(len, lines)) <= 80
+    for net in list_models():
+        code, out, _ = main('recipes', net)
+        assert code == 0 and max(map(len, out.splitlines())) <= 90, net
+        assert '0.20833' not in out and 'see `fastcifar train --help`' in out
+
+@pytest.mark.parametrize('more, lowest', [((), True), (('--recipe', 'reference', '--norm', 'gn'), False)])
+def test_a_range_test_names_the_training(main, tree, more, lowest):
+    "With whatever was given, and nothing of the range test's own; a schedule of steps has no lowest rate"
+    given = ('--data', tree, '--model', 'normnet48k', '--bs', 20, *more)
+    code, out, err = main('find-lr', *given, '--plot', 'lr.png')
+    assert code == 0, err
+    hint = out.splitlines()[-1].partition(': ')[2]
+    words = shlex.split(hint)
+    lr_min, lr_max = (re.search(f'{n} (.*)', out)[1].split()[0] for n in ('LRMIN', 'LRMAX'))
+    assert words == ['fastcifar', 'train', *map(str, given), *(['--lr-min', lr_min] if lowest else []), '--lr-max', lr_max]
+    assert 'wrote lr.png' in out and 'normnet48k (' in out and 'batches of 20' in out
+    code, _, err = main(*words[1:], '--epochs', 1, '--no-pictures', '--out', 'r')
+    assert code == 0, err
+
+def test_a_summary_fits_a_page(main):
+    code, out, _ = main('summary', 'groupnet')
+    assert code == 0 and '3x3 s2 p1 g4' in out and max(map(len, out.splitlines()[:-3])) <= 100

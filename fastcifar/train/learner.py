@@ -12,8 +12,9 @@ import torch
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.tracker import SaveModelCallback
+from fastai.imports import noop
 from fastai.metrics import accuracy
-from fastcore.basics import noop, patch
+from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastcore.xtras import join_path_file
 from torch import nn
