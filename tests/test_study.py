@@ -56,7 +56,8 @@ def test_answer(study):
     (d,) = res['differences']
     wide = 100 * r.pivot(index='seed', columns='norm', values='test_accuracy')
     assert abs(d['difference'] - (wide.bn - wide.gn).mean()) < 1e-9 and d['n'] == 2
-    assert len(res['answer']) == 1 and 'n = 2' in res['answer'][0]
+    *before, answer = res['answer']
+    assert 'n = 2' in answer and all('at chance' in line for line in before)
     made = 'study.json results.csv curves.csv summary.csv differences.csv answer.txt curves.png differences.png'
     assert set(made.split()) <= {f.name for f in out.iterdir()}
     assert len(pd.read_csv(out/'curves.csv')) == 8

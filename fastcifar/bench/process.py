@@ -105,7 +105,7 @@ def _write_binary(folder, n):
         rows = rng.integers(0, 256, (n // 5, 3073), dtype=np.uint8)
         rows[:, 0] = np.arange(len(rows)) % 10
         rows.tofile(folder/f'{name}.bin')
-    (folder/'batches.meta.txt').write_text('\n'.join(f'class {i}' for i in range(10)) + '\n')
+    (folder/'batches.meta.txt').write_text('\n'.join(f'class {i}' for i in range(10)) + '\n', encoding='utf-8')
 
 # %% ../../nbs/bench/03_process.ipynb #28942f28
 def _peak_row(name, ours, theirs, rounds, what):

@@ -6,11 +6,12 @@
 __all__ = ['PARTS', 'measure_part', 'bench_scale']
 
 # %% ../../nbs/bench/04_scale.ipynb #47cca517
-import json, math, resource, shutil, statistics, tempfile
+import math, resource, shutil, statistics, tempfile
 from pathlib import Path
 
 import numpy as np
 
+from ..basics import write_json
 from .process import _child
 from .timing import Row, _spread, noise_data, seconds
 from ..data.formats import Arrays
@@ -31,7 +32,7 @@ def _finished_run(trained, to, c, accuracy):
     shutil.copytree(trained, to)
     run = RunFolder(to)
     metrics = dict(run.metrics(), seed=c.seed, test_accuracy=accuracy)
-    run.config_file.write_text(json.dumps(dict(run.saved_config(), seed=c.seed)))
+    write_json(run.config_file, dict(run.saved_config(), seed=c.seed))
     run.write_metrics(metrics)
 
 def _study(n, folder):
