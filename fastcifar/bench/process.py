@@ -12,18 +12,21 @@ from pathlib import Path
 import numpy as np
 
 from ..basics import FastcifarError
-from .timing import Row, _spread, seconds
+from .timing import Row, _spread, seconds, take_turns
 
 # %% ../../nbs/bench/03_process.ipynb #fcbdb998
-def _child(code, *args, **env):
-    "Run a program in a fresh Python process with one thread; the object that it prints as JSON, if it does"
+def _printed(code, *args, **env):
+    "What a program prints in a fresh Python process with one thread"
     with tempfile.TemporaryDirectory() as d: # no .pyc file or setting of the folder we are in
         done = subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True, cwd=d,
                               env={**os.environ, 'OMP_NUM_THREADS': '1', **env})
     last = (done.stderr.strip().splitlines() or ['it said nothing'])[-1]
     if done.returncode: raise FastcifarError(f'a process of the benchmark failed: {last[:200]}')
-    lines = done.stdout.strip().splitlines()
-    return json.loads(lines[-1]) if lines else None
+    return done.stdout
+
+def _child(code, *args, **env):
+    "The object that a program prints as JSON, in its last line"
+    return json.loads(_printed(code, *args, **env).splitlines()[-1])
 
 # %% ../../nbs/bench/03_process.ipynb #4f9faa1a
 _FASTAI = 'from fastai.vision.all import *'
@@ -39,7 +42,7 @@ sys.exit(main(['train', '--data', 'digits', '--model', 'groupnet', '--recipe', '
 
 def _start_row(name, code, rounds, what):
     "The time until a program has done its work, over that of importing fastai"
-    pairs = [(seconds(lambda: _child(code)), seconds(lambda: _child(_FASTAI))) for _ in range(rounds + 1)][1:]
+    pairs = take_turns(lambda: seconds(lambda: _printed(code)), lambda: seconds(lambda: _printed(_FASTAI)), rounds)
     ours, theirs = (statistics.median(t) for t in zip(*pairs))
     return Row(f'start/{name}', *_spread([a / b for a, b in pairs]), 'share', ours, theirs, 'fresh process', what,
                must=1.3)
