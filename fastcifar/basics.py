@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RENAMED', 'harmless', 'as_markdown', 'FastcifarError', 'check_name', 'is_number', 'is_count', 'import_extra',
-           'env_number', 'say', 'lenient_output', 'in_a_line', 'attempt', 'command_line', 'user_path',
+           'env_number', 'say', 'lenient_output', 'in_a_line', 'attempt', 'counted', 'command_line', 'user_path',
            'unfinished_name', 'is_left', 'write_atomic', 'write_text', 'read_text', 'as_json', 'upgrade_names',
            'write_json', 'read_json', 'remove_unfinished', 'check_writable', 'check_folder', 'check_file',
            'file_sha256', 'hand_on', 'rng_state', 'set_rng_state', 'preserve_rng', 'seed_everything', 'spread_evenly']
@@ -145,6 +145,15 @@ def attempt(
     "Context whose failure is said in a line, after which the program goes on"
     try: yield
     except Exception as e: say(f'{what} is left out: {in_a_line(e)}')
+
+# %% ../nbs/00_basics.ipynb #b29faeaa
+def counted(
+    n:int, # How many
+    one:str, # A single thing
+    many:str=None, # Several; None: with an s at the end
+) -> str: # Such as `1 epoch` or `1,200 images`
+    "A number of things in words"
+    return f'{n:,} {one if n == 1 else many or f"{one}s"}'
 
 # %% ../nbs/00_basics.ipynb #f46916d0
 def _option(value):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import fastcifar
 from . import __version__
-from .basics import (FastcifarError, check_file, check_name, command_line, env_number, harmless,
+from .basics import (FastcifarError, check_file, check_name, command_line, counted, env_number, harmless,
                               lenient_output, user_path)
 from .runs.settings import Config, OneOf, RECIPES, Recipe
 
@@ -820,8 +820,9 @@ def _cache_options(p):
 
 def _show_cache(t):
     "Print a table of data sets"
-    shown = t.drop(columns=['used', 'path'])
+    shown = t.drop(columns=['used', 'path']).rename(columns=dict(what='state'))
     _table(shown.round(1).astype(object).where(shown.notna(), '-'))
+    print('train, test: images; MB: on this disk; free: not in use by a process; old: of an older version, see --clear')
 
 @command('cache', 'list the decoded data sets that are kept, or clear them', _cache_options,
          'cache',
@@ -854,7 +855,7 @@ def record_command(args) -> dict:
     "Write records of finished runs"
     from fastcifar.runs.replay import write_records
     write_records(args.runs, args.out, args.overwrite)
-    _say(args)(f'{len(args.runs)} runs in {args.out}; the first again: {command_line("replay", f"{args.out}:1")}')
+    _say(args)(f'{counted(len(args.runs), "run")} in {args.out}; the first again: {command_line("replay", f"{args.out}:1")}')
     return dict(runs=len(args.runs), out=args.out)
 
 # %% ../nbs/90_cli.ipynb #7a264bd9

@@ -513,8 +513,9 @@ def _in_processes(name, steps, processes, threads):
     done = _launched(_PROCESSES, processes, name, steps, threads, OMP_NUM_THREADS=str(threads))
     told = [l.split()[1] for l in done.stdout.splitlines() if l.startswith('seconds ')]
     if not done.returncode and told: return float(told[0])
-    last = (done.stderr.strip().splitlines() or ['they said nothing'])[-1]
-    raise FastcifarError(f'{processes} processes could not be timed: {last[:200]}')
+    lines = done.stderr.strip().splitlines() or ['they said nothing']
+    why = next((l for l in lines if 'Error' in l), lines[-1])
+    raise FastcifarError(f'{processes} processes could not be timed: {why[:200]}')
 
 # %% ../../nbs/bench/01_cpu.ipynb #5e659053
 def _at_once(name, steps, n):

@@ -6,13 +6,13 @@
 __all__ = ['PARTS', 'measure_part', 'bench_scale']
 
 # %% ../../nbs/bench/04_scale.ipynb #47cca517
-import math, resource, shutil, statistics, tempfile
+import math, shutil, statistics, tempfile
 from pathlib import Path
 
 import numpy as np
 
 from ..basics import write_json
-from .process import _child
+from .process import _child, peak_memory
 from .timing import Row, _spread, noise_data, seconds
 from ..data.formats import Arrays
 from ..data.images import ImageData
@@ -79,8 +79,6 @@ PARTS = { # what grows: (how it is made, sizes, what is done)
     'mistakes': (_mistakes, (2500, 10_000), 'pictures and tables of a net that gets nearly everything wrong'),
     'images': (_images, (50_000, 200_000), 'a data set, its statistics, loaders and first batch')}
 
-def _peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
 def measure_part(
     name:str, # Of `PARTS`
     n:int, # How many
@@ -88,8 +86,8 @@ def measure_part(
     "Do something once with `n` things"
     with tempfile.TemporaryDirectory() as d:
         work = PARTS[name][0](n, Path(d))
-        before = _peak()
-        return dict(seconds=seconds(work), mb=_peak() - before)
+        before = peak_memory()
+        return dict(seconds=seconds(work), mb=peak_memory() - before)
 
 # %% ../../nbs/bench/04_scale.ipynb #d16f200b
 _ONE = '''

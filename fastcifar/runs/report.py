@@ -18,7 +18,7 @@ from PIL import Image
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from .. import __version__
-from ..basics import as_json, check_file, say, write_text
+from ..basics import as_json, check_file, counted, say, write_text
 from ..interpret.gradcam import overlay
 from ..interpret.interpretation import CifarInterpretation, at_chance, attempt_plot, said_of_chance
 from ..interpret.interpretation import wilson_interval
@@ -395,7 +395,7 @@ def write_study_report(
     differing, shared = _apart(runs.drop(columns='folder'))
     shown = table_cells(differing, _FORMS, dict(model=pages))
     page = render('study.html', title=f'Study: {", ".join(dict.fromkeys(runs.model))}',
-                  counts=f'{len(runs)} runs: {counts}', answer=answer, figures=figures,
+                  counts=f'{counted(len(runs), "run")}: {counts}', answer=answer, figures=figures,
                   tta=', '.join(sorted(done.tta.unique())) if len(done) else '-',
                   differences=table_cells(differences, _FORMS), summary=table_cells(summary, _FORMS), runs=shown,
                   shared=shared)

@@ -15,7 +15,7 @@ from fastai.callback.core import Callback
 from fastcore.basics import patch
 
 from ..basics import FastcifarError, as_json, attempt, check_folder, check_name, command_line, import_extra
-from ..basics import say, seed_everything, user_path
+from ..basics import counted, say, seed_everything, user_path
 from ..data.images import ImageData
 from ..data.load import load_data
 from ..device import checked_device, cpu_threads, deterministic_only
@@ -194,7 +194,8 @@ def introduce(self:Training, learn, c):
              f'run folder: {self.folder.path}')
     batches = len(learn.dls.train)
     if c.epochs * batches < 50:
-        self.say(f'{c.epochs} epochs of {batches} batches are few steps to learn in: a smaller --bs makes more')
+        steps = f'{counted(c.epochs, "epoch")} of {counted(batches, "batch", "batches")}'
+        self.say(f'few steps to learn in ({steps}): a smaller --bs makes more')
 
 @patch
 def loaders(self:Training, c):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from ..basics import FastcifarError, as_markdown, file_sha256, is_left, import_extra, read_json
+from ..basics import FastcifarError, as_markdown, counted, file_sha256, is_left, import_extra, read_json
 from ..basics import spread_evenly, unfinished_name, user_path, write_atomic, write_json, write_text
 from ..data.formats import SIDE
 from ..interpret.interpretation import wilson_interval
@@ -117,7 +117,7 @@ interval does not say how far away.
 
 ## How it was trained
 
-Recipe {recipe}, {epochs} epochs, batches of {bs}, computed in {precision} {began}.
+Recipe {recipe}, {epochs}, batches of {bs}, computed in {precision} {began}.
 {went_on}Every setting stands in config.json under `training`. The data was {data} ({hashed}).
 
 ## How to use it
@@ -183,7 +183,8 @@ def _training_facts(c):
     m, env = c['metrics'], c['environment']
     began = _where(env['device_name'], *(env['versions'][k] for k in ('torch', 'fastcifar')))
     went_on = ''.join(f'It was continued {_where(*w)}. ' for w in c.get('continued', ()))
-    facts = {k: as_markdown(m[k]) for k in ('data', 'recipe', 'epochs', 'bs', 'precision', 'seed')}
+    facts = {k: as_markdown(m[k]) for k in ('data', 'recipe', 'bs', 'precision', 'seed')}
+    facts['epochs'] = as_markdown(counted(m['epochs'], 'epoch'))
     return dict(facts, began=began, went_on=went_on, hashed=_hashed(m['data_sha256']))
 
 def model_card(

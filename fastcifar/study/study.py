@@ -17,7 +17,7 @@ from joblib import cpu_count
 from tqdm.auto import tqdm
 
 from ..basics import FastcifarError, as_json, attempt, check_name, harmless, in_a_line, read_json, say
-from ..basics import user_path, write_atomic, write_json, write_text
+from ..basics import counted, user_path, write_atomic, write_json, write_text
 from ..data.load import load_data
 from ..device import checked_device
 from ..interpret.interpretation import save_plot
@@ -374,7 +374,7 @@ def _train_left(self:Study, plan, bars, say):
 @patch
 def _run(self:Study, plan, bars, say):
     "What `run` does while the folder is its own"
-    say(f'{len(self.grid)} runs, {len(plan.finished)} finished; {plan.said()}')
+    say(f'{counted(len(self.grid), "run")}, {len(plan.finished)} finished; {plan.said()}')
     bars = sys.stdout.isatty() if bars is None else bars
     try: self._train_left(plan, bars, say)
     except Stopped as e:

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from ..basics import FastcifarError, as_json, attempt, check_name, import_extra, read_json, say, seed_everything
-from ..basics import user_path, write_atomic, write_json
+from ..basics import counted, user_path, write_atomic, write_json
 from ..data.load import load_data
 from ..device import checked_device, cpu_threads
 from ..interpret.interpretation import CifarInterpretation, save_plot
@@ -253,7 +253,7 @@ def _run(self:Sweep, trials, threads, device, data, bars, say):
     self._settle(data)
     study, request, base = self._storage(), StopRequest(say), self.base
     over = _over(study)
-    say(f'{trials} trials, {min(over, trials)} done; {data.name}, {base.valid:,} training images held out, '
+    say(f'{counted(trials, "trial")}, {min(over, trials)} done; {data.name}, {base.valid:,} training images held out, '
         f'test-time views: {base.tta}')
     study.sampler = optuna.samplers.TPESampler(seed=base.seed + len(study.trials))
     bars = sys.stdout.isatty() if bars is None else bars
