@@ -855,7 +855,8 @@ def record_command(args) -> dict:
     "Write records of finished runs"
     from fastcifar.runs.replay import write_records
     write_records(args.runs, args.out, args.overwrite)
-    _say(args)(f'{counted(len(args.runs), "run")} in {args.out}; the first again: {command_line("replay", f"{args.out}:1")}')
+    again = command_line('replay', f'{args.out}:1')
+    _say(args)(f'{counted(len(args.runs), "run")} in {args.out}; the first again: {again}')
     return dict(runs=len(args.runs), out=args.out)
 
 # %% ../nbs/90_cli.ipynb #7a264bd9
