@@ -275,7 +275,7 @@ assert (code, text) == (2, 'fastcifar: sharpness is 2.0: choose a value of at le
 assert run('train', '--sharpness', 'x')[1].startswith('fastcifar: argument --sharpness: invalid float value')
 assert "no tilt named 'lef': did you mean 'left'?" in run('find-lr', '--set', 'tilt=lef')[1]
 code, text = run('recipes', 'normnet31k')
-assert 'sharpness 0.0 0.0 0.0' in text and 'tilt left left left' in text, text
+assert 'sharpness 0 0 0' in text and 'tilt left left left' in text, text
 run('recipes', 'normnet31k', '--save', 'mine.json')
 with open('mine.json') as f: saved = json.load(f)
 assert saved['settings']['sharpness'] == 0 and saved['settings']['tilt'] == 'left'

@@ -207,7 +207,7 @@ def test_one_line_says_what_is_wrong(args, main, tmp_path):
 def test_a_range_test_says_its_size(main, tmp_path):
     args = 'find-lr --data digits --model normnet31k --bs 16 --sizes 20,32'.split()
     code, said, err = main(*args, '--plot', tmp_path/'a.png')
-    assert code == 0 and said.startswith('images of 20x20, the first size of the training\nLRMIN'), err
+    assert code == 0 and said.startswith('images of 20x20, the first size of the training\ndigits') and 'LRMIN' in said, err
 
 def test_where_it_is_shown(main):
     code, said, _ = main('recipes', 'groupnet', '--json')
