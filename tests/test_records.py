@@ -504,6 +504,23 @@ def test_tables_of_a_study(tmp_path, monkeypatch):
     assert study.report_study(s.out, quiet) == s.out/'report.html'
     assert (s.out/'report.html').is_file() and pd.read_csv(s.out/'results.csv').equals(t)
 
+def test_a_pass_that_version_0_1_began_is_gone_on_with(tmp_path):
+    "Where it lies; a folder that is no study's is not looked into"
+    grid, runs = study_grid('normnet31k', 'bn', seeds=2, data='digits', epochs=2, recipes=('fast',)), tmp_path/'runs'
+    new = study._work(grid, runs)
+    assert new.parent == tmp_path/'fused'
+    old = tmp_path/'together'/new.name
+    old.mkdir(parents=True)
+    assert study._work(grid, runs) == old and study._begun_passes(study._cell(grid[0]), grid, runs) == [grid]
+
+def test_a_folder_of_somebody_keeps_its_names(tmp_path):
+    "Also one named as version 0.1 named its passes"
+    (tmp_path/'together').mkdir()
+    (tmp_path/'together/us.txt').write_text('mine')
+    s = Study(tmp_path, 'normnet31k', 'digits', ('bn',), ('fast',), 1, 256, epochs=1)
+    with pytest.raises(FastcifarError): s.run(bars=False, say=quiet)
+    assert (tmp_path/'together/us.txt').read_text() == 'mine' and not (tmp_path/'fused').exists()
+
 def test_a_folder_of_other_folders_is_no_study(tmp_path):
     "Runs alone are one's; anything else among them is somebody's"
     written(tmp_path/'runs/a', config())

@@ -160,13 +160,17 @@ def _is_finished(c, folder): return RunFolder(folder/run_name(c)).is_finished
 
 def _cell(c): return run_name(c).rpartition('-seed')[0]
 
+_OF_PASSES = 'fused', 'together' # folders in a study's; version 0.1 has the second
+
 def _work(cs, folder):
     "Where a pass keeps its checkpoints; its name says which seeds it has"
-    return folder.parent/'fused'/f'{_cell(cs[0])}-seeds{"_".join(str(c.seed) for c in cs)}'
+    name = f'{_cell(cs[0])}-seeds{"_".join(str(c.seed) for c in cs)}'
+    begun = [folder.parent/k/name for k in _OF_PASSES if (folder.parent/k/name).is_dir()]
+    return begun[0] if begun else folder.parent/_OF_PASSES[0]/name
 
 def _begun_passes(cell, cs, folder):
     "The passes over seeds of a cell that were begun"
-    places = (folder.parent/'fused').glob(f'{cell}-seeds*')
+    places = [d for k in _OF_PASSES for d in (folder.parent/k).glob(f'{cell}-seeds*')]
     seeds = [d.name.rpartition('-seeds')[2].split('_') for d in places]
     return [[c for c in cs if str(c.seed) in some] for some in seeds]
 
@@ -380,7 +384,8 @@ def _run(self:Study, plan, bars, say):
     except Stopped as e:
         raise Stopped('stopped; the same command continues the study from the last checkpoints',
                       e.exit_code - 128) from None
-    with contextlib.suppress(OSError): (self.out/'fused').rmdir() # if nothing is left in it
+    for k in _OF_PASSES: # what is empty goes
+        with contextlib.suppress(OSError): (self.out/k).rmdir()
     return self.write(say)
 
 # %% ../../nbs/study/04_study.ipynb #ba6fd5e1
@@ -409,7 +414,6 @@ def run(self:Study,
     places, folder = _gpus(device), _runs(self.out.resolve())
     jobs = jobs or (max(1, cpu_count() // threads) if places == ['cpu'] else 3 * len(places))
     finished = {run_name(c) for c in self.grid if _is_finished(c, folder)}
-    with contextlib.suppress(OSError): (self.out/'together').rename(self.out/'fused') # as version 0.1 called it
     todo = _passes(self.grid, folder, fused)
     for cs in todo: check_fusable(cs)
     load_data(self.data, self.grid[0].convert) # what cannot be read is to be said before there is a folder
