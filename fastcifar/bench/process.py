@@ -6,7 +6,7 @@
 __all__ = ['bench_start', 'peak_memory', 'bench_memory']
 
 # %% ../../nbs/bench/03_process.ipynb #0b3e1c58
-import json, os, re, statistics, subprocess, sys, tempfile
+import inspect, json, os, re, statistics, subprocess, sys, tempfile
 from pathlib import Path
 
 import numpy as np
@@ -63,10 +63,7 @@ def peak_memory() -> float: # In MB
     status = Path('/proc/self/status').read_text(encoding='utf-8')
     return int(re.search(r'VmHWM:\s+(\d+) kB', status)[1]) / 1024
 
-_PEAK = r'''
-import re
-print(int(re.search(r'VmHWM:\s+(\d+) kB', open('/proc/self/status').read())[1]) / 1024)
-'''
+_PEAK = '\n'.join(['import re', 'from pathlib import Path', inspect.getsource(peak_memory), 'print(peak_memory())'])
 _OUR_TRAINING = '''
 from fastcifar.bench.timing import _our_steps, noise_data
 from fastcifar.runs.recipes import create_recipe

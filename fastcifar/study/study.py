@@ -341,10 +341,10 @@ def _on_this_machine(plan, say):
 def _on_ray(plan):
     "(position, what `_one_pass` gives) of each pass, in the order in which they are ready"
     device = 'cuda' if plan.tasks.gpus else 'cpu' # Ray says which
-    calls = []
+    calls, nets = [], foreign_models()
     for cs in plan.todo:
         cs = [dataclasses.replace(c, data=everywhere(c.data)) for c in cs]
-        calls.append((cs, plan.folder, plan.threads, device, None, LOST_WAIT, plan.pictures, foreign_models()))
+        calls.append((cs, plan.folder, plan.threads, device, None, LOST_WAIT, plan.pictures, nets))
     for i, back in plan.tasks(_one_pass, calls):
         yield i, in_a_line(back) if isinstance(back, Exception) else back # it died each time
 
