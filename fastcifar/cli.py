@@ -15,9 +15,9 @@ from pathlib import Path
 
 import fastcifar
 from . import __version__
-from .basics import (FastcifarError, check_file, check_name, command_line, counted, env_number, harmless,
+from .basics import (FastcifarError, check_file, command_line, counted, env_number, harmless,
                               lenient_output, user_path)
-from .runs.settings import Config, OneOf, RECIPES, Recipe
+from .runs.settings import Config, OneOf, RECIPES, Recipe, check_setting_name
 
 # %% ../nbs/90_cli.ipynb #ce6429c8
 GROUPS = ('what', 'how long', 'recipe', 'machine', 'output')
@@ -297,7 +297,7 @@ def _given(args):
     more = args.set or {}
     for k in more:
         if k in vars(args): raise FastcifarError(f'--set {k}=... has an option of its own: {_flag(k)}')
-        check_name(k, _RECIPE, 'setting of a recipe')
+        check_setting_name(k, _RECIPE)
     return _options(args, *_OF_A_RECIPE) | more
 
 def _about(args):

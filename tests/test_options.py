@@ -58,6 +58,7 @@ LINES = {
     'rates of a range test': ('find-lr --set lr_max=1', 'lr_max has no part in a range test'),
     'shape of a range test': ('find-lr --set anneal=linear', 'anneal has no part in a range test'),
     'tta of a range test': ('find-lr --set tta=flip', 'tta has no part in a range test'),
+    'a name of before': ('train --set views=flip', 'the setting views is called tta now'),
     'converted digits': ('train --data digits --convert', 'convert is for your own images'),
     'converted digits of a range test': ('find-lr --data digits --convert', 'convert is for your own images'),
     'data of a packaged net': ('demo groupnet --data TREE', 'groupnet is none'),

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..basics import FastcifarError, RENAMED, as_json, check_file, check_name, is_number, read_json
-from ..basics import upgrade_names, write_json
+from ..basics import FastcifarError, as_json, check_file, check_name, is_number, read_json, upgrade_names
+from ..basics import write_json
 from ..models.zoo import list_models, model_entry
-from .settings import RECIPES, Recipe, SCHEDULES
+from .settings import RECIPES, Recipe, SCHEDULES, check_setting_name
 from ..train.optim import OPTIMIZERS
 
 # %% ../../nbs/runs/01_recipes.ipynb #96cb5f9a
@@ -81,7 +81,7 @@ def _registered_settings(name, model):
     settings = model_entry(model).recipes.get(name, {})
     if isinstance(settings, str): return _registered_settings(name, settings)
     known = [f.name for f in dataclasses.fields(Recipe)]
-    for k in settings: check_name(k, known, f'setting of a recipe ({model} has it in {name})')
+    for k in settings: check_setting_name(k, known, f'setting of a recipe ({model} has it in {name})')
     return settings
 
 # %% ../../nbs/runs/01_recipes.ipynb #239a567a
@@ -103,9 +103,7 @@ def _scale_dependents(r, settings):
 def _check_known(r, settings):
     "Refuse names that no setting of the recipe has"
     known = [f.name for f in dataclasses.fields(r)]
-    for k in settings:
-        if k in RENAMED: raise FastcifarError(f'the setting {k} is called {RENAMED[k]} now')
-        check_name(k, known, 'setting of a recipe')
+    for k in settings: check_setting_name(k, known)
 
 def override_recipe(
     r:Recipe, # From `create_recipe` or a file; a `Config` is one too
