@@ -456,7 +456,7 @@ def __repr__(self:CifarDataLoaders):
     "Data, sizes of the splits, classes, batch size, augmentation, and how batches are made"
     splits = ('training', 'test') if len(self.loaders) == 2 else ('training', 'validation', 'test')
     sizes = ' / '.join(f'{len(dl.dataset):,} {split}' for dl, split in zip(self.loaders, splits))
-    policy = vars(self).get('policy') # not of loaders that 0.2 or an older version has pickled
+    policy = vars(self).get('policy') # not of loaders that version 0.1 has pickled
     more = [policy] if policy else []
     return ', '.join([f'CifarDataLoaders: {self.data.name}, {sizes} images', f'{len(self.data.classes)} classes',
                       f'batches of {self.bs}', *more, f'{self.tfms} transforms'])
