@@ -434,7 +434,7 @@ def _study_result(r, args):
     if args.json:
         return dict(runs=_records(r), summary=_records(summary), differences=_records(paired_differences(r)),
                     answer=answer, out=args.out)
-    titles = dict(mean='mean %', epochs_to_60='epochs to 60 %', epochs_to_70='to 70 %')
+    titles = dict(mean='mean %', epochs_to_60='epochs to 60%', epochs_to_70='to 70%')
     _table(summary.round(2).rename(columns=titles))
     print('\n'.join(['', *answer, '', f'tables and plots: {args.out}']), flush=True)
 

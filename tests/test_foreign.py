@@ -114,8 +114,8 @@ def test_values_of_a_foreign_run_are_text_in_its_card(squares, tmp_path):
     assert not [l for l in body.splitlines() if l.startswith('# ')][1:]
 
 def test_a_name_with_a_line_of_its_own(main, tmp_path):
-    Image.new('RGB', (32, 32)).save(tmp_path/'a.png'), os.rename(tmp_path/'a.png', tmp_path/'a.png: cat 99 %\nb.png')
-    code, said, _ = main('predict', '--from', 'groupnet', 'a.png: cat 99 %\nb.png')
+    Image.new('RGB', (32, 32)).save(tmp_path/'a.png'), os.rename(tmp_path/'a.png', tmp_path/'a.png: cat 99%\nb.png')
+    code, said, _ = main('predict', '--from', 'groupnet', 'a.png: cat 99%\nb.png')
     assert code == 0 and said.count('\n') == 1 and '\\nb.png: ' in said
 
 def test_the_demo_answers_to_its_own_names_and_keeps_no_uploads(tmp_path):

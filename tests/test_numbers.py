@@ -73,11 +73,11 @@ def test_metrics_of_a_run(run, splits):
     assert f'test accuracy {m["test_accuracy"]:.2%}' in run.said[-1] and 'test-time views: flip' in run.said[-1]
 
 def test_page_of_a_run(run):
-    "The interval is one of 95 %, and what has views says so"
+    "The interval is one of 95%, and what has views says so"
     page = re.sub(r'\s+', ' ', (run.out/'report.html').read_text())
     right = 300 - run.m['wrong']
     low, high = wilson(right, 300)
-    assert f'{100 * low:.2f} to {100 * high:.2f} %' in page and 'test-time views: flip' in page
+    assert f'{100 * low:.2f} to {100 * high:.2f}%' in page and 'test-time views: flip' in page
     assert f'{run.m["train_accuracy"]:.2%} (test-time views: flip)' in page
     for line in pd.read_csv(run.out/'class_accuracy.csv').itertuples():
         assert (line.low, line.high) == pytest.approx(wilson(line.right,
@@ -175,7 +175,7 @@ def interpretation(p, right):
 def test_calibration_error():
     "Too sure in one bin and not sure enough in another do not cancel out"
     i = interpretation([.6] * 10 + [.9] * 10,
-        [True] * 9 + [False] + [True] * 6 + [False] * 4) # 60 % sure and 90 % right, and the other way round
+        [True] * 9 + [False] + [True] * 6 + [False] * 4) # 60% sure and 90% right, and the other way round
     assert i.ece(10) == pytest.approx(.3, abs=1e-6)
     t = i.calibration(10)
     assert t.confidence.tolist() == pytest.approx([.6, .9]) and t.accuracy.tolist() == [.9,
@@ -233,7 +233,7 @@ def test_differences_against_scipy():
         s.sd) == pytest.approx((np.mean(a), np.std(a, ddof=1)))
 
 def test_intervals_stay_within_what_is_possible():
-    "Three runs, one of them much worse: Student's interval alone would go on to 109 %"
+    "Three runs, one of them much worse: Student's interval alone would go on to 109%"
     t = study_summary(results(a=[99.5, 98.9, 91.2], b=[0.4, 0.2, 6.]))
     assert t.high.iloc[0] == 100 and t.low.iloc[1] == 0 and 80 < t.low.iloc[0] < 91 and 6 < t.high.iloc[1] < 20
     d = paired_differences(results(a=[100., 100., 60.], b=[0., 0., 0.])).iloc[0]
@@ -260,7 +260,7 @@ def test_answer_says_what_the_table_says():
         table = {(t.a, t.b) if t.difference > 0 else (t.b,
             t.a): abs(t.difference) for t in d.itertuples() if t.p_holm < .05}
         assert table and claims == pytest.approx(table, abs=.005), said
-        assert ('bn', 'gn') in claims and f'bn {np.mean(bn):.2f} % (n = 6)' in said and f'(n = {np.count_nonzero([v is not None for v in ln])})' in said
+        assert ('bn', 'gn') in claims and f'bn {np.mean(bn):.2f}% (n = 6)' in said and f'(n = {np.count_nonzero([v is not None for v in ln])})' in said
         two = [f'{a} and {b}' for a, b, n in (('bn', 'ln', sum(v is not None for v in ln[:6])), ('gn', 'ln',
             sum(v is not None for v in ln[:6]))) if n < 2]
         assert all(pair in said for pair in two)

@@ -70,7 +70,7 @@ def test_the_terminal_shows_what_is_printed(main, tmp_path):
             assert any(alike(timeless(line), timeless(l), 12) for l in printed), (command, line)
 
 def test_demo(main):
-    "The command of `make demo`: at least 97 % of the held-out digits"
+    "The command of `make demo`: at least 97% of the held-out digits"
     line = re.search(r'fastcifar (train .*)$', (ROOT/'Makefile').read_text().split('\ndemo:')[1], re.M).group(1)
     code, out, err = main(*shlex.split(line), '--json')
     assert code == 0, err
@@ -105,7 +105,7 @@ def test_accuracies_come_from_their_runs():
     for r in rows:
         net = r['net'].strip('`')
         s = summary.loc[(net, r['norm'])]
-        assert r['test accuracy'] == f'{s["mean"]:.2f} ± {s["high"] - s["mean"]:.2f} % (n = {s.n:.0f})'
+        assert r['test accuracy'] == f'{s["mean"]:.2f} ± {s["high"] - s["mean"]:.2f}% (n = {s.n:.0f})'
         assert r['parameters'] == f'{count_parameters(create_model(net)):,}'
 
 def outputs(name):

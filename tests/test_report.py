@@ -101,7 +101,7 @@ def test_only_mistakes_are_shown_as_mistakes(page_of, interp):
     decoded = interp.targs.clone()
     decoded[:3] = (decoded[:3] + 1) % 10
     part = mistakes_in(page_of(decoded))
-    caption = r'<figcaption>(\d) -&gt; <span class="(\w+)">(\d)</span> <span class="whole">\((\d+) %\)</span>'
+    caption = r'<figcaption>(\d) -&gt; <span class="(\w+)">(\d)</span> <span class="whole">\((\d+)%\)</span>'
     said = re.findall(caption, part)
     wrong = [(str(t), 'bad', str(d), '90') for t, d in zip(interp.targs[:3].tolist(), decoded[:3].tolist())]
     assert sorted(said[:3]) == sorted(said[3:6]) == sorted(wrong), 'the largest losses, then the surest'
@@ -117,14 +117,14 @@ def test_labels_are_left_to_nets_that_can_be_believed(page_of, interp):
     decoded = interp.targs.clone()
     decoded[::2] = (decoded[::2] + 1) % 10
     part = mistakes_in(page_of(decoded))
-    assert 'Label errors are left out: the accuracy is 50 %' in part and 'Below each, label' not in part
+    assert 'Label errors are left out: the accuracy is 50%' in part and 'Below each, label' not in part
 
 @pytest.mark.parametrize('right,guessed', ((30, True), (60, False)))
 def test_page_of_a_net_at_chance(page_of, interp, right, guessed):
     "30 of 300 is one of ten"
     decoded = (interp.targs + 1) % 10
     decoded[:right] = interp.targs[:right]
-    said = 'at chance: no better than guessing among 10 classes (10 %)'
+    said = 'at chance: no better than guessing among 10 classes (10%)'
     assert (said in page_of(decoded)) == guessed
 
 def rows_of(page, caption):
@@ -277,7 +277,7 @@ def test_study_of_nets_that_learned_nothing(main, tmp_path):
     grid = '--data digits --models normnet31k,normnet41k --norms bn --recipes fast --epochs 1 --seeds 1 --jobs 1'
     code, out, err = main('compare', *grid.split(), '--lr-max', '1e-7', '--no-pictures', '--out', tmp_path/'study')
     assert code == 0, err
-    said = 'at chance (the only run): no better than guessing among 10 classes (10 %)'
+    said = 'at chance (the only run): no better than guessing among 10 classes (10%)'
     lines = [line for line in (tmp_path/'study/answer.txt').read_text().splitlines()]
     assert [said in line for line in lines] == [True, True, False]
     assert out.count(said) == 2 and (tmp_path/'study/report.html').read_text().count(said) == 2

@@ -224,3 +224,22 @@ def test_long_lines_and_cells_are_noticed():
     assert long_lines('m.py', generated) == ['m.py, line 5: 121 characters']
     assert long_cells('n', '#| export\n' + 'x\n' * 60) == ['n: 61 lines']
     assert long_cells('n', '#| export\n' + 'x\n' * 59) == long_cells('n', 'x\n' * 99) == []
+
+PERCENT = re.compile(r'(?<=[\d}]) %(?![\w(])')
+
+def readable():
+    "What people read: prose of notebooks and other pages, strings and comments of the library"
+    for path in sorted((ROOT/'nbs').rglob('*.ipynb')):
+        if '.ipynb_checkpoints' in path.parts: continue
+        for c in json.loads(path.read_text(encoding='utf-8'))['cells']:
+            if c['cell_type'] == 'markdown': yield path.name, ''.join(c['source'])
+    pages = [*ROOT.glob('*.md'), *ROOT.glob('fastcifar/templates/*.html')]
+    yield from ((p.name, p.read_text(encoding='utf-8')) for p in pages)
+    for room in rooms():
+        strings = (n.value for n in ast.walk(ast.parse(source_of(room))) if isinstance(n, ast.Constant))
+        yield from ((room, s) for s in strings if isinstance(s, str))
+
+def test_percent_is_written_in_one_way():
+    "94%, as Python formats it, without a space"
+    spaced = [(name, text[max(0, m.start() - 30):m.end()]) for name, text in readable() for m in PERCENT.finditer(text)]
+    assert not spaced

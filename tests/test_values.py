@@ -439,7 +439,7 @@ def test_pictures_of_predictions(interp):
         assert all(map(np.array_equal, pictures(fig), x[list(idxs)])) and len(pictures(fig)) == len(idxs)
     fig = interp.plot_wrong()
     assert [t.get_text() for t in fig.axes[0].texts if t.get_text()] == [
-        'b -> a (94 %)', 'c -> d (60 %)', 'd -> a (50 %)']
+        'b -> a (94%)', 'c -> d (60%)', 'd -> a (50%)']
     assert {t.get_color() for t in fig.axes[0].texts if t.get_text()} == {'tab:red'}
     assert '(3 of 12)' in fig.get_suptitle()
     ax = interp.plot_wrong(cols=2).axes[0]

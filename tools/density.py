@@ -15,7 +15,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = '<!-- density: tools/density.py --write -->', '<!-- end of density -->'
 FOLDERS = ('data', 'models', 'train', 'interpret', 'runs', 'share', 'study', 'bench') # in the order of imports
-HEAD = ('', 'lines a function, median / 90 %', 'syntax nodes a function, median / 90 %', 'line length, 90 / 99 %',
+HEAD = ('', 'lines a function, median / 90%', 'syntax nodes a function, median / 90%', 'line length, 90 / 99%',
         'lines over 120 / 160', 'definitions a code cell, mean (most)', 'code cells followed by an example or test')
 DEFINITIONS = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
 
@@ -66,7 +66,7 @@ def row(name:str, paths:list, books:list) -> tuple:
     def quantiles(values, *q): return ' / '.join(f'{v:.0f}' for v in np.quantile(values, q))
     def over(limit): return f'{(lengths > limit).mean():.1%}'.replace('%', ' %')
     return (name, quantiles(lines, .5, .9), quantiles(nodes, .5, .9), quantiles(lengths, .9, .99),
-            f'{over(120)} / {over(160)}', f'{np.mean(per_cell):.1f} ({max(per_cell)})', f'{100 * np.mean(shown):.0f} %')
+            f'{over(120)} / {over(160)}', f'{np.mean(per_cell):.1f} ({max(per_cell)})', f'{100 * np.mean(shown):.0f}%')
 
 def table() -> str:
     "The whole as Markdown: a row a folder, and one for all of the library"

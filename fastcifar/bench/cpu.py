@@ -387,7 +387,7 @@ MARGIN = 0.005 # A difference of accuracies that does not matter, half a point
 def accuracy_difference(
     ours, # Test accuracies of runs
     theirs, # Of other runs
-) -> tuple: # (low, high): 95 % interval of the difference of the means; NaN with one run of either
+) -> tuple: # (low, high): 95% interval of the difference of the means; NaN with one run of either
     "Welch's interval, of ours minus theirs"
     if min(len(ours), len(theirs)) < 2: return math.nan, math.nan
     if len({*ours}) + len({*theirs}) < 3: # there is no spread

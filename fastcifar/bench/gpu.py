@@ -119,7 +119,7 @@ def _stop(self:Airbench):
 
 # %% ../../nbs/bench/02_gpu.ipynb #51bae5ab
 def _median_ratio_interval(times, their_times):
-    "Bootstrapped 95 % interval of the ratio of the medians of two sets of times"
+    "Bootstrapped 95% interval of the ratio of the medians of two sets of times"
     rng = np.random.default_rng(0)
     ours, theirs = (np.median(rng.choice(t, (10_000, len(t))), axis=1) for t in (times, their_times))
     return map(float, np.quantile(ours / theirs, (.025, .975)))
@@ -130,7 +130,7 @@ def _against(times, accs, their_times, their_accs):
     ours, theirs = statistics.median(times), statistics.median(their_times)
     thresholds = {} if math.isnan(low) else dict(must=1.3, goal=1.0) # one run each says nothing
     return Row('gpu/speedrun_vs_airbench', ours / theirs, *_median_ratio_interval(times, their_times), 'share',
-               ours, theirs, f'n = {len(times)}, 95 % interval', counts=bool(low >= -MARGIN), **thresholds,
+               ours, theirs, f'n = {len(times)}, 95% interval', counts=bool(low >= -MARGIN), **thresholds,
                note=f'accuracy: ours {statistics.mean(accs):.4f}, theirs {statistics.mean(their_accs):.4f}, '
                     f'difference {low:+.4f} to {high:+.4f}')
 
@@ -150,7 +150,7 @@ def _seconds_row(name, epochs, data, runs, **thresholds):
     "The seconds of whole trainings, and their accuracy"
     times, accs = zip(*runs)
     _, _, low, high = mean_interval(accs, bounds=(0, 1))
-    note = f'accuracy {statistics.mean(accs):.4f} (95 % interval {low:.4f} to {high:.4f}) on {data.name}'
+    note = f'accuracy {statistics.mean(accs):.4f} (95% interval {low:.4f} to {high:.4f}) on {data.name}'
     return Row(f'gpu/{name}_s', *_spread(times), 's', per=f'{epochs} epochs, n = {len(runs)}', note=note, **thresholds)
 
 # %% ../../nbs/bench/02_gpu.ipynb #bc5ec59a

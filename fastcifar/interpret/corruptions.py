@@ -79,7 +79,7 @@ def robustness(
     names=tuple(CORRUPTIONS), # Some of `CORRUPTIONS`
     severities=(1, 2, 3, 4, 5), # Which of them
     seed:int=0, # Of what is random in the corruptions
-) -> pd.DataFrame: # corruption, severity, images, right, accuracy, low, high (95 % interval), views
+) -> pd.DataFrame: # corruption, severity, images, right, accuracy, low, high (95% interval), views
     """Accuracy on corrupted images; severity 0 is the clean images, from the predictions that are there, and the others
     are predicted with the same views"""
     idxs = spread_evenly(len(interp.targs), n)
@@ -97,7 +97,7 @@ def plot_robustness(
     table:pd.DataFrame, # Of `robustness`
     figsize:tuple=(6.4, 4), # Width and height in inches
 ):
-    "Accuracy against severity, a line for each corruption, with 95 % intervals; returns the matplotlib figure"
+    "Accuracy against severity, a line for each corruption, with 95% intervals; returns the matplotlib figure"
     fig, ax = plt.subplots(figsize=figsize, layout='constrained')
     for i, (name, t) in enumerate(table.groupby('corruption', sort=False)):
         x = t.severity + .05 * (i - 2.5) # beside each other

@@ -46,14 +46,14 @@ def at_chance(
     images:int, # Out of so many
     classes:int, # The number of classes to guess among
 ) -> bool:
-    "Is an accuracy no better than guessing, as far as its 95 % interval can tell?"
+    "Is an accuracy no better than guessing, as far as its 95% interval can tell?"
     return bool(wilson_interval(right, images)[0][0] <= 1 / classes)
 
 def said_of_chance(
     classes:int, # The number of classes to guess among
 ) -> str:
     "What an accuracy at chance means"
-    return f'no better than guessing among {classes} classes ({100 / classes:.3g} %)'
+    return f'no better than guessing among {classes} classes ({100 / classes:.3g}%)'
 
 # %% ../../nbs/interpret/01_interpretation.ipynb #2c932bc8
 def error_bars(
@@ -79,9 +79,9 @@ _GRID_WIDTH = 9. # Inches, at most
 _FONT_SIZE = 8. # Points, of the captions
 
 def _caption(row, letters):
-    "`truth -> prediction (59 %)` of a row of `predictions`, on as few lines of so many letters as it needs"
+    "`truth -> prediction (59%)` of a row of `predictions`, on as few lines of so many letters as it needs"
     lines = [str(row.truth)]
-    for part in (f'-> {row.prediction}', f'({100 * row.probability:.0f} %)'):
+    for part in (f'-> {row.prediction}', f'({100 * row.probability:.0f}%)'):
         if len(lines[-1]) + 1 + len(part) <= letters: lines[-1] += f' {part}'
         else: lines.append(part)
     return '\n'.join(lines)
@@ -354,7 +354,7 @@ def plot_confusion_matrix(self:CifarInterpretation,
 # %% ../../nbs/interpret/01_interpretation.ipynb #c2b57fcf
 @patch
 def class_accuracy(self:CifarInterpretation) -> pd.DataFrame: # images, right, accuracy, low, high; a row a class
-    "Images, right predictions and accuracy of each class with its 95 % interval, over all images of the loader"
+    "Images, right predictions and accuracy of each class with its 95% interval, over all images of the loader"
     cm = self.confusion_matrix()
     n, right = cm.sum(1), cm.diagonal()
     low, high = wilson_interval(right, n)
@@ -368,7 +368,7 @@ def class_accuracy(self:CifarInterpretation) -> pd.DataFrame: # images, right, a
 def plot_class_accuracy(self:CifarInterpretation,
     figsize:tuple=None, # Width and height in inches; None: by the number of classes
 ):
-    "Accuracy of each class as bars, with 95 % intervals; returns the matplotlib figure"
+    "Accuracy of each class as bars, with 95% intervals; returns the matplotlib figure"
     t = self.class_accuracy()[::-1]
     fig, ax = plt.subplots(figsize=figsize or (6, .3 * len(t) + 1), layout='constrained')
     ax.barh(range(len(t)), t.accuracy * 100, xerr=100 * error_bars(t), ecolor='#888888', capsize=2)
@@ -385,7 +385,7 @@ def calibration(self:CifarInterpretation,
     bins:int=15, # Into so many equal steps the probabilities are divided; empty ones are left out
 ) -> pd.DataFrame: # low_end, images, confidence, accuracy, low, high; a row a step
     """For predictions of about equal confidence: how many there are, their mean confidence, and how many of them are
-    right, with a 95 % interval"""
+    right, with a 95% interval"""
     p, right = self._confidence().numpy(), (self.decoded == self.targs).numpy()
     k = np.minimum((p * bins).astype(int), bins - 1)
     n, hits, total = np.bincount(k, minlength=bins), np.bincount(k, right, bins), np.bincount(k, p, bins)
@@ -418,7 +418,7 @@ def plot_calibration(self:CifarInterpretation,
     bins:int=15, # As of `calibration`
     figsize:tuple=(4.4, 5), # Width and height in inches
 ):
-    """Reliability diagram: accuracy against confidence, with 95 % intervals, over how often each confidence is given;
+    """Reliability diagram: accuracy against confidence, with 95% intervals, over how often each confidence is given;
     returns the matplotlib figure"""
     t = self.calibration(bins)
     fig, (top, ax) = plt.subplots(2, 1, figsize=figsize, sharex=True, height_ratios=(1, 3), layout='constrained')
@@ -460,7 +460,7 @@ def _suspects(self:CifarInterpretation):
 def _no_label_errors(self:CifarInterpretation):
     "Why there are no label errors to show"
     if np.isfinite(self.sure_enough()): return 'No label is suspected: the confident predictions agree with the labels.'
-    return (f'Label errors are left out: the accuracy is {100 * self.accuracy:.0f} %, and at no confidence do nine in '
+    return (f'Label errors are left out: the accuracy is {100 * self.accuracy:.0f}%, and at no confidence do nine in '
             'ten predictions agree with their labels, so the mistakes are those of the net.')
 
 @patch

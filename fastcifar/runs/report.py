@@ -138,7 +138,7 @@ def _write_page(out, page):
 def _shown(interp, t):
     "Rows of `predictions` with their images, for a grid"
     return [dict(uri=picture_uri(im), truth=r.truth, prediction=r.prediction, right=r.truth == r.prediction,
-                 probability=f'{100 * r.probability:.0f} %', loss=f'{r.loss:.2f}')
+                 probability=f'{100 * r.probability:.0f}%', loss=f'{r.loss:.2f}')
             for im, r in zip(interp.images(t.image), t.itertuples())]
 
 def _overlays(interp, idxs, classes):
@@ -253,7 +253,7 @@ def _cards(metrics, ece, environment):
 
 def _interval(right, images):
     low, high = (100 * float(v[0]) for v in wilson_interval(right, images))
-    return f'{low:.2f} to {high:.2f} %'
+    return f'{low:.2f} to {high:.2f}%'
 
 def _warning(metrics, classes):
     "What to say first of a net that has learned nothing"

@@ -75,7 +75,7 @@ def mistakes_of(
     pairs = (t.truth + ' -> ' + t.prediction).rename('pair')
     counts = [(f'{k}  ({v})', k) for k, v in pairs.value_counts().items()]
     t = (t if pair is None else t[pairs == pair]).head(n)
-    captions = [f'{r.truth} -> {r.prediction} ({100 * r.probability:.0f} %)' for r in t.itertuples()]
+    captions = [f'{r.truth} -> {r.prediction} ({100 * r.probability:.0f}%)' for r in t.itertuples()]
     return counts, list(zip(interp.images(t.image), captions))
 
 # %% ../../nbs/share/02_demo.ipynb #3847c4a6
@@ -107,7 +107,7 @@ def _test_accuracy(source, note, interp):
 def _title(name, classes, share, n):
     "The heading of the page"
     if share is None: return f'{name}: {len(classes)} classes'
-    return f'{name}: {100 * share:.2f} % of {f"{n:,} " if n else "the "}test images right'
+    return f'{name}: {100 * share:.2f}% of {f"{n:,} " if n else "the "}test images right'
 
 def _listed(names, n=20):
     "The first names"

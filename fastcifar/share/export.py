@@ -108,7 +108,7 @@ An image classifier for 32x32 colour pictures with {parameters:,} parameters. Cl
 
 ## How good it is
 
-| test accuracy | 95 % interval over the {test_images:,} test images | seed | runs |
+| test accuracy | 95% interval over the {test_images:,} test images | seed | runs |
 |--|--|--|--|
 | {test_accuracy:.2%} | {low:.2%} to {high:.2%} | {seed} | 1 |
 

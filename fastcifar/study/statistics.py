@@ -84,8 +84,8 @@ def _cell_summary(runs):
 def study_summary(
     results:pd.DataFrame, # Of `collect_runs`
     by=CELL, # What makes a cell
-) -> pd.DataFrame: # A row for each cell: n, failed, mean, sd, low, high, median epochs to 60 and 70 %
-    "Accuracy of each cell over its finished runs, in percent, and how soon they reached 60 and 70 %"
+) -> pd.DataFrame: # A row for each cell: n, failed, mean, sd, low, high, median epochs to 60 and 70%
+    "Accuracy of each cell over its finished runs, in percent, and how soon they reached 60 and 70%"
     unknown = [k for k in by if results[k].isna().any()]
     if unknown: raise FastcifarError(f'some rows of the results have no {unknown[0]}: fill it in, or leave them out')
     cells = results.groupby(list(by), sort=False)
@@ -177,7 +177,7 @@ def _means(wide, even):
     "The mean of each value in words, from the best to the worst, with its runs where their numbers differ"
     n = wide.count()
     means = wide.mean().sort_values(ascending=False)
-    said = ', '.join(f'{k} {v:.2f} %' + ('' if even else f' (n = {n[k]})') for k, v in means.items())
+    said = ', '.join(f'{k} {v:.2f}%' + ('' if even else f' (n = {n[k]})') for k, v in means.items())
     return list(means.index), said + (f' (n = {len(wide)})' if even else '')
 
 def _hardly_compared(wide, pairs):
@@ -227,8 +227,8 @@ def _named_runs(what, runs):
 def _single_cells(done):
     "A line for each cell of a study that compares nothing"
     for key, r in (study_summary(done).iterrows() if len(done) else ()):
-        interval = '' if math.isnan(r.low) else f', 95 % interval {r.low:.2f} to {r.high:.2f} %'
-        yield f'{_named(dict(zip(CELL, key)))}: {r["mean"]:.2f} % (n = {r.n:.0f}{interval})'
+        interval = '' if math.isnan(r.low) else f', 95% interval {r.low:.2f} to {r.high:.2f}%'
+        yield f'{_named(dict(zip(CELL, key)))}: {r["mean"]:.2f}% (n = {r.n:.0f}{interval})'
 
 def _chance_lines(done):
     "A line for each cell with runs that are no better than guessing, where their number of classes is known"
@@ -297,7 +297,7 @@ def _plot_pair(ax, y, r):
 def plot_differences(
     differences:pd.DataFrame, # Of `paired_differences`
 ):
-    "Paired differences with 95 % intervals; filled where Holm's correction leaves p below 0.05; returns the figure"
+    "Paired differences with 95% intervals; filled where Holm's correction leaves p below 0.05; returns the figure"
     fig, ax = plt.subplots(figsize=(7.5, 0.9 + 0.36 * len(differences)), layout='constrained')
     for y, r in enumerate(differences.itertuples()): _plot_pair(ax, y, r)
     ax.axvline(0, color='#888888', lw=.8)
