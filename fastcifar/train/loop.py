@@ -214,6 +214,10 @@ class LeanProgress(ProgressCallback):
         super().after_batch()
         if learn.training and self._n: self.pbar.comment += f', accuracy {int(self._right) / self._n:.1%}'
 
+    def after_cancel_fit(self):
+        "A bar that was broken off, as a range test does it, leaves its line to what is printed next"
+        if getattr(self, 'pbar', None) is not None: self.pbar.on_iter_end()
+
 # %% ../../nbs/train/02_loop.ipynb #70651ee8
 def _plain(x):
     "Tensors without their subclass, in tuples as fastai does it"
