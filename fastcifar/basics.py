@@ -7,10 +7,11 @@ __all__ = ['RENAMED', 'harmless', 'as_markdown', 'FastcifarError', 'check_name',
            'env_number', 'say', 'lenient_output', 'in_a_line', 'attempt', 'counted', 'command_line', 'user_path',
            'unfinished_name', 'is_left', 'write_atomic', 'write_text', 'read_text', 'as_json', 'upgrade_names',
            'write_json', 'read_json', 'remove_unfinished', 'check_writable', 'check_folder', 'check_file',
-           'file_sha256', 'hand_on', 'rng_state', 'set_rng_state', 'preserve_rng', 'seed_everything', 'spread_evenly']
+           'file_sha256', 'hand_on', 'rng_state', 'set_rng_state', 'preserve_rng', 'seed_everything', 'shown_once',
+           'spread_evenly']
 
 # %% ../nbs/00_basics.ipynb #9abe32b1
-import ast, contextlib, difflib, getpass, hashlib, importlib, io, json, numbers, os, platform, random, re, secrets
+import ast, contextlib, difflib, functools, getpass, hashlib, importlib, io, json, numbers, os, platform, random, re, secrets
 import shlex, stat, sys, tempfile, time, unicodedata
 from pathlib import Path
 
@@ -439,6 +440,29 @@ def seed_everything(
     random.seed(seed)
     np.random.seed(seed)
     if 'torch' in sys.modules: sys.modules['torch'].manual_seed(seed)
+
+# %% ../nbs/00_basics.ipynb #0ba8fc97
+def _show_and_close(fig):
+    "Show a figure as the value of a cell; closed, it is not shown again at the end of the cell"
+    import matplotlib.pyplot as plt
+    from IPython.display import display
+    ours = vars(fig).pop('_ipython_display_') # or `display` would come back here
+    display(fig)
+    fig._ipython_display_ = ours
+    plt.close(fig)
+
+def shown_once(
+    plot, # A function or method that returns a matplotlib figure
+): # The same, whose figure a notebook shows once
+    "Have a figure shown once in a notebook, as a value or in front of a `;`, and closed where nothing can show it"
+    @functools.wraps(plot)
+    def once(*args, **kwargs):
+        import matplotlib.pyplot as plt
+        fig = plot(*args, **kwargs)
+        if 'inline' in plt.get_backend(): fig._ipython_display_ = functools.partial(_show_and_close, fig)
+        elif fig.canvas.required_interactive_framework is None: plt.close(fig) # there is no window
+        return fig
+    return once
 
 # %% ../nbs/00_basics.ipynb #80cdf952
 def spread_evenly(

@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from ..basics import FastcifarError
-from ..interpret.interpretation import at_chance, said_of_chance, shown_once, whole_epochs
+from ..basics import FastcifarError, shown_once
+from ..interpret.interpretation import at_chance, said_of_chance, whole_epochs
 
 # %% ../../nbs/study/00_statistics.ipynb #8c55f647
 CELL = ['model', 'norm', 'recipe', 'bs'] # what runs with several seeds have in common

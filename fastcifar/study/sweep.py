@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from ..basics import FastcifarError, as_json, attempt, check_name, import_extra, read_json, say, seed_everything
-from ..basics import counted, user_path, write_atomic, write_json
+from ..basics import counted, shown_once, user_path, write_atomic, write_json
 from ..data.load import load_data
 from ..device import checked_device, cpu_threads
 from ..interpret.interpretation import CifarInterpretation, save_plot
@@ -217,6 +217,7 @@ def _plot_setting(ax, name, done):
     ax.set_xlabel(dict(decay='weight decay x learning rate').get(name, name.replace('_', ' ')))
     ax.grid(alpha=.3)
 
+@shown_once
 def plot_sweep(
     trials:pd.DataFrame, # As in trials.csv
 ):

@@ -16,7 +16,7 @@ from fastai.callback.core import CancelFitException
 from fastai.callback.schedule import LRFinder
 from fastai.learner import Learner
 
-from ..basics import FastcifarError, preserve_rng
+from ..basics import FastcifarError, preserve_rng, shown_once
 
 # %% ../../nbs/train/01_schedule.ipynb #643586a2
 class RangeTest(LRFinder):
@@ -178,6 +178,7 @@ def read_range(
     return LRRange(*_rates_of(fall, rates), rates.tolist(), losses.tolist())
 
 # %% ../../nbs/train/01_schedule.ipynb #16da95ac
+@shown_once
 def plot_range(
     r:LRRange, # From `read_range` or `lr_range`
 ): # A matplotlib figure
