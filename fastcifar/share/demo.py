@@ -179,7 +179,7 @@ def _picture(gr, caption):
     "A picture of the answer, with its caption below"
     with gr.Column(min_width=130):
         picture = gr.Image(show_label=False, label=caption, interactive=False, format='png', height=200,
-                           elem_classes=['pixels', 'answer'], buttons=[])
+                           elem_classes=['pixels', 'answer'], buttons=[], alt_text=caption)
         gr.Markdown(caption)
     return picture
 
@@ -232,11 +232,12 @@ LOCAL = ('127.0.0.1', 'localhost', '[::1]', '::1') # Names of this machine
 
 _STYLE = '''
 .pixels img { image-rendering: pixelated; height: 100%; object-fit: contain; width: 100% }
-.pixels .grid-wrap { height: auto !important; min-height: 0 !important }
+.pixels .grid-wrap { height: auto !important; max-height: none !important; min-height: 0 !important }
 .pixels .thumbnail-item { aspect-ratio: auto !important; height: auto !important }
 .pixels .thumbnail-item img { aspect-ratio: 1; height: auto }
 .pixels .caption-label { max-width: none !important; position: static !important }
 .samples .grid-container { grid-template-columns: repeat(5, 1fr) !important }
+.mistakes .grid-container { grid-template-columns: repeat(auto-fill, minmax(5.5rem, 1fr)) !important }
 button[role=tab].selected, span.or { color: var(--body-text-color) !important }''' # Captions below images; contrast
 
 def _guard(host, names):
