@@ -164,6 +164,26 @@ def test_the_page_reads_on_a_phone(demo, visit):
     page.wait_for_selector('input[type=file]', state='attached')
     assert page.evaluate('document.documentElement.scrollWidth') <= 390
 
+# what Gradio's own markup has: labels of empty places, and texts of pictures that repeat their captions
+GRADIO = {'aria-prohibited-attr', 'image-redundant-alt'}
+
+def faults(page):
+    "What hinders somebody with a screen reader, a keyboard or weak eyes, by axe-core, or lies outside of the page"
+    axe = pytest.importorskip('axe_playwright_python.sync_playwright', reason='the dev extra is not installed').Axe()
+    cut = page.evaluate("""() => [document.documentElement, ...document.querySelectorAll('.pixels .grid-wrap')]
+        .filter(e => e.scrollWidth > e.clientWidth).map(e => e.className)""")
+    return cut + [v['id'] for v in axe.run(page).response['violations'] if v['id'] not in GRADIO]
+
+@pytest.mark.parametrize('width,dark', [(390, False), (1280, True)])
+def test_accessible(demo, visit, width, dark):
+    page = visit(demo[0], width, dark)
+    page.locator('.samples button').nth(9).click()
+    page.locator('.answer img').nth(1).wait_for()
+    assert faults(page) == []
+    page.get_by_role('tab', name='Mistakes').click()
+    page.locator('.mistakes img').first.wait_for()
+    assert faults(page) == []
+
 def test_listens_to_this_machine_alone_and_calls_nobody(demo):
     import psutil
     url, said, server = demo

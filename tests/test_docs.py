@@ -163,6 +163,41 @@ def test_a_notebook_outside_the_menu_stops_the_build(tmp_path, notebook):
     done = run_docs(f'docs.menu(Path({str(tmp_path)!r}))')
     assert done.returncode and len(done.stderr.splitlines()) == 1 and notebook in done.stderr
 
+# Tutorials in Colab
+
+TUTORIALS = sorted((ROOT/'nbs/tutorials').glob('*.ipynb'))
+
+def sources(notebook): return [''.join(c['source']) for c in json.loads(notebook.read_text())['cells']]
+
+def setting(name): return re.search(rf'^{name} = (.+)$', (ROOT/'settings.ini').read_text(), re.M)[1]
+
+@pytest.mark.parametrize('notebook', TUTORIALS, ids=lambda p: p.stem)
+def test_a_tutorial_opens_in_colab(site, notebook):
+    title, link, install, *_ = sources(notebook)
+    place = '/'.join(map(setting, ('user', 'repo'))) + f'/blob/{setting("branch")}/nbs/tutorials/{notebook.name}'
+    assert title.startswith('# ')
+    assert link == f'[Open in Colab](https://colab.research.google.com/github/{place})'
+    assert install == sources(TUTORIALS[0])[2] and install.startswith('#| hide\n')
+    page = site/f'tutorials/{notebook.stem[3:]}.html'
+    assert 'Open in Colab' in main_text(page) and 'google.colab' not in page.read_text()
+
+@pytest.mark.parametrize('in_colab', [False, True])
+def test_a_tutorial_is_installed_in_colab_alone(monkeypatch, in_colab):
+    "The repository is fetched, since some tutorials read its results, and installed; nothing is done elsewhere"
+    from IPython.core.inputtransformer2 import TransformerManager
+    ran = []
+    class Shell:
+        system = staticmethod(lambda command: ran.append(command))
+        run_line_magic = staticmethod(lambda name, line: ran.append(f'%{name} {line}'))
+    if in_colab: monkeypatch.setitem(sys.modules, 'google.colab', object())
+    exec(TransformerManager().transform_cell(sources(TUTORIALS[0])[2]), dict(get_ipython=lambda: Shell))
+    assert len(ran) == (3 if in_colab else 0)
+    if not in_colab: return
+    fetch, enter, install = ran
+    assert f'git clone -q --depth 1 {setting("git_url")} /content/fastcifar' in fetch
+    assert enter.split()[-1] == '/content/fastcifar/nbs/tutorials' and (ROOT/enter.split('fastcifar/')[1]).is_dir()
+    assert install == '%pip install -q "/content/fastcifar[onnx]"'
+
 # Every public name
 
 def modules():
@@ -303,7 +338,7 @@ def test_accessible(browser, served, scheme):
     axe = pytest.importorskip('axe_playwright_python.sync_playwright', reason='the dev extra is not installed').Axe()
     for width in (390, 1280):
         tab = browser.new_page(viewport=dict(width=width, height=900), color_scheme=scheme)
-        for page in ('index', 'train/learner', 'pages/results', 'pages/benchmarks', 'tutorials/five_lines'):
+        for page in ('index', 'train/learner', 'pages/results', 'pages/benchmarks', 'tutorials/learning_rate'):
             tab.goto(f'{served}/{page}.html', wait_until='networkidle')
             assert axe.run(tab).response['violations'] == [], (page, width)
         tab.close()

@@ -259,6 +259,8 @@ def test_study_report(main, visit, tmp_path):
     assert code == 0, err
     page = visit((tmp_path/'study/report.html').as_uri(), 390)
     assert page.evaluate('document.documentElement.scrollWidth') <= 390
+    captions = '[...document.querySelectorAll("caption")].every(c => c.getBoundingClientRect().right <= innerWidth)'
+    assert page.evaluate(captions), 'of a table that scrolls, too'
     assert page.locator('h2').all_inner_texts() == ['Answer', 'Differences', 'Summary', 'Curves', 'Runs']
     assert page.locator('#runs ~ div tbody tr').count() == 4
     assert 'tta none' in page.locator('#runs + p').inner_text() and 'seed' not in page.locator('#runs + p').inner_text()

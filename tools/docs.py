@@ -262,7 +262,7 @@ def accessible(text:str) -> str:
         return f'<{m[1]}h{len(above)}'
     head, article, rest = text.partition('<article')
     article, end, rest = (article + rest).partition('</article>')
-    article = re.sub(r'<th([^>]*)></th>', r'<td\1></td>', article)
+    article = re.sub(r'<th([^>]*)>(?:\s|&nbsp;)*</th>', r'<td\1></td>', article)
     return head + re.sub(r'<(/?)h([1-6])\b', level, article) + end + rest
 
 def titled(tree, titles:dict):

@@ -155,9 +155,8 @@ def _file_input(gr, net, classes, answers):
         finally: # an upload is nobody's but its owner's
             uploads = os.environ.get('GRADIO_TEMP_DIR')
             if uploads and Path(path).is_relative_to(uploads): Path(path).unlink(missing_ok=True)
-    kinds = f'PNG, JPEG, BMP, PPM, WebP, TIFF, GIF; at most {MAX_UPLOAD // 2**20} MB'
-    file = gr.File(label=f'Drop an image here, or click ({kinds})', file_types=list(IMAGE_SUFFIXES), type='filepath',
-                   height=160)
+    file = gr.File(label=f'An image of at most {MAX_UPLOAD // 2**20} MB', file_types=list(IMAGE_SUFFIXES),
+                   type='filepath', height=160)
     file.upload(classify, file, answers).then(lambda: None, None, file)
 
 def _pad_input(gr, net, classes, answers):
@@ -180,7 +179,7 @@ def _picture(gr, caption):
     "A picture of the answer, with its caption below"
     with gr.Column(min_width=130):
         picture = gr.Image(show_label=False, label=caption, interactive=False, format='png', height=200,
-                           elem_classes=['pixels', 'answer'], buttons=[])
+                           elem_classes=['pixels', 'answer'], buttons=[], alt_text=caption)
         gr.Markdown(caption)
     return picture
 
@@ -221,7 +220,7 @@ def demo_app(
     with gr.Blocks(title=f'fastcifar demo: {title}', analytics_enabled=False) as app:
         gr.Markdown(f'# {as_markdown(title)}\n{count_parameters(model):,} parameters; {len(classes)} classes: '
                     f'{_listed(classes)}. {as_markdown(source)} sees images of 32x32 pixels; larger ones are made '
-                    'small before it looks.')
+                    'small before it looks. Files may be PNG, JPEG, BMP, PPM, WebP, TIFF or GIF.')
         with gr.Tab('Your image'), gr.Row(): _image_tab(gr, net, classes, interp)
         with gr.Tab('Mistakes'):
             if interp is None: gr.Markdown(f'The mistakes on the test images cannot be shown: {as_markdown(note)}.')
@@ -233,11 +232,13 @@ LOCAL = ('127.0.0.1', 'localhost', '[::1]', '::1') # Names of this machine
 
 _STYLE = '''
 .pixels img { image-rendering: pixelated; height: 100%; object-fit: contain; width: 100% }
-.pixels .grid-wrap { height: auto !important; min-height: 0 !important }
+.pixels .grid-wrap { height: auto !important; max-height: none !important; min-height: 0 !important }
 .pixels .thumbnail-item { aspect-ratio: auto !important; height: auto !important }
 .pixels .thumbnail-item img { aspect-ratio: 1; height: auto }
 .pixels .caption-label { max-width: none !important; position: static !important }
-.samples .grid-container { grid-template-columns: repeat(5, 1fr) !important }''' # Captions stand below the images
+.samples .grid-container { grid-template-columns: repeat(5, 1fr) !important }
+.mistakes .grid-container { grid-template-columns: repeat(auto-fill, minmax(5.5rem, 1fr)) !important }
+button[role=tab].selected, span.or { color: var(--body-text-color) !important }''' # Captions below images; contrast
 
 def _guard(host, names):
     "What refuses requests by any other name: a page of somebody else could lead its own here, and then read answers"
