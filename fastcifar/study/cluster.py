@@ -17,7 +17,9 @@ from ..data.load import place_of
 # %% ../../nbs/study/01_cluster.ipynb #11933c30
 def _check_shares(cpus, gpus):
     "Refuse shares of a machine that Ray cannot give"
-    if cpus < 1 or not 0 <= gpus < math.inf or gpus > 1 and gpus != int(gpus):
+    one_or_less = 0 <= gpus <= 1
+    whole = 1 < gpus < math.inf and gpus == int(gpus)
+    if cpus < 1 or not (one_or_less or whole):
         raise FastcifarError(f'a task with {cpus} processors and {gpus} GPUs: give at least 1 processor, '
                              'and a fraction of a GPU or whole ones')
 
@@ -43,22 +45,34 @@ class RayTasks:
         self.cpus, self.gpus, self.retries = cpus, gpus, retries
         self._mine = not self.ray.is_initialized()
         if self._mine: _connect(self.ray, address)
-        have = self._resources()
-        if cpus > have[0] or gpus > have[1]:
-            raise FastcifarError(f'the cluster has {have[0]:g} processors and {have[1]:g} GPUs, '
-                                 f'a run needs {cpus} and {gpus:g}: ask for less')
+        self._check_room()
 
     def _resources(self):
         "(processors, GPUs) of the cluster"
         have = self.ray.cluster_resources()
         return have.get('CPU', 0), have.get('GPU', 0)
 
+    def _check_room(self):
+        "Refuse tasks of which the cluster cannot hold one"
+        cpus, gpus = self._resources()
+        if self.cpus > cpus or self.gpus > gpus:
+            raise FastcifarError(f'the cluster has {cpus:g} processors and {gpus:g} GPUs, '
+                                 f'a run needs {self.cpus} and {self.gpus:g}: ask for less')
+
 # %% ../../nbs/study/01_cluster.ipynb #f711776e
 @patch
 def at_a_time(self:RayTasks) -> int:
     "How many tasks the cluster has room for"
     cpus, gpus = self._resources()
-    return max(1, int(min(cpus / self.cpus, gpus / self.gpus if self.gpus else 1e9)))
+    room = [cpus / self.cpus]
+    if self.gpus: room.append(gpus / self.gpus)
+    return max(1, int(min(room)))
+
+@patch
+def _result(self:RayTasks, ref):
+    "What a task that is ready has returned, or the exception that ended it"
+    try: return self.ray.get(ref)
+    except self.ray.exceptions.RayError as e: return e
 
 @patch
 def __call__(self:RayTasks,
@@ -67,13 +81,11 @@ def __call__(self:RayTasks,
 ): # Generator of (position of the task, what came back, or the exception that ended it)
     "Run all tasks"
     remote = self.ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=self.retries)(call)
-    waiting = {remote.remote(*t): i for i, t in enumerate(tasks)}
+    waiting = {remote.remote(*args): i for i, args in enumerate(tasks)}
     try:
         while waiting:
             (ready,), _ = self.ray.wait(list(waiting), num_returns=1)
-            i = waiting.pop(ready)
-            try: yield i, self.ray.get(ready)
-            except self.ray.exceptions.RayError as e: yield i, e
+            yield waiting.pop(ready), self._result(ready)
     finally:
         for ref in waiting: self.ray.cancel(ref, force=True)
         if self._mine: self.ray.shutdown()

@@ -41,25 +41,30 @@ def _by_itself(work, args):
     finally: pool.shutdown(kill_workers=True)
 
 # %% ../../nbs/study/02_pool.ipynb #81fd312a
+def _one_by_one(work, left, keys):
+    "(key, what `work` gives) of some of the calls left, each in a process of its own; returns whether one was ended"
+    ended = False
+    for i in keys:
+        back = _by_itself(work, left.pop(i))
+        if isinstance(back, str): ended = True
+        yield i, back
+    return ended
+
 def _on_pool(work, calls, jobs, say):
     "(key, what `work` gives) of each call, as they are ready; a string where the system ended the process each time"
-    left, jobs, broken = dict(calls), min(jobs, len(calls)), False
+    left, jobs, parallel = dict(calls), min(jobs, len(calls)), True
     # a worker that has grown makes place for a fresh one
     warnings.filterwarnings('ignore', 'A worker stopped while some jobs', UserWarning)
     while left:
-        alone = list(left)
-        if not broken or jobs > 1:
+        if parallel:
             try:
                 for i, back in _in_parallel(work, left, jobs):
                     left.pop(i)
                     yield i, back
-                return
             except BrokenProcessPool: # it does not say which process, and the others went with it
-                broken, alone = True, list(left)[:jobs]
                 say('the system ended a run, most likely for want of memory: '
                     'those that were under way go on one at a time')
-        backs = []
-        for i in alone:
-            backs.append(_by_itself(work, left.pop(i)))
-            yield i, backs[-1]
-        if not any(isinstance(back, str) for back in backs): jobs //= 2 # none is too large, they were too many
+        alone = list(left)[:jobs] if parallel else list(left)
+        ended = yield from _one_by_one(work, left, alone)
+        if not ended: jobs //= 2 # none is too large, they were too many
+        parallel = jobs > 1

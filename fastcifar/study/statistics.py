@@ -23,6 +23,11 @@ CELL = ['model', 'norm', 'recipe', 'bs'] # what runs with several seeds have in 
 SUMMARY = ['n', 'failed', 'mean', 'sd', 'low', 'high', 'epochs_to_60', 'epochs_to_70'] # what is said of a cell
 
 # %% ../../nbs/study/00_statistics.ipynb #7f672dfe
+def _half_width(sd, n, level):
+    "How far Student's t interval of a mean of `n` values reaches to each side"
+    quantile = stats.t.ppf((1 + level) / 2, n - 1)
+    return quantile * sd / math.sqrt(n)
+
 def mean_interval(
     values, # Numbers
     level:float=0.95, # Of the interval
@@ -31,10 +36,11 @@ def mean_interval(
 ) -> tuple: # (mean, standard deviation, low, high); NaN for what one value cannot give
     "Mean and Student's t interval, as far as it lies within what is possible"
     v = np.asarray(values, float)
-    n, mean = len(v), float(v.mean()) if len(v) else math.nan
+    n = len(v)
+    mean = float(v.mean()) if n else math.nan
     if n < 2: return mean, math.nan, math.nan, math.nan
     sd = float(v.std(ddof=1))
-    half = stats.t.ppf((1 + level) / 2, n - 1) * max(sd, resolution) / math.sqrt(n)
+    half = _half_width(max(sd, resolution), n, level)
     low, high = np.clip([mean - half, mean + half], *bounds)
     return mean, sd, float(low), float(high)
 
@@ -45,9 +51,12 @@ def t_test(
 ) -> float: # NaN for fewer than two values, and for values without any spread
     "p-value of the hypothesis that the mean is zero"
     v = np.asarray(values, float)
-    spread = max(v.std(ddof=1), resolution) if len(v) > 1 else 0.
+    n = len(v)
+    if n < 2: return math.nan
+    spread = max(v.std(ddof=1), resolution)
     if not spread: return math.nan
-    return float(2 * stats.t.sf(abs(v.mean()) * math.sqrt(len(v)) / spread, len(v) - 1))
+    t = abs(v.mean()) * math.sqrt(n) / spread
+    return float(2 * stats.t.sf(t, n - 1)) # of both sides
 
 # %% ../../nbs/study/00_statistics.ipynb #4d8cd3bb
 def holm(
@@ -55,17 +64,20 @@ def holm(
 ) -> np.ndarray:
     "p-values with Holm's correction for testing several hypotheses at once"
     p = np.asarray(p, float)
-    res, known = np.full(len(p), np.nan), np.flatnonzero(~np.isnan(p))
-    order, worst = known[np.argsort(p[known])], 0.
+    known = np.flatnonzero(~np.isnan(p))
+    order = known[np.argsort(p[known])] # positions, from the smallest p-value on
+    corrected, worst = np.full(len(p), np.nan), 0.
     for rank, i in enumerate(order):
-        worst = max(worst, min(1., p[i] * (len(order) - rank)))
-        res[i] = worst
-    return res
+        untested = len(order) - rank
+        worst = max(worst, min(1., p[i] * untested)) # none falls below one before it
+        corrected[i] = worst
+    return corrected
 
 # %% ../../nbs/study/00_statistics.ipynb #c612bd36
 def _resolution(done):
     "One image of the test split, in percentage points of accuracy"
-    return 100 / done.test_images.min() if 'test_images' in done and len(done) else 0.
+    if not len(done) or 'test_images' not in done: return 0.
+    return 100 / done.test_images.min()
 
 def _median_epochs(done, column):
     "Median of the epochs to an accuracy, in which a run that stayed below it counts as the slowest"
@@ -75,11 +87,11 @@ def _median_epochs(done, column):
 
 def _cell_summary(runs):
     "What is said of a cell: `SUMMARY`"
-    done = runs[runs.status == 'finished']
+    done, failed = runs[runs.status == 'finished'], runs[runs.status == 'failed']
     accuracy = 100 * done.test_accuracy if len(done) else [] # without a finished run there is no such column
     mean, sd, low, high = mean_interval(accuracy, resolution=_resolution(done), bounds=(0, 100))
-    return dict(n=len(done), failed=int((runs.status == 'failed').sum()), mean=mean, sd=sd, low=low, high=high,
-                epochs_to_60=_median_epochs(done, 'epochs_to_60'), epochs_to_70=_median_epochs(done, 'epochs_to_70'))
+    reached = {k: _median_epochs(done, k) for k in ('epochs_to_60', 'epochs_to_70')}
+    return dict(n=len(done), failed=len(failed), mean=mean, sd=sd, low=low, high=high, **reached)
 
 def study_summary(
     results:pd.DataFrame, # Of `collect_runs`
@@ -103,15 +115,21 @@ def _alike(results, factor):
     own_size = one_size and factor in ('recipe', 'model') # each comes with its own
     return [k for k in CELL if k != factor and not (k == 'bs' and own_size)]
 
+def _check_once(runs, factor):
+    "Refuse two runs of one seed and one value of a factor"
+    twice = runs[runs.duplicated(['seed', factor])]
+    if not len(twice): return
+    run = twice.iloc[0]
+    name = ' '.join(str(run[k]) for k in CELL)
+    raise FastcifarError(f'the results have two runs of {name} seed {run.seed}: leave one out')
+
 def _by_seed(done, factor, rest):
     "Groups of runs to compare: (what they share, accuracy in percent: a row for each seed, a column for each value)"
-    for key, g in done.groupby(rest, sort=False):
-        twice = g[g.duplicated(['seed', factor])]
-        if len(twice):
-            name = ' '.join(str(twice.iloc[0][k]) for k in CELL)
-            raise FastcifarError(f'the results have two runs of {name} seed {twice.iloc[0].seed}: leave one out')
-        wide = g.pivot(index='seed', columns=factor, values='test_accuracy')
-        yield dict(zip(rest, key)), 100 * wide[list(dict.fromkeys(g[factor]))]
+    for key, runs in done.groupby(rest, sort=False):
+        _check_once(runs, factor)
+        wide = runs.pivot(index='seed', columns=factor, values='test_accuracy')
+        in_order = list(dict.fromkeys(runs[factor])) # `pivot` sorts the values
+        yield dict(zip(rest, key)), 100 * wide[in_order]
 
 # %% ../../nbs/study/00_statistics.ipynb #e784183c
 def _difference(d, resolution):
@@ -119,14 +137,19 @@ def _difference(d, resolution):
     mean, _, low, high = mean_interval(d, resolution=resolution, bounds=(-100, 100))
     return dict(n=len(d), difference=mean, low=low, high=high, p=t_test(d, resolution))
 
+def _pair_differences(wide, resolution):
+    "What the differences of each two columns say, over the seeds that both have"
+    for a, b in itertools.combinations(wide, 2):
+        d = (wide[a] - wide[b]).dropna()
+        if len(d): yield dict(a=a, b=b, **_difference(d, resolution))
+
 def _differences(done, factor, rest):
     "A row for each pair of values of a factor in runs that are alike in the rest"
     rows, resolution = [], _resolution(done)
     for shared, wide in _by_seed(done, factor, rest):
-        for a, b in itertools.combinations(wide, 2):
-            d = (wide[a] - wide[b]).dropna()
-            if len(d): rows.append({'factor': factor, **shared, 'a': a, 'b': b, **_difference(d, resolution)})
-    return [{**r, 'p_holm': p} for r, p in zip(rows, holm([r['p'] for r in rows]))]
+        rows += [{'factor': factor, **shared, **pair} for pair in _pair_differences(wide, resolution)]
+    corrected = holm([r['p'] for r in rows])
+    return [{**r, 'p_holm': p} for r, p in zip(rows, corrected)]
 
 def paired_differences(
     results:pd.DataFrame, # Of `collect_runs`
@@ -137,15 +160,17 @@ def paired_differences(
     rows = []
     for f in [factor] if factor else _varied(done): rows += _differences(done, f, _alike(done, f))
     t = pd.DataFrame(rows, columns=['factor', *CELL, 'a', 'b', 'n', 'difference', 'low', 'high', 'p', 'p_holm'])
-    t['bs'] = pd.Series([None if pd.isna(v) else int(v) for v in t.bs], dtype=object)
-    return t.drop(columns=[k for k in CELL if t[k].isna().all()]) # the factor, and what goes with it
+    sizes = [None if pd.isna(v) else int(v) for v in t.bs] # a column with gaps would hold 8.0
+    t['bs'] = pd.Series(sizes, dtype=object)
+    empty = [k for k in CELL if t[k].isna().all()] # the factor, and what goes with it
+    return t.drop(columns=empty)
 
 # %% ../../nbs/study/00_statistics.ipynb #98a1bbf5
 def _named(shared): return ', '.join(f'batch {v}' if k == 'bs' else str(v) for k, v in shared.items())
 
 def _ranking(better, values):
     "All values from the best to the worst, if every step of that order is supported; else None"
-    above = {v: [a for a, b in better if b == v] for v in values}
+    above = {v: [winner for winner, loser in better if loser == v] for v in values}
     try: order = list(TopologicalSorter(above).static_order())
     except CycleError: return None
     return order if all(step in better for step in itertools.pairwise(order)) else None
@@ -175,16 +200,19 @@ def _claim(pairs, values, even):
 # %% ../../nbs/study/00_statistics.ipynb #93347353
 def _means(wide, even):
     "The mean of each value in words, from the best to the worst, with its runs where their numbers differ"
-    n = wide.count()
-    means = wide.mean().sort_values(ascending=False)
-    said = ', '.join(f'{k} {v:.2f}%' + ('' if even else f' (n = {n[k]})') for k, v in means.items())
-    return list(means.index), said + (f' (n = {len(wide)})' if even else '')
+    means, runs = wide.mean().sort_values(ascending=False), wide.count()
+    values = list(means.index)
+    said = [f'{v} {means[v]:.2f}%' for v in values]
+    if even: return values, f'{", ".join(said)} (n = {len(wide)})'
+    return values, ', '.join(f'{mean} (n = {runs[v]})' for v, mean in zip(values, said))
 
 def _hardly_compared(wide, pairs):
     "Words on pairs that have fewer than two seeds in common, where others have more"
     tested = {(r['a'], r['b']) for r in pairs if r['n'] > 1}
-    alone = [f'{a} and {b}' for a, b in itertools.combinations(wide, 2) if (a, b) not in tested]
-    return f'; fewer than two seeds in common: {", ".join(alone)}' if tested and alone else ''
+    untested = [pair for pair in itertools.combinations(wide, 2) if pair not in tested]
+    if not tested or not untested: return ''
+    names = ', '.join(f'{a} and {b}' for a, b in untested)
+    return f'; fewer than two seeds in common: {names}'
 
 def _compared(done, factor):
     "A line for each group of runs that are equal in all but a factor"
@@ -194,8 +222,9 @@ def _compared(done, factor):
         if wide.shape[1] < 2: continue
         even = not wide.isna().any(axis=None)
         pairs = [r for r in rows if shared.items() <= r.items()]
-        values, said = _means(wide, even)
-        yield f'{_named(shared)}: {said}; {_claim(pairs, values, even)}{_hardly_compared(wide, pairs)}'
+        values, means = _means(wide, even)
+        claim = _claim(pairs, values, even)
+        yield f'{_named(shared)}: {means}; {claim}{_hardly_compared(wide, pairs)}'
 
 # %% ../../nbs/study/00_statistics.ipynb #50f45bfd
 UNLIKE = dict(precision='precision', tfms='tfms', tta='tta', epochs='epochs', bs='batch size',
@@ -205,40 +234,54 @@ def _plain(v): return str(v) if isinstance(v, str) else f'{v:g}' # a column with
 
 def _apart(runs, factor):
     "Name of a column -> its values in words, of each in which runs differ besides the factor"
-    values = {k: runs[k].dropna().unique() for k in UNLIKE if k in runs and k != factor}
-    return {UNLIKE[k]: ', '.join(map(_plain, sorted(v))) for k, v in values.items() if len(v) > 1}
+    columns = [k for k in UNLIKE if k in runs and k != factor]
+    values = {k: sorted(runs[k].dropna().unique()) for k in columns}
+    return {UNLIKE[k]: ', '.join(map(_plain, v)) for k, v in values.items() if len(v) > 1}
 
 def _unlike(done, factors):
     "A line for what else compared runs differ in: views of recipes; tfms or precision, where a study went on elsewhere"
-    lines = []
     for factor in factors:
         rest = _alike(done, factor)
-        for key, g in done.groupby(rest, sort=False):
-            if g[factor].nunique() < 2: continue
+        for key, runs in done.groupby(rest, sort=False):
+            if runs[factor].nunique() < 2: continue
             name = _named(dict(zip(rest, key)))
-            lines += [f'{name}: the runs compared differ in {k} ({v}) as well' for k, v in _apart(g, factor).items()]
-    return lines
+            for column, values in _apart(runs, factor).items():
+                yield f'{name}: the runs compared differ in {column} ({values}) as well'
 
 # %% ../../nbs/study/00_statistics.ipynb #db3f4094
 def _named_runs(what, runs):
     "A line for each run that is not as it should be"
-    return [f'{what}: {" ".join(str(r[k]) for k in CELL)} seed {r.seed}: {r.reason}' for _, r in runs.iterrows()]
+    for _, run in runs.iterrows():
+        name = ' '.join(str(run[k]) for k in CELL)
+        yield f'{what}: {name} seed {run.seed}: {run.reason}'
 
 def _single_cells(done):
     "A line for each cell of a study that compares nothing"
-    for key, r in (study_summary(done).iterrows() if len(done) else ()):
+    if not len(done): return
+    for key, r in study_summary(done).iterrows():
+        name = _named(dict(zip(CELL, key)))
         interval = '' if math.isnan(r.low) else f', 95% interval {r.low:.2f} to {r.high:.2f}%'
-        yield f'{_named(dict(zip(CELL, key)))}: {r["mean"]:.2f}% (n = {r.n:.0f}{interval})'
+        yield f'{name}: {r["mean"]:.2f}% (n = {r.n:.0f}{interval})'
+
+def _guessing(runs):
+    "How many runs are no better than guessing"
+    right = (runs.test_accuracy * runs.test_images).round()
+    return sum(map(at_chance, right, runs.test_images, runs.classes))
 
 def _chance_lines(done):
     "A line for each cell with runs that are no better than guessing, where their number of classes is known"
-    known = done[done.classes.notna()] if 'classes' in done else done[:0]
-    for key, g in known.groupby(CELL, sort=False):
-        right = (g.test_accuracy * g.test_images).round()
-        n = sum(map(at_chance, right, g.test_images, g.classes))
-        runs = 'the only run' if len(g) == 1 else f'{n} of {len(g)} runs'
-        name, said = _named(dict(zip(CELL, key))), said_of_chance(int(g.classes.iloc[0]))
-        if n: yield f'{name}: at chance ({runs}): {said}'
+    if 'classes' not in done: return # runs of older versions do not say
+    for key, runs in done[done.classes.notna()].groupby(CELL, sort=False):
+        n = _guessing(runs)
+        if not n: continue
+        name, said = _named(dict(zip(CELL, key))), said_of_chance(int(runs.classes.iloc[0]))
+        which = 'the only run' if len(runs) == 1 else f'{n} of {len(runs)} runs'
+        yield f'{name}: at chance ({which}): {said}'
+
+def _incomplete(done):
+    "Finished runs of which something could not be read, which they say as their reason"
+    if 'reason' not in done: return done[:0]
+    return done[[isinstance(v, str) and v != '' for v in done.reason]]
 
 def study_answer(
     results:pd.DataFrame, # Of `collect_runs`
@@ -248,22 +291,31 @@ def study_answer(
     differs, and which runs failed"""
     done, failed = results[results.status == 'finished'], results[results.status == 'failed']
     factors = [factor] if factor else _varied(done)
-    lines = [*_chance_lines(done), *(line for f in factors for line in _compared(done, f))]
+    lines = [*_chance_lines(done)]
+    for f in factors: lines += _compared(done, f)
     if not factors: lines += _single_cells(done)
-    told = done[[isinstance(v, str) and v != '' for v in done.reason]] if 'reason' in done else done[:0]
-    return lines + _unlike(done, factors) + _named_runs('failed', failed) + _named_runs('incomplete', told)
+    lines += _unlike(done, factors)
+    return [*lines, *_named_runs('failed', failed), *_named_runs('incomplete', _incomplete(done))]
 
 # %% ../../nbs/study/00_statistics.ipynb #e0372635
 def _plot_curves(ax, curves):
     "A line for each norm: mean over seeds, band from the lowest to the highest"
-    for norm, h in curves.groupby('norm', sort=False):
-        acc = 100 * h.pivot(index='epoch', columns='seed', values='accuracy')
+    for norm, of_norm in curves.groupby('norm', sort=False):
+        acc = 100 * of_norm.pivot(index='epoch', columns='seed', values='accuracy')
         line, = ax.plot(acc.index, acc.mean(axis=1), marker='.', label=f'{norm} (n = {acc.shape[1]})')
         ax.fill_between(acc.index, acc.min(axis=1), acc.max(axis=1), color=line.get_color(), alpha=.2, lw=0)
     ax.set_xlabel('epoch')
     whole_epochs(ax)
     ax.grid(alpha=.3)
     ax.legend()
+
+def _panel_axes(n):
+    "(figure, `n` axes), up to three in a row"
+    cols = min(3, n)
+    rows = math.ceil(n / cols)
+    fig, axs = plt.subplots(rows, cols, figsize=(4.6 * cols, 3.3 * rows), layout='constrained', squeeze=False)
+    for ax in axs.flat[n:]: ax.axis('off')
+    return fig, axs.flat[:n]
 
 @shown_once
 def plot_study_curves(
@@ -272,13 +324,10 @@ def plot_study_curves(
 ):
     "Accuracy over epochs, a panel for each model, recipe and batch size, a line for each norm; returns the figure"
     panels = list(curves.groupby(['model', 'recipe', 'bs'], sort=False))
-    cols = min(3, len(panels))
-    rows = -(-len(panels) // cols)
-    fig, axs = plt.subplots(rows, cols, figsize=(4.6 * cols, 3.3 * rows), layout='constrained', squeeze=False)
-    for ax in axs.flat[len(panels):]: ax.axis('off')
-    for ax, (key, g) in zip(axs.flat, panels):
-        _plot_curves(ax, g)
-        ax.set(title=f'{key[0]}, {key[1]}, batch {key[2]}', ylabel=f'{split} accuracy (%)')
+    fig, axs = _panel_axes(len(panels))
+    for ax, ((model, recipe, bs), of_panel) in zip(axs, panels):
+        _plot_curves(ax, of_panel)
+        ax.set(title=f'{model}, {recipe}, batch {bs}', ylabel=f'{split} accuracy (%)')
     return fig
 
 # %% ../../nbs/study/00_statistics.ipynb #07c2d654
@@ -298,11 +347,12 @@ def plot_differences(
     differences:pd.DataFrame, # Of `paired_differences`
 ):
     "Paired differences with 95% intervals; filled where Holm's correction leaves p below 0.05; returns the figure"
-    fig, ax = plt.subplots(figsize=(7.5, 0.9 + 0.36 * len(differences)), layout='constrained')
+    n = len(differences)
+    fig, ax = plt.subplots(figsize=(7.5, 0.9 + 0.36 * n), layout='constrained')
     for y, r in enumerate(differences.itertuples()): _plot_pair(ax, y, r)
     ax.axvline(0, color='#888888', lw=.8)
-    ax.set(yticks=range(len(differences)), yticklabels=[_pair_name(r) for _, r in differences.iterrows()],
-           xlabel='difference of accuracy (percentage points)')
-    ax.set_ylim(len(differences) - .5, -.5)
+    names = [_pair_name(r) for _, r in differences.iterrows()]
+    ax.set(yticks=range(n), yticklabels=names, xlabel='difference of accuracy (percentage points)')
+    ax.set_ylim(n - .5, -.5)
     ax.grid(axis='x', alpha=.3)
     return fig

@@ -41,9 +41,9 @@ from ..train.checkpoint import Stopped
 def _scaled(c, bs, given):
     "The configuration with another batch size and the learning rates that go with it, but for those that were given"
     k = bs / c.bs if c.optimizer == 'sgd' else math.sqrt(bs / c.bs)
-    def goes_along(f): return f not in given and getattr(c, f) is not None
-    rates = [] if 'lr_max' in given else list(filter(goes_along, ('lr_max', 'lr_min', 'lr_end')))
-    return dataclasses.replace(c, bs=bs, **{f: getattr(c, f) * k for f in rates})
+    rates = () if 'lr_max' in given else ('lr_max', 'lr_min', 'lr_end')
+    scaled = {f: getattr(c, f) * k for f in rates if f not in given and getattr(c, f) is not None}
+    return dataclasses.replace(c, bs=bs, **scaled)
 
 def run_name(c) -> str:
     "Name of a run's folder within a study"
@@ -79,15 +79,30 @@ def _check_given(settings, norms):
 # %% ../../nbs/study/04_study.ipynb #dd4fce3f
 def _cell_config(model, norm, recipe, bs, seed, settings):
     "The configuration of one run"
-    own = {k: v for k, v in settings.items() if k != 'groups' or norm == 'gn'}
+    own = dict(settings)
+    if norm != 'gn': own.pop('groups', None)
     try: c = configure(recipe, model, norm=norm, seed=seed, **own)
     except FastcifarError as e: raise FastcifarError(f'{model}, {recipe}: {e}') from e # others may take it
-    return (c if bs is None else _scaled(c, bs, settings)).checked()
+    if bs is not None: c = _scaled(c, bs, settings)
+    return c.checked()
 
 def _check_built(grid):
     "Build each net once, without memory: what cannot be built is to be said now"
+    nets = {(c.model, c.norm, c.recipe): c for c in grid}
     with torch.device('meta'):
-        for c in {(c.model, c.norm, c.recipe): c for c in grid}.values(): build_model(c, 10)
+        for c in nets.values(): build_model(c, 10)
+
+def _check_once(grid):
+    "Refuse runs that would share a folder"
+    if len({run_name(c) for c in grid}) < len(grid):
+        raise FastcifarError('the study has the same run twice: give every model, norm, recipe, batch size '
+                             'and seed once')
+
+def _listed_seeds(seeds):
+    "The seeds of a study, of which their number may be given"
+    if isinstance(seeds, int): seeds = range(seeds)
+    if len(seeds): return seeds
+    raise FastcifarError('the study has no seeds: give at least 1')
 
 def study_grid(
     models, # Names of `list_models()`
@@ -102,14 +117,10 @@ def study_grid(
     _check_sizes(batch_sizes)
     _check_factors(models, norms, recipes)
     _check_given(settings, norms)
-    seeds = range(seeds) if isinstance(seeds, int) else seeds
-    if not len(seeds): raise FastcifarError('the study has no seeds: give at least 1')
-    cells = itertools.product(seeds, models, recipes, batch_sizes, norms)
+    cells = itertools.product(_listed_seeds(seeds), models, recipes, batch_sizes, norms)
     grid = [_cell_config(model, norm, recipe, bs, seed, settings) for seed, model, recipe, bs, norm in cells]
     _check_built(grid)
-    if len({run_name(c) for c in grid}) < len(grid):
-        raise FastcifarError('the study has the same run twice: give every model, norm, recipe, batch size '
-                             'and seed once')
+    _check_once(grid)
     return grid
 
 # %% ../../nbs/study/04_study.ipynb #f35ab1a3
@@ -118,7 +129,8 @@ def _log(out):
     "A function that adds a line to the log of a run"
     out.mkdir(parents=True, exist_ok=True)
     file = RunFolder(out).log_file
-    try: fd = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o666)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0) # Windows has no such flag
+    try: fd = os.open(file, flags, 0o666)
     except OSError as e:
         raise FastcifarError(f'cannot write {file} ({e.strerror}): it has to be a file, or not there') from e
     with open(fd, 'a', encoding='utf-8', errors='replace') as f:
@@ -140,8 +152,8 @@ def _fused(cs, outs, work, threads, device, wait, pictures):
         try: train_fused(cs, outs, work, threads, device, pictures=pictures, wait=wait, say=say)
         except Stopped: raise
         except Exception as e:
-            # one of them may be at fault, which is then said of that one; checkpoints stay, they may be another
-            # process's
+            # one of them may be at fault, and then its own training says so; checkpoints stay, as another process
+            # may use them
             say(f'{type(e).__name__}: {e}; now each by itself')
 
 def _one_pass(cs, folder, threads, device, parent=None, wait=0, pictures=True, nets=()):
@@ -150,10 +162,12 @@ def _one_pass(cs, folder, threads, device, parent=None, wait=0, pictures=True, n
     if os.getpid() != parent: # a single one needs no process of its own
         import matplotlib; matplotlib.use('agg')
         if parent: _die_with(parent)
-    outs = [folder/run_name(c) for c in cs]
+    outs, failures = [folder/run_name(c) for c in cs], []
     if len(cs) > 1: _fused(cs, outs, _work(cs, folder), threads, device, wait, pictures)
-    def single(c, out): return _one_run(c, out, threads, device, wait, pictures)
-    return [None if RunFolder(out).is_finished else single(c, out) for c, out in zip(cs, outs)]
+    for c, out in zip(cs, outs): # one pass has finished them, unless it failed
+        done = RunFolder(out).is_finished
+        failures.append(None if done else _one_run(c, out, threads, device, wait, pictures))
+    return failures
 
 # %% ../../nbs/study/04_study.ipynb #eef809ce
 def _is_finished(c, folder): return RunFolder(folder/run_name(c)).is_finished
@@ -164,26 +178,33 @@ _OF_PASSES = 'fused', 'together' # folders in a study's; version 0.1 has the sec
 
 def _work(cs, folder):
     "Where a pass keeps its checkpoints; its name says which seeds it has"
-    name = f'{_cell(cs[0])}-seeds{"_".join(str(c.seed) for c in cs)}'
-    begun = [folder.parent/k/name for k in _OF_PASSES if (folder.parent/k/name).is_dir()]
-    return begun[0] if begun else folder.parent/_OF_PASSES[0]/name
+    seeds = '_'.join(str(c.seed) for c in cs)
+    places = [folder.parent/k/f'{_cell(cs[0])}-seeds{seeds}' for k in _OF_PASSES]
+    begun = [place for place in places if place.is_dir()]
+    return begun[0] if begun else places[0]
 
 def _begun_passes(cell, cs, folder):
     "The passes over seeds of a cell that were begun"
-    places = [d for k in _OF_PASSES for d in (folder.parent/k).glob(f'{cell}-seeds*')]
-    seeds = [d.name.rpartition('-seeds')[2].split('_') for d in places]
-    return [[c for c in cs if str(c.seed) in some] for some in seeds]
+    passes, places = [], [d for k in _OF_PASSES for d in (folder.parent/k).glob(f'{cell}-seeds*')]
+    for place in places:
+        seeds = place.name.rpartition('-seeds')[2].split('_')
+        passes.append([c for c in cs if str(c.seed) in seeds])
+    return passes
+
+def _cell_passes(cell, cs, folder, fused):
+    "The passes that are left of a cell: those that were begun, and up to `fused` of the other seeds each"
+    begun = _begun_passes(cell, cs, folder) if fused > 1 else []
+    unfinished = [c for c in cs if not _is_finished(c, folder)]
+    fresh = [c for c in unfinished if not any(c in one for one in begun)]
+    gone_on = [one for one in begun if any(c in unfinished for c in one)]
+    return gone_on + [fresh[i:i + fused] for i in range(0, len(fresh), fused)]
 
 def _passes(grid, folder, fused):
     "The unfinished runs in passes of up to `fused` seeds of a cell; a pass that was begun is gone on with"
-    res = []
-    for cell, cs in groupby(grid, _cell).items():
-        begun = _begun_passes(cell, cs, folder) if fused > 1 else []
-        left = [c for c in cs if not _is_finished(c, folder) and not any(c in b for b in begun)]
-        res += [b for b in begun if not all(_is_finished(c, folder) for c in b)]
-        res += [left[i:i + fused] for i in range(0, len(left), fused)]
+    passes = []
+    for cell, cs in groupby(grid, _cell).items(): passes += _cell_passes(cell, cs, folder, fused)
     place = {run_name(c): i for i, c in enumerate(grid)}
-    return sorted(res, key=lambda cs: place[run_name(cs[0])])
+    return sorted(passes, key=lambda cs: place[run_name(cs[0])])
 
 # %% ../../nbs/study/04_study.ipynb #c1d80b99
 class Study:
@@ -217,21 +238,19 @@ def _saved_runs(f):
     if isinstance(saved, dict) and isinstance(saved.get('runs'), dict): return saved['runs']
     raise FastcifarError(f'{f} does not hold a study: choose another --out')
 
+def _cells(runs): return {name.rpartition('-seed')[0] for name in runs}
+
 def _first_difference(old, new, data):
     "What the runs of a study have in another way than those that are asked for; None if seeds were added alone"
-    def cells(runs): return {k.rpartition('-seed')[0] for k in runs}
-    if cells(old) != cells(new) or not set(old) <= set(new): return f'{len(old)} runs'
-    for k, c in old.items():
+    if _cells(old) != _cells(new) or not set(old) <= set(new): return f'{len(old)} runs'
+    for name, c in old.items():
         was = settings_on(c, data) if isinstance(c, dict) else {}
-        for f, now in new[k].items():
-            if was.get(f) != now: return f'{k} has {f}={was.get(f)!r}, not {now!r}'
+        for k, now in new[name].items():
+            if was.get(k) != now: return f'{name} has {k}={was.get(k)!r}, not {now!r}'
 
 @patch
-def _settle(self:Study):
-    "Write what the study is, or compare with what is there; only seeds may be added"
-    f = self.out/'study.json'
-    data = load_data(self.data, self.grid[0].convert) # prepares the cache once, before many processes need it
-    new = as_json({run_name(c): {**dataclasses.asdict(c), 'data': data.source} for c in self.grid})
+def _check_same_study(self:Study, f, new, data):
+    "Refuse the folder of another study, or with another finished run; only seeds may be added"
     apart = _first_difference(_saved_runs(f), new, data) if f.exists() else None
     if apart:
         raise FastcifarError(f'{self.out} holds a study of another configuration ({apart}): give the same one '
@@ -239,20 +258,32 @@ def _settle(self:Study):
     for c in self.grid:
         folder = _runs(self.out)/run_name(c)
         if RunFolder(folder).is_finished: check_same(c, folder, data)
+
+@patch
+def _settle(self:Study):
+    "Write what the study is, or compare with what is there"
+    f = self.out/'study.json'
+    data = load_data(self.data, self.grid[0].convert) # prepares the cache once, before many processes need it
+    runs = {run_name(c): {**dataclasses.asdict(c), 'data': data.source} for c in self.grid}
+    new = as_json(runs)
+    self._check_same_study(f, new, data)
     write_json(f, dict(runs=new))
 
 # %% ../../nbs/study/04_study.ipynb #0271fb40
 @patch
+def _read_once(self:Study, c):
+    "(row of `results`, curve) of a run; what is finished stays as it is"
+    name = run_name(c)
+    if name in self._finished: return self._finished[name]
+    row, curve = _read(_runs(self.out)/name, c, True)
+    if row['status'] == 'finished': self._finished[name] = row, curve
+    return row, curve
+
+@patch
 def _collected(self:Study):
-    "(table of runs, list of their curves); what is finished stays as it is, and is read once"
-    rows, parts = [], []
-    for c in self.grid:
-        name = run_name(c)
-        known = self._finished.get(name) or _read(_runs(self.out)/name, c, True)
-        if known[0]['status'] == 'finished': self._finished[name] = known
-        rows.append(known[0])
-        parts.append(known[1])
-    return _runs_table(rows), parts
+    "(table of runs, list of their curves)"
+    read = [self._read_once(c) for c in self.grid]
+    return _runs_table([row for row, _ in read]), [curve for _, curve in read]
 
 @patch
 def results(self:Study) -> pd.DataFrame:
@@ -273,26 +304,33 @@ def _study_plots(r, parts, differences, valid):
     "Name -> function that draws it"
     split = 'validation' if valid else 'test'
     # a curve that ends early would move the means
-    whole = _curves_table([p for p, s in zip(parts, r.status) if s == 'finished'])
-    plots = dict(curves=lambda: plot_study_curves(whole, split)) if len(whole) else {}
-    return plots | (dict(differences=lambda: plot_differences(differences)) if len(differences) else {})
+    whole = _curves_table([curve for curve, status in zip(parts, r.status) if status == 'finished'])
+    plots = {}
+    if len(whole): plots['curves'] = lambda: plot_study_curves(whole, split)
+    if len(differences): plots['differences'] = lambda: plot_differences(differences)
+    return plots
 
 def _pages(out, grid):
     "The folder of each run that has a page, from that of the study"
     folders = [RunFolder(_runs(out)/run_name(c)) for c in grid]
     return [f'runs/{f.path.name}' if f.page_file.exists() else None for f in folders]
 
-def _write(out, grid, r, parts, say, page=attempt): # `page` is the context in which the page is written
-    "Write all that a study says of its runs; returns the path of its page"
+def _write_tables(out, r, parts, say):
+    "Write what a study says of its runs as CSV; returns the tables of pairs and of cells"
     differences, summary = paired_differences(r), study_summary(r).reset_index()
     tables = dict(results=r, curves=_curves_table(parts), summary=summary, differences=differences)
     for name, t in tables.items(): _write_table(t, out/f'{name}.csv', say)
+    return differences, summary
+
+def _write(out, grid, r, parts, say, page=attempt): # `page` is the context in which the page is written
+    "Write all that a study says of its runs; returns the path of its page"
+    differences, summary = _write_tables(out, r, parts, say)
     answer = study_answer(r)
     with attempt('answer.txt', say): write_text(out/'answer.txt', '\n'.join(answer) + '\n')
     plots = _study_plots(r, parts, differences, grid[0].valid)
     for name, plot in plots.items(): save_plot(plot, out/f'{name}.png', say)
-    r, svgs = r.assign(folder=_pages(out, grid)), drawn_svgs(plots, plots, say)
-    with page(RunFolder.page_file, say): return write_study_report(out, r, summary, differences, answer, svgs)
+    linked, svgs = r.assign(folder=_pages(out, grid)), drawn_svgs(plots, plots, say)
+    with page(RunFolder.page_file, say): return write_study_report(out, linked, summary, differences, answer, svgs)
 
 # %% ../../nbs/study/04_study.ipynb #af588de8
 @patch
@@ -320,33 +358,41 @@ class _Plan:
 
     def said(self):
         "In words, how many passes run at a time, and where"
-        at_a_time = min(self.tasks.at_a_time() if self.tasks else self.jobs, len(self.todo))
+        room = self.tasks.at_a_time() if self.tasks else self.jobs
+        where = 'a Ray cluster' if self.tasks else ', '.join(self.places)
         seeds = '' if self.fused == 1 else f', each up to {self.fused} seeds in one pass,'
-        return f'{at_a_time} at a time{seeds} on {"a Ray cluster" if self.tasks else ", ".join(self.places)}'
+        return f'{min(room, len(self.todo))} at a time{seeds} on {where}'
 
 def _gpus(device):
     "The devices that runs are put on in turn"
     device = default_device().type if device is None else str(device)
-    return [f'cuda:{i}' for i in range(torch.cuda.device_count())] if device == 'cuda' else [device]
+    if device != 'cuda': return [device]
+    return [f'cuda:{i}' for i in range(torch.cuda.device_count())]
 
 # %% ../../nbs/study/04_study.ipynb #609913d1
+def _usual_jobs(places, threads):
+    "Runs at a time: one for each core, or three for each GPU"
+    if places == ['cpu']: return max(1, cpu_count() // threads)
+    return 3 * len(places)
+
 def _on_this_machine(plan, say):
     "(position, what `_one_pass` gives) of each pass, in the order in which they are ready"
-    def where(i): return plan.places[i % len(plan.places)]
-    nets = foreign_models()
-    calls = {i: (cs, plan.folder, plan.threads, where(i), os.getpid(), 0, plan.pictures, nets)
-             for i, cs in enumerate(plan.todo)}
+    nets, parent, calls = foreign_models(), os.getpid(), {}
+    for i, cs in enumerate(plan.todo):
+        device = plan.places[i % len(plan.places)]
+        calls[i] = cs, plan.folder, plan.threads, device, parent, 0, plan.pictures, nets
     return _on_pool(_one_pass, calls, plan.jobs, say)
 
 def _on_ray(plan):
     "(position, what `_one_pass` gives) of each pass, in the order in which they are ready"
     device = 'cuda' if plan.tasks.gpus else 'cpu' # Ray says which
-    calls, nets = [], foreign_models()
+    nets, calls = foreign_models(), []
     for cs in plan.todo:
         cs = [dataclasses.replace(c, data=everywhere(c.data)) for c in cs]
         calls.append((cs, plan.folder, plan.threads, device, None, LOST_WAIT, plan.pictures, nets))
     for i, back in plan.tasks(_one_pass, calls):
-        yield i, in_a_line(back) if isinstance(back, Exception) else back # it died each time
+        died = isinstance(back, Exception) # each time
+        yield i, in_a_line(back) if died else back
 
 # %% ../../nbs/study/04_study.ipynb #e212319b
 def _outcome(run, failed, say):
@@ -370,9 +416,11 @@ def _say_pass(plan, cs, back, bar, tell, say):
 def _train_left(self:Study, plan, bars, say):
     "Train what is left, and keep the table of results up to date"
     work = _on_ray(plan) if plan.tasks else _on_this_machine(plan, say)
-    with tqdm(total=len(self.grid) - len(plan.finished), disable=not bars, unit='run') as bar:
+    left = len(self.grid) - len(plan.finished)
+    tell = tqdm.write if bars else say # a line above the bar
+    with tqdm(total=left, disable=not bars, unit='run') as bar:
         for i, back in work:
-            _say_pass(plan, plan.todo[i], back, bar, tqdm.write if bars else say, say)
+            _say_pass(plan, plan.todo[i], back, bar, tell, say)
             _write_table(self.results(), self.out/'results.csv', say)
 
 @patch
@@ -391,8 +439,8 @@ def _run(self:Study, plan, bars, say):
 # %% ../../nbs/study/04_study.ipynb #ba6fd5e1
 def _check_run_options(jobs, threads, fused, device, tasks):
     "Refuse options of `Study.run` that cannot work"
-    for n, v in (('jobs', jobs), ('threads', threads), ('fused', fused)):
-        if v is not None and v < 1: raise FastcifarError(f'{n} is {v}: give at least 1')
+    for name, v in dict(jobs=jobs, threads=threads, fused=fused).items():
+        if v is not None and v < 1: raise FastcifarError(f'{name} is {v}: give at least 1')
     on_gpu = torch.cuda.is_available() and str(device or default_device()).startswith('cuda')
     if not tasks and not on_gpu: checked_device(device) # a context on a GPU would take its memory
     if tasks and (jobs or device):
@@ -412,7 +460,7 @@ def run(self:Study,
     "Run what is not finished yet, and write tables and plots"
     _check_run_options(jobs, threads, fused, device, tasks)
     places, folder = _gpus(device), _runs(self.out.resolve())
-    jobs = jobs or (max(1, cpu_count() // threads) if places == ['cpu'] else 3 * len(places))
+    jobs = jobs or _usual_jobs(places, threads)
     finished = {run_name(c) for c in self.grid if _is_finished(c, folder)}
     todo = _passes(self.grid, folder, fused)
     for cs in todo: check_fusable(cs)
@@ -432,9 +480,8 @@ def _saved_grid(out):
         raise FastcifarError(f'{out} is not a study folder: it holds no study.json of this version') from None
     except FastcifarError as e: raise FastcifarError(f'{f} is damaged: {e}') from e
     odd = [k for k, c in grid.items() if k != run_name(c)]
-    if odd or not grid:
-        why = f'its run {odd[0]!r} is another' if odd else 'it holds no run'
-        raise FastcifarError(f'{f} is damaged: {why}')
+    if odd: raise FastcifarError(f'{f} is damaged: its run {odd[0]!r} is another')
+    if not grid: raise FastcifarError(f'{f} is damaged: it holds no run')
     return list(grid.values())
 
 def report_study(
@@ -445,5 +492,5 @@ def report_study(
     out = user_path(out)
     grid = _saved_grid(out)
     rows, parts = zip(*[_read(_runs(out)/run_name(c), c, True) for c in grid])
-    # without its page this has failed
-    return _write(out, grid, _runs_table(rows), parts, say, lambda *_: contextlib.nullcontext())
+    def no_attempt(*_): return contextlib.nullcontext() # without its page this has failed
+    return _write(out, grid, _runs_table(rows), parts, say, no_attempt)

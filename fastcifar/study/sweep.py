@@ -41,23 +41,37 @@ def suggest_settings(
     tune=TUNABLE, # Some of `TUNABLE`
 ) -> dict: # Fields of `Recipe`
     "Settings to try next"
-    s = _rate(trial, recipe) if 'lr_max' in tune else {}
-    if 'wd' in tune: s |= _decay(trial, recipe, s.get('lr_max', recipe.lr_max))
-    if 'label_smoothing' in tune: s['label_smoothing'] = trial.suggest_float('label_smoothing', 0., .3)
-    if 'policy' in tune: s['policy'] = trial.suggest_categorical('policy', STRENGTHS)
-    return s
+    found = {}
+    if 'lr_max' in tune: found |= _rate(trial, recipe)
+    if 'wd' in tune: found |= _decay(trial, recipe, found.get('lr_max', recipe.lr_max))
+    if 'label_smoothing' in tune: found['label_smoothing'] = trial.suggest_float('label_smoothing', 0., .3)
+    if 'policy' in tune: found['policy'] = trial.suggest_categorical('policy', STRENGTHS)
+    return found
 
 # %% ../../nbs/study/05_sweep.ipynb #50817939
+def _check_not_given(tune, settings):
+    "Refuse to search a setting that was given"
+    given = [k for k in tune if k != 'lr_max' and settings.get(k) is not None] # of lr_max the search goes out
+    if not given: return
+    others = ','.join(k for k in tune if k not in given) or 'others'
+    raise FastcifarError(f'{", ".join(given)} is given, and searched: leave it out, or search --tune {others}')
+
 def _check_tuned(tune, valid, settings):
     "Refuse a search that has nothing to find, or no images to measure it on"
     for k in tune: check_name(k, TUNABLE, 'setting to tune')
     if not tune: raise FastcifarError(f'there is nothing to tune: name some of {", ".join(TUNABLE)}')
-    lost = [k for k in tune if k != 'lr_max' and settings.get(k) is not None] # of lr_max the search goes out
-    left = ','.join(k for k in tune if k not in lost) or 'others'
-    if lost: raise FastcifarError(f'{", ".join(lost)} is given, and searched: leave it out, or search --tune {left}')
+    _check_not_given(tune, settings)
     if not valid or valid < 1: raise FastcifarError('a sweep needs held-out images: give --valid of at least 1')
 
 # %% ../../nbs/study/05_sweep.ipynb #154e810a
+def _base(recipe, model, tune, settings):
+    "The configuration that a search starts from"
+    of_decay = ('decay', 'decay_all') if 'wd' in tune else () # where the recipe has none, trials have
+    given = {k: v for k, v in settings.items() if k not in of_decay}
+    later = {k: v for k, v in settings.items() if k in of_decay}
+    base = configure(recipe, model, **given)
+    return dataclasses.replace(base, **later).checked()
+
 class Sweep:
     "A search in one folder"
     def __init__(self,
@@ -71,10 +85,7 @@ class Sweep:
     ):
         _check_tuned(tune, valid, settings)
         self.out, self.tune = user_path(out), tuple(tune)
-        of_decay = ('decay', 'decay_all') if 'wd' in tune else () # which may begin at 0
-        later = {k: settings.pop(k) for k in of_decay if k in settings}
-        base = configure(recipe, model, data=str(data), valid=valid, **settings)
-        self.base = dataclasses.replace(base, **later).checked()
+        self.base = _base(recipe, model, tune, dict(data=str(data), valid=valid, **settings))
         if self.base.lr_max is None:
             raise FastcifarError(f'the recipe {recipe} has no learning rate of its own: give --lr-max, '
                                  'or use fast or reference')
@@ -94,11 +105,10 @@ def _settings_of(saved, data):
 @patch
 def _settle(self:Sweep, data):
     "Write what the sweep is, or compare with what is there"
+    f = self.out/'sweep.json'
     own = dict(data=data.source, tune=sorted(self.tune), judged_with_views=self.base.tta)
     new = as_json(dict(dataclasses.asdict(self.base), **own))
-    f = self.out/'sweep.json'
-    old = read_json(f) if f.exists() else new
-    was = _settings_of(old, data)
+    was = _settings_of(read_json(f) if f.exists() else new, data)
     apart = [f'{k}={was.get(k)!r}, not {v!r}' for k, v in new.items() if was.get(k) != v]
     if apart:
         raise FastcifarError(f'{self.out} holds a sweep of another configuration ({apart[0]}): give the same one, '
@@ -115,10 +125,12 @@ def _storage(self:Sweep):
     if file.is_symlink():
         raise FastcifarError(f'{file} is a link, and a sweep writes into its own folder alone: remove it')
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=max(1, self.base.epochs // 4))
+    warmup = max(1, self.base.epochs // 4)
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=warmup)
     try:
-        return optuna.create_study(storage=JournalStorage(JournalFileBackend(str(file))), study_name='sweep',
-                                   direction='maximize', load_if_exists=True, pruner=pruner)
+        journal = JournalStorage(JournalFileBackend(str(file)))
+        return optuna.create_study(storage=journal, study_name='sweep', direction='maximize', load_if_exists=True,
+                                   pruner=pruner)
     except (ValueError, LookupError, TypeError, AttributeError, OSError) as e:
         raise FastcifarError(f'{file} is damaged ({type(e).__name__}): choose another --out') from e
 
@@ -147,14 +159,18 @@ def _validated(learn, c, report):
         return CifarInterpretation.from_learner(learn, 1, tta=c.tta).accuracy
 
 @patch
+def _learner(self:Sweep, c, data, device):
+    "What a trial trains"
+    seed_everything(c.seed)
+    dls = _loaders(c, data, device)
+    return recipe_learner(dls, build_model(c, len(data.classes)), c, precision=c.precision)
+
+@patch
 def _try(self:Sweep, study, trial, c, data, device, request):
     "Train once; what to say of it"
     import optuna
     states = optuna.trial.TrialState
-    seed_everything(c.seed)
-    dls = _loaders(c, data, device)
-    learn = recipe_learner(dls, build_model(c, len(data.classes)), c, precision=c.precision)
-    report = _Report(trial, request)
+    learn, report = self._learner(c, data, device), _Report(trial, request)
     try: valid = _validated(learn, c, report)
     except optuna.TrialPruned:
         study.tell(trial, state=states.PRUNED)
@@ -189,21 +205,26 @@ def _write_best(self:Sweep, trial, found):
     return write_recipe(self.out/'recipe.json', best, best.recipe, best.model, True, **about)
 
 @patch
+def _about(self:Sweep, trials, best, data):
+    "What recipe.json says of how its settings were found"
+    complete, base = trials[trials.state == 'complete'], self.base
+    return dict(trials=len(trials), complete=len(complete), valid_accuracy=best.value, valid_images=base.valid,
+                tta=base.tta, data=data.name, data_sha256=data.source, epochs=base.epochs, seed=base.seed)
+
+@patch
 def write(self:Sweep,
     study, # Of Optuna
     data, # The `ImageData` that trials are trained on
     say=say, # Called with a line for what fails
 ) -> dict: # What is in recipe.json
     "Write the trials, a picture of them, and the best recipe"
-    t, base = _trials_table(study), self.base
+    t = _trials_table(study)
     with attempt('trials.csv', say): write_atomic(self.out/'trials.csv', lambda tmp: t.to_csv(tmp, index=False))
-    done = t[t.state == 'complete']
-    if not len(done): return {}
-    found = dict(trials=len(t), complete=len(done), valid_accuracy=study.best_trial.value, valid_images=base.valid,
-                 tta=base.tta, data=data.name, data_sha256=data.source, epochs=base.epochs, seed=base.seed)
-    res = self._write_best(study.best_trial, found)
+    if not (t.state == 'complete').any(): return {}
+    best = study.best_trial
+    recipe = self._write_best(best, self._about(t, best, data))
     save_plot(lambda: plot_sweep(t), self.out/'sweep.png', say)
-    return res
+    return recipe
 
 # %% ../../nbs/study/05_sweep.ipynb #31ffdc54
 def _plot_setting(ax, name, done):
@@ -214,7 +235,7 @@ def _plot_setting(ax, name, done):
     numeric = pd.api.types.is_numeric_dtype(values)
     if numeric and name in ('lr_max', 'decay'): ax.set_xscale('log')
     if not numeric: ax.tick_params(axis='x', rotation=40)
-    ax.set_xlabel(dict(decay='weight decay x learning rate').get(name, name.replace('_', ' ')))
+    ax.set_xlabel('weight decay x learning rate' if name == 'decay' else name.replace('_', ' '))
     ax.grid(alpha=.3)
 
 @shown_once
@@ -248,19 +269,26 @@ def _next(self:Sweep, study, data, device, request):
     return f'{_named(trial.params)}: {said}'
 
 @patch
+def _introduce(self:Sweep, trials, over, data, say):
+    "Say what is searched on what"
+    say(f'{counted(trials, "trial")}, {min(over, trials)} done; {data.name}, {self.base.valid:,} training images '
+        f'held out, test-time views: {self.base.tta}')
+
+@patch
 def _run(self:Sweep, trials, threads, device, data, bars, say):
     "What `run` does while the folder is its own"
     import optuna
     self._settle(data)
-    study, request, base = self._storage(), StopRequest(say), self.base
+    study, request = self._storage(), StopRequest(say)
     over = _over(study)
-    say(f'{counted(trials, "trial")}, {min(over, trials)} done; {data.name}, {base.valid:,} training images held out, '
-        f'test-time views: {base.tta}')
-    study.sampler = optuna.samplers.TPESampler(seed=base.seed + len(study.trials))
+    self._introduce(trials, over, data, say)
+    seed = self.base.seed + len(study.trials) # a search that goes on draws others than it drew before
+    study.sampler = optuna.samplers.TPESampler(seed=seed)
     bars = sys.stdout.isatty() if bars is None else bars
     with request, cpu_threads(threads):
         for i in tqdm(range(over, trials), disable=not bars, unit='trial'):
-            say(f'{i + 1}/{trials} {self._next(study, data, device, request)}')
+            said = self._next(study, data, device, request)
+            say(f'{i + 1}/{trials} {said}')
             self.write(study, data, say)
     return self.write(study, data, say)
 

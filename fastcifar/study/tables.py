@@ -25,8 +25,8 @@ def _checked_history(text):
     if not text.endswith('\n'): raise ValueError('it is cut off')
     t = pd.read_csv(io.StringIO(text))[_columns].apply(pd.to_numeric)
     if t.epoch.tolist() != list(range(1, len(t) + 1)): raise ValueError('its epochs are not 1, 2, ...')
-    possible = [t[k].between(0, 1).all() for k in ('train_accuracy', 'accuracy')]
-    if not all(possible): raise ValueError('an accuracy is none')
+    for k in ('train_accuracy', 'accuracy'):
+        if not t[k].between(0, 1).all(): raise ValueError('an accuracy is none')
     return t
 
 def _history(folder):
@@ -52,7 +52,8 @@ def _odd_metric(m, c):
     for k, fits in _metrics.items():
         if not fits(m.get(k)): return k
     for k in (*CELL, 'seed', 'epochs'):
-        if m.get(k, getattr(c, k)) != getattr(c, k): return k
+        own = getattr(c, k)
+        if m.get(k, own) != own: return k
     wrong = round(m['test_images'] * (1 - m['test_accuracy']))
     return 'test_accuracy' if m.get('wrong', wrong) != wrong else None
 
@@ -72,50 +73,56 @@ def _epochs_to(history, accuracy):
 
 def _plain(text):
     "The text of a file as one line that can be shown and written anywhere"
-    return ' '.join(''.join(c if c.isprintable() else ' ' for c in text[:1000]).split())
+    shown = [c if c.isprintable() else ' ' for c in text[:1000]]
+    return ' '.join(''.join(shown).split())
 
 _SHOWN = ('test_accuracy', 'test_loss', 'train_accuracy', 'test_images', 'parameters', 'precision', 'seconds',
           'data') # of the numbers of a run
 
-def _finished(run, c, given, h, reason):
+def _finished(run, c, given, history, reason):
     "What a row says of a finished run"
     if given: check_settings(c, run.path)
     settled = run.config()
     m = _read_metrics(run, settled)
-    if 0 < len(h) < settled.epochs:
-        reason = f'{run.history_file} has {len(h)} of {settled.epochs} epochs'
-        h = h[:0]
-    return dict(status='finished', reason=_plain(reason), **{k: m[k] for k in _SHOWN}, tfms=settled.tfms,
-                tta=settled.tta, train_tta=m.get('train_tta', 'none'), classes=m.get('classes'),
-                epochs_to_60=_epochs_to(h, .6), epochs_to_70=_epochs_to(h, .7))
+    if 0 < len(history) < settled.epochs:
+        reason = f'{run.history_file} has {len(history)} of {settled.epochs} epochs'
+        history = history[:0] # no epochs to an accuracy either
+    numbers = {k: m[k] for k in _SHOWN}
+    views = dict(tta=settled.tta, train_tta=m.get('train_tta', 'none'))
+    reached = dict(epochs_to_60=_epochs_to(history, .6), epochs_to_70=_epochs_to(history, .7))
+    return dict(status='finished', reason=_plain(reason), **numbers, tfms=settled.tfms, **views,
+                classes=m.get('classes'), **reached)
 
 def _failed(reason): return dict(status='failed', reason=_plain(reason))
 
-def _state_of(run, c, given, h, fault):
+def _state_of(run, c, given, history, fault):
     "What a row says of a run, however far it has come; a folder that is damaged is a failure"
     try:
-        if run.is_finished: return _finished(run, c, given, h, fault)
+        if run.is_finished: return _finished(run, c, given, history, fault)
         if run.failure_file.exists(): return _failed(read_text(run.failure_file))
         if run.path.exists() and not run.path.is_dir(): return _failed(f'{run.path} is not a folder')
     except FastcifarError as e: return _failed(str(e))
     return dict(status='interrupted') if run.checkpoints.exists() else {}
 
 # %% ../../nbs/study/03_tables.ipynb #4ffd70ae
-def _curve(c, h):
+def _curve(c, history):
     "The epochs of a run as rows of `collect_curves`"
-    if not len(h): return pd.DataFrame()
-    h = h.copy()
+    if not len(history): return pd.DataFrame()
+    h = history.copy()
     for i, k in enumerate((*CELL, 'seed')): h.insert(i, k, getattr(c, k))
     return h
 
-def _read(f, c, given):
-    "What is known of a run: (its row of `collect_runs`, its part of `collect_curves`)"
-    try: h, fault = _history(f), ''
+def _read(folder, c, given):
+    """What is known of a run: (its row of `collect_runs`, its part of `collect_curves`); `given`: its configuration
+    is that of a study, not what its folder says"""
+    try: history, fault = _history(folder), ''
     except FastcifarError as e:
-        h, fault = _no_history(), str(e)
+        history, fault = _no_history(), str(e)
         warnings.warn(fault)
-    row = {**{k: getattr(c, k) for k in (*CELL, 'seed', 'epochs')}, 'status': 'missing', 'reason': ''}
-    return row | _state_of(RunFolder(f), c, given, h, fault), _curve(c, h)
+    about = {k: getattr(c, k) for k in (*CELL, 'seed', 'epochs')}
+    missing = dict(status='missing', reason='')
+    state = _state_of(RunFolder(folder), c, given, history, fault)
+    return about | missing | state, _curve(c, history)
 
 # %% ../../nbs/study/03_tables.ipynb #56898bb8
 def _runs_table(rows):
@@ -127,8 +134,9 @@ def _curves_table(parts):
 
 def _read_all(folders, configs):
     "(row, curve) of each run"
-    folders = [Path(f) for f in folders]
-    return [_read(f, c, bool(configs)) for f, c in zip(folders, configs or map(run_config, folders))]
+    folders, given = [Path(f) for f in folders], bool(configs)
+    if not given: configs = map(run_config, folders)
+    return [_read(f, c, given) for f, c in zip(folders, configs)]
 
 def collect_runs(
     folders, # Run folders
