@@ -11,8 +11,8 @@ __all__ = ['RENAMED', 'harmless', 'as_markdown', 'FastcifarError', 'check_name',
            'spread_evenly']
 
 # %% ../nbs/00_basics.ipynb #9abe32b1
-import ast, contextlib, difflib, functools, getpass, hashlib, importlib, io, json, numbers, os, platform, random, re, secrets
-import shlex, stat, sys, tempfile, time, unicodedata
+import ast, contextlib, difflib, functools, getpass, hashlib, importlib, io, json, numbers, os, platform, random, re
+import secrets, shlex, stat, sys, tempfile, time, unicodedata
 from pathlib import Path
 
 import numpy as np
