@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['RENAMED', 'harmless', 'as_markdown', 'FastcifarError', 'check_name', 'is_number', 'is_count', 'import_extra',
-           'env_number', 'say', 'lenient_output', 'in_a_line', 'attempt', 'counted', 'command_line', 'user_path',
-           'unfinished_name', 'is_left', 'write_atomic', 'write_text', 'read_text', 'as_json', 'upgrade_names',
-           'write_json', 'read_json', 'remove_unfinished', 'check_writable', 'check_folder', 'check_file',
-           'file_sha256', 'hand_on', 'rng_state', 'set_rng_state', 'preserve_rng', 'seed_everything', 'spread_evenly']
+           'env_number', 'say', 'lenient_output', 'in_a_line', 'attempt', 'counted', 'command_line', 'shown_once',
+           'user_path', 'unfinished_name', 'is_left', 'write_atomic', 'write_text', 'read_text', 'as_json',
+           'upgrade_names', 'write_json', 'read_json', 'remove_unfinished', 'check_writable', 'check_folder',
+           'check_file', 'file_sha256', 'hand_on', 'rng_state', 'set_rng_state', 'preserve_rng', 'seed_everything',
+           'spread_evenly']
 
 # %% ../nbs/00_basics.ipynb #9abe32b1
-import ast, contextlib, difflib, getpass, hashlib, importlib, io, json, numbers, os, platform, random, re, secrets
-import shlex, stat, sys, tempfile, time, unicodedata
+import ast, contextlib, difflib, functools, getpass, hashlib, importlib, io, json, numbers, os, platform, random, re
+import secrets, shlex, stat, sys, tempfile, time, unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,19 @@ def command_line(
         words.append(f'--{name.replace("_", "-")}')
         if value is not True: words.append(_option(value))
     return shlex.join(words)
+
+# %% ../nbs/00_basics.ipynb #0ba8fc97
+def shown_once(
+    plot, # A function or method that returns a matplotlib figure
+): # The same, which closes the figure before it returns it
+    "Close the figure that a plot returns: a notebook shows it once, as the value of a cell, and none stays open"
+    @functools.wraps(plot)
+    def closed(*args, **kwargs):
+        import matplotlib.pyplot as plt
+        fig = plot(*args, **kwargs)
+        plt.close(fig)
+        return fig
+    return closed
 
 # %% ../nbs/00_basics.ipynb #031f6444
 def user_path(

@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..basics import FastcifarError, check_name, spread_evenly
-from .interpretation import CifarInterpretation, error_bars, shown_once, wilson_interval
+from ..basics import FastcifarError, check_name, shown_once, spread_evenly
+from .interpretation import CifarInterpretation, error_bars, wilson_interval
 
 # %% ../../nbs/interpret/02_corruptions.ipynb #7f3b6517
 def _noise(s): return A.GaussNoise(std_range=(s, s), p=1)

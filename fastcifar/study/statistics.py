@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from ..basics import FastcifarError
-from ..interpret.interpretation import at_chance, said_of_chance, shown_once, whole_epochs
+from ..basics import FastcifarError, shown_once
+from ..interpret.interpretation import at_chance, said_of_chance, whole_epochs
 
 # %% ../../nbs/study/00_statistics.ipynb #8c55f647
 CELL = ['model', 'norm', 'recipe', 'bs'] # what runs with several seeds have in common
@@ -274,7 +274,7 @@ def plot_study_curves(
     panels = list(curves.groupby(['model', 'recipe', 'bs'], sort=False))
     cols = min(3, len(panels))
     rows = -(-len(panels) // cols)
-    fig, axs = plt.subplots(rows, cols, figsize=(4.6 * cols, 3.3 * rows), layout='constrained', squeeze=False)
+    fig, axs = plt.subplots(rows, cols, figsize=(min(4.6 * cols, 9), 3.3 * rows), layout='constrained', squeeze=False)
     for ax in axs.flat[len(panels):]: ax.axis('off')
     for ax, (key, g) in zip(axs.flat, panels):
         _plot_curves(ax, g)

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from ..basics import FastcifarError, as_json, attempt, check_name, import_extra, read_json, say, seed_everything
-from ..basics import counted, user_path, write_atomic, write_json
+from ..basics import counted, shown_once, user_path, write_atomic, write_json
 from ..data.load import load_data
 from ..device import checked_device, cpu_threads
 from ..interpret.interpretation import CifarInterpretation, save_plot
@@ -217,12 +217,13 @@ def _plot_setting(ax, name, done):
     ax.set_xlabel(dict(decay='weight decay x learning rate').get(name, name.replace('_', ' ')))
     ax.grid(alpha=.3)
 
+@shown_once
 def plot_sweep(
     trials:pd.DataFrame, # As in trials.csv
 ):
     "Validation accuracy against each setting that was searched; returns the matplotlib figure"
     params = [c for c in trials if c not in ('trial', 'state', 'valid_accuracy', 'epochs')]
-    size = (3.4 * len(params), 3)
+    size = (min(3.4 * len(params), 9), 3)
     fig, axs = plt.subplots(1, len(params), figsize=size, layout='constrained', sharey=True, squeeze=False)
     done = trials[trials.state == 'complete'].sort_values('valid_accuracy')
     for ax, name in zip(axs[0], params): _plot_setting(ax, name, done)

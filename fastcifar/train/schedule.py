@@ -16,7 +16,7 @@ from fastai.callback.core import CancelFitException
 from fastai.callback.schedule import LRFinder
 from fastai.learner import Learner
 
-from ..basics import FastcifarError, preserve_rng
+from ..basics import FastcifarError, preserve_rng, shown_once
 
 # %% ../../nbs/train/01_schedule.ipynb #643586a2
 class RangeTest(LRFinder):
@@ -178,10 +178,8 @@ def read_range(
     return LRRange(*_rates_of(fall, rates), rates.tolist(), losses.tolist())
 
 # %% ../../nbs/train/01_schedule.ipynb #16da95ac
-def plot_range(
-    r:LRRange, # From `read_range` or `lr_range`
-): # A matplotlib figure
-    "The curve of a range test with LRMIN and LRMAX marked"
+def _draw_range(r):
+    "The figure of `plot_range`, still open"
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(6, 3.6), layout='constrained')
     s = smooth(r.losses, _width(r.rates))
@@ -196,6 +194,13 @@ def plot_range(
     if r.note: ax.set_title(r.note.replace('; ', '\n'), fontsize='small')
     ax.legend()
     return fig
+
+@shown_once
+def plot_range(
+    r:LRRange, # From `read_range` or `lr_range`
+): # A matplotlib figure
+    "The curve of a range test with LRMIN and LRMAX marked"
+    return _draw_range(r)
 
 # %% ../../nbs/train/01_schedule.ipynb #86513c4c
 def _test_rates(learn, start_lr, end_lr, steps):
@@ -225,7 +230,7 @@ def lr_range(
             r = read_range(*_test_rates(learn, start_lr, end_lr, steps), default)
             if r.certain: break
     if not r.certain: warnings.warn(f'the range test is {r.note}', stacklevel=2)
-    if show_plot: plot_range(r)
+    if show_plot: _draw_range(r) # open figures are shown at the end of a cell
     return r
 
 # %% ../../nbs/train/01_schedule.ipynb #ca1ef8bc
