@@ -1,6 +1,6 @@
 """The documentation: every page built, linked, filled and readable, and every public name in it. Built once, as
 `make docs` does, into a temporary folder."""
-import ast, functools, http.server, importlib, inspect, json, re, subprocess, sys, threading
+import ast, base64, functools, http.server, importlib, inspect, json, re, subprocess, sys, threading
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
@@ -198,6 +198,35 @@ def test_a_tutorial_is_installed_in_colab_alone(monkeypatch, in_colab):
     assert enter.split()[-1] == '/content/fastcifar/nbs/tutorials' and (ROOT/enter.split('fastcifar/')[1]).is_dir()
     assert install == '%pip install -q "/content/fastcifar[onnx]"'
 
+# Pictures
+
+def widths_of(cell):
+    "Of the pictures that a cell shows, in pixels"
+    pictures = [o['data']['image/png'] for o in cell['outputs'] if 'image/png' in o.get('data', {})]
+    return [int.from_bytes(base64.b64decode(p)[16:20], 'big') for p in pictures]
+
+def bad_pictures(cell) -> list:
+    "What is wrong with the pictures of a cell: shown twice or not at all, or wider than 9 inches"
+    if cell['cell_type'] != 'code': return []
+    source, widths = ''.join(cell['source']), widths_of(cell)
+    hidden = re.search(r'^[^#=]*\b(plot_\w+|show_samples)\(.*\);$', source, re.M) # a closed figure is the cell's value
+    wanted = '#| fig-alt' in source
+    return [*['hidden'] * bool(hidden and not widths), *['not once'] * (wanted and len(widths) != 1),
+            *['wide'] * any(w > 930 for w in widths)] # at 100 dots an inch, with what matplotlib puts around
+
+def test_every_picture_is_shown_once():
+    notebooks = [p for p in (ROOT/'nbs').rglob('*.ipynb') if not p.name.startswith('_')]
+    cells = {str(p.relative_to(ROOT)): json.loads(p.read_text())['cells'] for p in notebooks}
+    assert {(n, c['id'], *bad) for n, cs in cells.items() for c in cs if (bad := bad_pictures(c))} == set()
+
+@pytest.mark.parametrize('source,widths,bad', [
+    ('plot_curves(h)', [911], []), ('plot_curves(h);', [], ['hidden']), ('#| fig-alt: "a cat"\nplot(x)', [], ['not once']),
+    ('#| fig-alt: "a cat"\nplot(x)', [600, 600], ['not once']), ('learn.recorder.plot_sched()', [1019], ['wide']),
+    ('print(1)', [], [])])
+def test_bad_pictures_are_noticed(source, widths, bad):
+    def output(w): return {'data': {'image/png': base64.b64encode(bytes(16) + w.to_bytes(4, 'big')).decode()}}
+    assert bad_pictures(dict(cell_type='code', source=[source], outputs=[*map(output, widths)])) == bad
+
 # Every public name
 
 def modules():
@@ -246,8 +275,7 @@ def test_a_comment_of_several_lines_stays_in_its_cell(site):
 # Pages of the API open with the call that a user needs
 
 OPENINGS = ['runs/config', 'runs/run', 'runs/reopen', 'models/zoo'] # each needs what those before it made
-OPENED = [*OPENINGS, 'study/study', 'data/load', 'train/learner', 'train/schedule', 'interpret/interpretation', 'models/summary',
-          'share/predict', 'share/export', 'share/demo']
+FOR_USERS = 'data', 'models', 'train', 'interpret', 'runs', 'share', 'study' # folders
 
 def opening(site, page):
     "The first code of a page, if it stands before the reference"
@@ -255,8 +283,15 @@ def opening(site, page):
     first = re.search(r'^(```+)\w*\n(.*?)^\1', text, re.M | re.S)
     return first[2] if first.start() < text.find('{.source}') else ''
 
+def is_open(site, page):
+    "Does a page begin with a call, or does it say which other page is for users?"
+    return bool(re.search(r'\w\(', opening(site, page))) or 'An inner module' in main_text(site/f'{page}.html')
+
 def test_pages_of_the_api_open_with_a_call(site):
-    assert [page for page in OPENED if not re.search(r'\w\(', opening(site, page))] == []
+    pages = [m.replace('.', '/') for m in modules() if m.split('.')[0] in FOR_USERS and not m.endswith('__init__')]
+    assert len(pages) > 40
+    assert [page for page in pages if not is_open(site, page)] == []
+    assert not is_open(site, 'basics')
 
 def test_the_opening_calls_work(site, tmp_path):
     "One after the other, on the digits"

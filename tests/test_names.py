@@ -186,7 +186,7 @@ def interp():
 
 def texts(fig):
     from matplotlib.text import Text
-    fig.canvas.draw()
+    fig.draw_without_rendering() # also one that is closed
     return '\n'.join(t.get_text() for t in fig.findobj(Text))
 
 PLOTS = {

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..basics import FastcifarError
+from ..basics import FastcifarError, shown_once
 from .archive import clean_names
 from .formats import Arrays
 
@@ -218,7 +218,7 @@ def draws_names(
 def _image_grid(images, titles, rows, cols):
     "A figure of images with a title above each"
     import matplotlib.pyplot as plt
-    fig, axs = plt.subplots(rows, cols, figsize=(1.2 * cols, 1.35 * rows), layout='constrained')
+    fig, axs = plt.subplots(rows, cols, figsize=(min(1.2 * cols, 9), 1.35 * rows), layout='constrained')
     for ax in np.ravel(axs): ax.axis('off')
     for ax, image, title in zip(np.ravel(axs), images, titles):
         ax.imshow(image)
@@ -226,6 +226,7 @@ def _image_grid(images, titles, rows, cols):
     return fig
 
 @patch
+@shown_once
 @draws_names
 def show_samples(self:ImageData,
     rows:int=4, # Rows of the grid

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..basics import FastcifarError
+from ..basics import FastcifarError, shown_once
 
 # %% ../../nbs/models/08_summary.ipynb #07dac306
 @dataclasses.dataclass(frozen=True)
@@ -680,6 +680,7 @@ def _draw_arrow(ax, start, end, between):
         ax.annotate('', (x, y + .22), (x, gap), arrowprops=style)
 
 # %% ../../nbs/models/08_summary.ipynb #934743c9
+@shown_once
 def plot_graph(
     module:nn.Module, # Anything `summarize` takes
     n_in:int=3, # Channels of the images
@@ -734,6 +735,7 @@ def _draw_gradient(ax, module, layer, n_in, size):
     ax.set(title=f'gradient of the middle of {layer}')
 
 # %% ../../nbs/models/08_summary.ipynb #e09f41b7
+@shown_once
 def plot_field(
     module:nn.Module, # Anything `summarize` takes
     image:np.ndarray=None, # uint8 (H, W, 3); grey if None

@@ -313,7 +313,8 @@ def _panel_axes(n):
     "(figure, `n` axes), up to three in a row"
     cols = min(3, n)
     rows = math.ceil(n / cols)
-    fig, axs = plt.subplots(rows, cols, figsize=(4.6 * cols, 3.3 * rows), layout='constrained', squeeze=False)
+    size = (min(4.6 * cols, 9), 3.3 * rows)
+    fig, axs = plt.subplots(rows, cols, figsize=size, layout='constrained', squeeze=False)
     for ax in axs.flat[n:]: ax.axis('off')
     return fig, axs.flat[:n]
 

@@ -244,7 +244,7 @@ def plot_sweep(
 ):
     "Validation accuracy against each setting that was searched; returns the matplotlib figure"
     params = [c for c in trials if c not in ('trial', 'state', 'valid_accuracy', 'epochs')]
-    size = (3.4 * len(params), 3)
+    size = (min(3.4 * len(params), 9), 3)
     fig, axs = plt.subplots(1, len(params), figsize=size, layout='constrained', sharey=True, squeeze=False)
     done = trials[trials.state == 'complete'].sort_values('valid_accuracy')
     for ax, name in zip(axs[0], params): _plot_setting(ax, name, done)
