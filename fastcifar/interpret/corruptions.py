@@ -44,9 +44,9 @@ def corrupt(
     "Images made worse in a known way"
     what, strengths, make = CORRUPTIONS[check_name(name, CORRUPTIONS, 'corruption')]
     if severity not in range(6): raise FastcifarError(f'the severity is {severity}: choose one from 0 to 5')
-    if severity == 0: return images.copy()
+    if severity == 0 or not len(images): return images.copy()
     spoil = A.Compose([make(strengths[severity - 1])], seed=seed)
-    return np.stack([spoil(image=im)['image'] for im in images]) if len(images) else images.copy()
+    return np.stack([spoil(image=im)['image'] for im in images])
 
 # %% ../../nbs/interpret/02_corruptions.ipynb #232b7dc5
 @shown_once
@@ -71,7 +71,10 @@ def _row(interp, name, severity, right, n):
     return dict(corruption=name, severity=severity, images=n, right=right, accuracy=right / n, low=low[0], high=high[0],
                 tta=interp.tta)
 
-def _right(interp, images, targs): return int((interp.predict(images).argmax(-1) == torch.as_tensor(targs)).sum())
+def _right(interp, images, targs):
+    "How many images are predicted right, with the views of the predictions that are there"
+    predicted = interp.predict(images).argmax(-1)
+    return int((predicted == torch.as_tensor(targs)).sum())
 
 def robustness(
     interp:CifarInterpretation, # Predictions of the clean images; any fastai classification learner has them
@@ -84,7 +87,8 @@ def robustness(
     are predicted with the same views"""
     idxs = spread_evenly(len(interp.targs), n)
     targs, images = interp.targs[idxs], interp.images(idxs)
-    clean, rows = int((interp.decoded[idxs] == targs).sum()), []
+    clean = int((interp.decoded[idxs] == targs).sum())
+    rows = []
     for name in names:
         for s in (0, *severities):
             right = _right(interp, corrupt(images, name, s, seed), targs) if s else clean
@@ -111,17 +115,29 @@ def plot_robustness(
 # %% ../../nbs/interpret/02_corruptions.ipynb #6d5d0a24
 _GIVE = 'give the folder of CIFAR-10-C with its .npy files'
 
+def _is_like(x, shape):
+    "Is an array one of whole numbers, of a shape in which None is any length?"
+    if x.dtype.kind not in 'iu' or x.ndim != len(shape): return False
+    return all(wanted in (None, length) for length, wanted in zip(x.shape, shape))
+
 def _array(file, shape):
     "The array in a .npy file, which stays on the disk; None in `shape` is any length"
     try: x = np.load(file, mmap_mode='r', allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
         raise FastcifarError(f'cannot read {file} ({str(e)[:80]}): {_GIVE}') from e
-    fits = x.ndim == len(shape) and all(b in (None, a) for a, b in zip(x.shape, shape))
-    if not fits or x.dtype.kind not in 'iu':
-        wanted = ' x '.join('n' if s is None else str(s) for s in shape)
-        raise FastcifarError(f'{file} holds {x.dtype} of shape {x.shape}, not whole numbers of shape {wanted}, '
-                             'as in CIFAR-10-C')
-    return x
+    if _is_like(x, shape): return x
+    wanted = ' x '.join('n' if s is None else str(s) for s in shape)
+    raise FastcifarError(f'{file} holds {x.dtype} of shape {x.shape}, not whole numbers of shape {wanted}, '
+                         'as in CIFAR-10-C')
+
+def _labels(file):
+    "The labels of one severity; the file has them five times"
+    labels = _array(file, (None,))
+    n = len(labels) // 5
+    if len(labels) % 5 or (labels.reshape(5, n) != labels[:n]).any():
+        raise FastcifarError(f'{file} does not hold the same labels for each of five severities: '
+                             'it is not that of CIFAR-10-C')
+    return np.array(labels[:n], np.int64)
 
 def read_corruptions(
     folder, # With a .npy file for each corruption, and labels.npy
@@ -130,20 +146,16 @@ def read_corruptions(
     folder = Path(folder)
     files = sorted(f for f in folder.glob('*.npy') if f.name != 'labels.npy')
     if not files: raise FastcifarError(f'{folder} holds no corruptions: {_GIVE}')
-    labels = _array(folder/'labels.npy', (None,))
-    n = len(labels) // 5
-    if len(labels) % 5 or (labels.reshape(5, n) != labels[:n]).any():
-        raise FastcifarError(f'{folder}/labels.npy does not hold the same labels for each of five severities: '
-                             'it is not that of CIFAR-10-C')
+    labels = _labels(folder/'labels.npy')
+    n = len(labels)
     images = {f.stem: _array(f, (5 * n, 32, 32, 3)).reshape(5, n, 32, 32, 3) for f in files}
-    return np.array(labels[:n], np.int64), images
+    return labels, images
 
 # %% ../../nbs/interpret/02_corruptions.ipynb #d0b09134
 def _check_classes(interp, labels, folder):
     "Refuse files whose classes are not those of the test split"
-    classes = len(interp.vocab)
-    theirs, ours = (np.bincount(np.asarray(y), minlength=classes).tolist() for y in (labels, interp.targs))
-    if theirs != ours:
+    def counts(y): return np.bincount(np.asarray(y), minlength=len(interp.vocab)).tolist()
+    if counts(labels) != counts(interp.targs):
         raise FastcifarError(f'{folder} has other numbers of images of each class than the test split: '
                              'it does not belong to these data')
 
@@ -156,13 +168,13 @@ def published_robustness(
     "Accuracy on the files of CIFAR-10-C; severity 0 is the whole clean test split"
     labels, files = read_corruptions(folder)
     _check_classes(interp, labels, folder)
-    idxs, rows = spread_evenly(len(labels), n), []
-    clean = int((interp.decoded == interp.targs).sum())
+    idxs = spread_evenly(len(labels), n)
+    clean, rows = int((interp.decoded == interp.targs).sum()), []
     for name in files if names is None else names:
-        images = files[check_name(name, files, 'corruption')]
+        of_severity = files[check_name(name, files, 'corruption')]
         rows.append(_row(interp, name, 0, clean, len(interp.targs)))
-        for s in range(1, 6):
-            right = _right(interp, images[s - 1][idxs], labels[idxs])
+        for s, images in enumerate(of_severity, 1):
+            right = _right(interp, images[idxs], labels[idxs])
             rows.append(_row(interp, name, s, right, len(idxs)))
     return pd.DataFrame(rows)
 
@@ -174,4 +186,5 @@ def mean_corruption_error(
     table:pd.DataFrame, # Of `published_robustness`
 ) -> float: # NaN if none of its corruptions counts
     "The mean error over corruptions and severities, without those that CIFAR-10-C leaves out"
-    return float(1 - table[(table.severity > 0) & ~table.corruption.isin(EXTRA)].accuracy.mean())
+    counts = (table.severity > 0) & ~table.corruption.isin(EXTRA)
+    return float(1 - table[counts].accuracy.mean())

@@ -23,18 +23,20 @@ def _evaluating(model):
     try: yield model.eval()
     finally: model.train(training)
 
+def _shape(out): return tuple(out.shape) if isinstance(out, torch.Tensor) else ()
+
 def _calls(model, x):
     "(name, output shape) of every module but the net itself, in the order in which they end"
     seen, hooks = [], []
     def watch(name, module):
-        def note(module, args, out): seen.append((name, tuple(out.shape) if isinstance(out, torch.Tensor) else ()))
+        def note(module, args, out): seen.append((name, _shape(out)))
         hooks.append(module.register_forward_hook(note))
     for name, module in model.named_modules():
         if name: watch(name, module)
     try:
         with _evaluating(model), torch.no_grad(): model(x)
     finally:
-        for h in hooks: h.remove()
+        for hook in hooks: hook.remove()
     return seen
 
 def map_layers(
@@ -43,8 +45,9 @@ def map_layers(
 ) -> list: # Names, in the order in which they run
     "The layers that Grad-CAM can look at: those that run once and give a map larger than one pixel"
     calls = _calls(model, x[:1])
-    names = [n for n, _ in calls]
-    return [n for n, shape in calls if len(shape) == 4 and min(shape[2:]) > 1 and names.count(n) == 1]
+    ran = [name for name, _ in calls]
+    maps = [name for name, shape in calls if len(shape) == 4 and min(shape[2:]) > 1]
+    return [name for name in maps if ran.count(name) == 1]
 
 # %% ../../nbs/interpret/00_gradcam.ipynb #cc3f32ca
 def grad_cam(
@@ -61,9 +64,10 @@ def grad_cam(
     part = model.get_submodule(check_name(layer or names[-1], names, 'layer with a map'))
     target = torch.as_tensor(classes, device=x.device)
     with _evaluating(model), torch.enable_grad():
-        cam = LayerGradCam(model, part).attribute(x.detach().clone(), target=target, relu_attributions=True)
-    cam = F.interpolate(cam.detach().float(), x.shape[-2:], mode='bilinear', align_corners=False)[:, 0]
-    return (cam / cam.amax((1, 2), keepdim=True).clamp_min(1e-12)).cpu()
+        small = LayerGradCam(model, part).attribute(x.detach().clone(), target=target, relu_attributions=True)
+    cam = F.interpolate(small.detach().float(), x.shape[-2:], mode='bilinear', align_corners=False)[:, 0]
+    strongest = cam.amax((1, 2), keepdim=True).clamp_min(1e-12)
+    return (cam / strongest).cpu()
 
 # %% ../../nbs/interpret/00_gradcam.ipynb #b8c3fbdb
 def overlay(
@@ -74,4 +78,5 @@ def overlay(
     "An image under the colours of a map: dark blue for what does not matter, yellow for what matters most"
     from matplotlib import colormaps
     colors = colormaps['inferno'](np.asarray(cam))[..., :3]
-    return (255 * strength * colors + (1 - strength) * image).round().clip(0, 255).astype(np.uint8)
+    mixed = 255 * strength * colors + (1 - strength) * image
+    return mixed.round().clip(0, 255).astype(np.uint8)

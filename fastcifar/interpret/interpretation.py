@@ -36,9 +36,12 @@ def wilson_interval(
     level:float=0.95, # Of the interval
 ) -> tuple: # (low, high), arrays; NaN where n is 0
     "Wilson's interval for a share, such as an accuracy: it stays within 0 and 1, and is right for few images too"
-    def ends(k, m): return stats.binomtest(int(k), int(m)).proportion_ci(level, 'wilson') if m else (np.nan, np.nan)
-    pairs = [ends(k, m) for k, m in zip(np.atleast_1d(hits), np.atleast_1d(n))]
-    return tuple(np.array(pairs, float).reshape(-1, 2).T)
+    def interval(k, m):
+        if not m: return np.nan, np.nan
+        return stats.binomtest(int(k), int(m)).proportion_ci(level, 'wilson')
+    pairs = [interval(k, m) for k, m in zip(np.atleast_1d(hits), np.atleast_1d(n))]
+    low, high = np.array(pairs, float).reshape(-1, 2).T
+    return low, high
 
 # %% ../../nbs/interpret/01_interpretation.ipynb #ff72f0e9
 def at_chance(
@@ -64,6 +67,8 @@ def error_bars(
 
 # %% ../../nbs/interpret/01_interpretation.ipynb #09d83790
 _GRID_WIDTH = 9. # Inches, at most
+_MARGIN = .4 # Inches, of the width
+_STEP = 1.08 # From a tile to the next, in tiles
 _FONT_SIZE = 8. # Points, of the captions
 
 def _caption(row, letters):
@@ -76,27 +81,20 @@ def _caption(row, letters):
 
 def _tile_size(cols, figsize):
     "(width of a tile in inches, letters that fit above it)"
-    width = figsize[0] if figsize else min(1.6 * cols + .4, _GRID_WIDTH)
-    tile = (width - .4) / cols / 1.08
-    return tile, int(72 * tile / (.55 * _FONT_SIZE)) # an average letter is about half as wide as high
+    width = figsize[0] if figsize else min(1.6 * cols + _MARGIN, _GRID_WIDTH)
+    tile = (width - _MARGIN) / cols / _STEP
+    letter = .55 * _FONT_SIZE # an average one is about half as wide as high
+    return tile, int(72 * tile / letter)
 
 # %% ../../nbs/interpret/01_interpretation.ipynb #a60cfe7d
 def _draw_line(ax, y, label, tiles, fontsize):
     "Draw a line of tiles (image, text above or '', is it right?) with its label; `y` is the lower edge"
     for k, (im, text, right) in enumerate(tiles):
-        left = 1.08 * k
+        left = _STEP * k
         ax.imshow(im, extent=(left, left + 1, y, y + 1))
         color = 'tab:green' if right else 'tab:red'
         if text: ax.text(left + .5, y + 1.03, text, ha='center', va='bottom', fontsize=fontsize, color=color)
     ax.text(-.06, y + .5, label, ha='right', va='center', rotation=90, fontsize=fontsize + 1)
-
-def _text_sizes(lines, tile, letters):
-    "(font size with which the longest text fits above a tile, height of each line in tiles)"
-    texts = [[text.split('\n') for _, text, _ in tiles if text] for _, tiles in lines]
-    longest = max((len(part) for line in texts for text in line for part in text), default=1)
-    fontsize = max(_FONT_SIZE * min(1, letters / longest), 5)
-    row = 1.3 * fontsize / 72 / tile
-    return fontsize, [1.06 + row * max(map(len, line), default=0) for line in texts]
 
 _NOTHING = 'There is no image to show.'
 
@@ -107,20 +105,33 @@ def _sentence(text, figsize=None):
     ax.text(.5, .5, text, ha='center', va='center', wrap=True)
     return fig
 
+def _font_size(lines, letters):
+    "The size of letters with which the longest row of text fits above a tile, but for very long ones"
+    rows = [row for _, tiles in lines for _, text, _ in tiles for row in text.split('\n')]
+    longest = max([1, *map(len, rows)])
+    return max(_FONT_SIZE * min(1, letters / longest), 5)
+
+def _line_heights(lines, fontsize, tile):
+    "The height of each line in tiles, with room for its texts"
+    row = 1.3 * fontsize / 72 / tile
+    def rows(tiles): return max((text.count('\n') + 1 for _, text, _ in tiles if text), default=0)
+    return [1.06 + row * rows(tiles) for _, tiles in lines]
+
 def _mosaic(lines, title, cols, figsize=None, nothing=_NOTHING):
     """A figure of lines (label, tiles), see `_draw_line`; a tile is 1 wide and high, with room for its text above. It
     says `nothing` where there is no tile"""
     if not any(tiles for _, tiles in lines): return _sentence(nothing, figsize)
     tile, letters = _tile_size(cols, figsize)
-    fontsize, heights = _text_sizes(lines, tile, letters)
-    size = figsize or (1.08 * tile * cols + .4, tile * sum(heights) + .5)
+    fontsize = _font_size(lines, letters)
+    heights = _line_heights(lines, fontsize, tile)
+    size = figsize or (_STEP * tile * cols + _MARGIN, tile * sum(heights) + .5)
     fig, ax = plt.subplots(figsize=size, layout='constrained')
-    y = 0.
+    y = 0. # from the top down
     for (label, tiles), height in zip(lines, heights):
         y -= height
         _draw_line(ax, y, label, tiles, fontsize)
     labelled = any(label for label, _ in lines)
-    ax.set(xlim=(-.3 if labelled else 0, 1.08 * cols - .08), ylim=(y, 0))
+    ax.set(xlim=(-.3 if labelled else 0, _STEP * cols - .08), ylim=(y, 0))
     ax.axis('off')
     fig.suptitle(title)
     return fig
@@ -206,8 +217,10 @@ def __getitem__(self:CifarInterpretation,
 ) -> tuple: # (inputs, probabilities, true classes, predicted classes, losses)
     "Some images with all that is known of them"
     idxs = torch.as_tensor(idxs).reshape(-1)
-    items = getattr(self.dl.items, 'iloc', L(self.dl.items))[idxs.tolist()]
-    inputs = self.learn.dls.test_dl(items, with_labels=True, bs=max(len(idxs), 1)).one_batch()[0]
+    items = self.dl.items
+    by_position = items.iloc if hasattr(items, 'iloc') else L(items) # a table, or a list
+    dl = self.learn.dls.test_dl(by_position[idxs.tolist()], with_labels=True, bs=max(len(idxs), 1))
+    inputs = dl.one_batch()[0]
     return inputs, self.preds[idxs], self.targs[idxs], self.decoded[idxs], self.losses[idxs]
 
 # %% ../../nbs/interpret/01_interpretation.ipynb #b2d1a126
@@ -218,7 +231,8 @@ def images(self:CifarInterpretation,
     "Images as they are: not normalized, not augmented"
     idxs = torch.tensor(np.asarray(idxs), dtype=torch.int64)
     if not len(idxs): return np.zeros((0, 32, 32, 3), np.uint8)
-    x = self.dl.after_batch.decode((self[idxs][0],))[0].cpu().permute(0, 2, 3, 1)
+    inputs = self[idxs][0]
+    x = self.dl.after_batch.decode((inputs,))[0].cpu().permute(0, 2, 3, 1)
     if x.is_floating_point(): x = (x.float() * 255).round().clamp(0, 255) # a pipeline of fastai's gives whole numbers
     return x.to(torch.uint8).numpy()
 
@@ -241,9 +255,10 @@ def _confidence(self:CifarInterpretation):
 @patch
 def predictions(self:CifarInterpretation) -> pd.DataFrame:
     "Truth, prediction, its probability and log-probability, and loss of every image"
-    p, names = self._confidence(), np.array([str(v) for v in self.vocab])
+    p, losses = self._confidence(), self.losses.double().numpy()
+    names = np.array([str(v) for v in self.vocab])
     return pd.DataFrame(dict(image=np.arange(len(p)), truth=names[self.targs], prediction=names[self.decoded],
-                             probability=p.numpy(), log_probability=p.log().numpy(), loss=self.losses.double().numpy()))
+                             probability=p.numpy(), log_probability=p.log().numpy(), loss=losses))
 
 # %% ../../nbs/interpret/01_interpretation.ipynb #6a7fe382
 @patch
@@ -259,7 +274,8 @@ def top_losses_table(self:CifarInterpretation,
     n:int=16, # So many
 ) -> pd.DataFrame:
     "The `n` images with the largest losses, as rows of `predictions`"
-    return self.predictions().sort_values('loss', ascending=False, kind='stable').head(n).reset_index(drop=True)
+    largest_first = self.predictions().sort_values('loss', ascending=False, kind='stable')
+    return largest_first.head(n).reset_index(drop=True)
 
 # %% ../../nbs/interpret/01_interpretation.ipynb #f1f37692
 @patch
@@ -273,7 +289,8 @@ def _tiles(self:CifarInterpretation, table, cols, figsize):
 def _grid(self:CifarInterpretation, table, title, cols, figsize, nothing=_NOTHING):
     "A mosaic of the images of some rows of `predictions`, `cols` in a line; it says `nothing` where there is none"
     tiles = self._tiles(table, cols, figsize)
-    return _mosaic([('', tiles[i:i + cols]) for i in range(0, len(tiles), cols)], title, cols, figsize, nothing)
+    lines = [('', tiles[i:i + cols]) for i in range(0, len(tiles), cols)]
+    return _mosaic(lines, title, cols, figsize, nothing)
 
 @patch
 def _of_all(self:CifarInterpretation, n):
@@ -291,8 +308,10 @@ def plot_predictions(self:CifarInterpretation,
     figsize:tuple=None, # Width and height in inches; None: at most 9 wide, as high as they need
 ):
     "Predictions of `n` randomly drawn images; returns the matplotlib figure"
-    idxs = np.sort(np.random.default_rng(seed).choice(len(self.targs), min(n, len(self.targs)), replace=False))
-    return self._grid(self.predictions().iloc[idxs], 'Predictions: truth -> prediction (probability)', cols, figsize)
+    images = len(self.targs)
+    drawn = np.random.default_rng(seed).choice(images, min(n, images), replace=False)
+    t = self.predictions().iloc[np.sort(drawn)]
+    return self._grid(t, 'Predictions: truth -> prediction (probability)', cols, figsize)
 
 # %% ../../nbs/interpret/01_interpretation.ipynb #7989416c
 @patch
@@ -332,8 +351,9 @@ def plot_confusion_matrix(self:CifarInterpretation,
 ):
     "fastai's plot, as large as the classes need, with numbers only where they can be read"
     n = len(self.vocab)
+    side = min(max(6, 2 + .4 * n), 16)
+    if figsize is None: figsize = side, side
     if plot_txt is None: plot_txt = n <= NUMBERED
-    if figsize is None: figsize = (min(max(6, 2 + .4 * n), 16),) * 2
     theirs = super(CifarInterpretation, self).plot_confusion_matrix
     theirs(normalize, title, cmap, norm_dec, plot_txt, figsize=figsize, **kwargs)
     room = .75 * 72 * figsize[1] / n # points, for a line of the labels
@@ -357,17 +377,23 @@ def plot_class_accuracy(self:CifarInterpretation,
     figsize:tuple=None, # Width and height in inches; None: by the number of classes
 ):
     "Accuracy of each class as bars, with 95% intervals; returns the matplotlib figure"
-    t = self.class_accuracy()[::-1]
-    fig, ax = plt.subplots(figsize=figsize or (6, .3 * len(t) + 1), layout='constrained')
-    ax.barh(range(len(t)), t.accuracy * 100, xerr=100 * error_bars(t), ecolor='#888888', capsize=2)
-    for y, a in enumerate(t.accuracy): ax.text(104, y, f'{100 * a:.1f}', va='center', ha='left')
+    t = self.class_accuracy()[::-1] # bars are drawn from below
+    n, percent = len(t), 100 * t.accuracy
+    fig, ax = plt.subplots(figsize=figsize or (6, .3 * n + 1), layout='constrained')
+    ax.barh(range(n), percent, xerr=100 * error_bars(t), ecolor='#888888', capsize=2)
+    for y, p in enumerate(percent): ax.text(104, y, f'{p:.1f}', va='center', ha='left')
     ax.set(xlabel='accuracy (%)', xlim=(0, 116), xticks=range(0, 101, 20))
-    ax.set_yticks(range(len(t)), t.index)
+    ax.set_yticks(range(n), t.index)
     ax.grid(axis='x', alpha=.3)
     ax.set_axisbelow(True)
     return fig
 
 # %% ../../nbs/interpret/01_interpretation.ipynb #99925ab0
+def _of_steps(p, right, bins):
+    "(images, how many are right, sum of probabilities) of each of `bins` equal steps of probability"
+    step = np.minimum((p * bins).astype(int), bins - 1) # that of each image
+    return np.bincount(step, minlength=bins), np.bincount(step, right, bins), np.bincount(step, p, bins)
+
 @patch
 def calibration(self:CifarInterpretation,
     bins:int=15, # Into so many equal steps the probabilities are divided; empty ones are left out
@@ -375,10 +401,9 @@ def calibration(self:CifarInterpretation,
     """For predictions of about equal confidence: how many there are, their mean confidence, and how many of them are
     right, with a 95% interval"""
     p, right = self._confidence().numpy(), (self.decoded == self.targs).numpy()
-    k = np.minimum((p * bins).astype(int), bins - 1)
-    n, hits, total = np.bincount(k, minlength=bins), np.bincount(k, right, bins), np.bincount(k, p, bins)
+    n, hits, total = _of_steps(p, right, bins)
     low, high = wilson_interval(hits, n)
-    some = np.maximum(n, 1)
+    some = np.maximum(n, 1) # nothing is divided by 0
     t = pd.DataFrame(dict(low_end=np.arange(bins) / bins, images=n, confidence=total / some, accuracy=hits / some,
                           low=low, high=high))
     return t[t.images > 0].reset_index(drop=True)
@@ -425,10 +450,12 @@ def sure_enough(self:CifarInterpretation) -> float: # Infinite if there is none
     """The lowest probability at which predictions are `BELIEVABLE`: of all that are as sure or surer, so many agree
     with the label"""
     p, agrees = self.preds.max(-1).values.numpy(), (self.decoded == self.targs).numpy()
-    order = np.argsort(-p, kind='stable')
-    p, share = p[order], np.cumsum(agrees[order]) / np.arange(1, len(p) + 1)
+    surest_first = np.argsort(-p, kind='stable')
+    p, agreeing = p[surest_first], np.cumsum(agrees[surest_first])
+    share = agreeing / np.arange(1, len(p) + 1)
     last_of_equals = np.diff(p, append=-1) != 0
-    return float(p[(share >= BELIEVABLE) & last_of_equals].min(initial=np.inf))
+    believable = (share >= BELIEVABLE) & last_of_equals
+    return float(p[believable].min(initial=np.inf))
 
 # %% ../../nbs/interpret/01_interpretation.ipynb #399d2984
 @patch
@@ -440,9 +467,9 @@ def _suspects(self:CifarInterpretation):
     if len(known) < 2: return np.zeros(0, int)
     p = self.preds.double().numpy()[:, known]
     p = p / np.maximum(p.sum(1, keepdims=True), 1e-12)
-    classes, ranked = np.searchsorted(known, labels), 'self_confidence'
+    classes = np.searchsorted(known, labels)
     with warnings.catch_warnings(action='ignore', category=UserWarning): # of classes with few images
-        return find_label_issues(classes, p, return_indices_ranked_by=ranked, n_jobs=1)
+        return find_label_issues(classes, p, return_indices_ranked_by='self_confidence', n_jobs=1)
 
 @patch
 def _no_label_errors(self:CifarInterpretation):
@@ -455,8 +482,10 @@ def _no_label_errors(self:CifarInterpretation):
 def label_errors(self:CifarInterpretation) -> pd.DataFrame: # As of `predictions`, and label_probability
     """Images whose label is probably wrong, the likeliest first, by confident learning among believable predictions;
     the net must not have been trained on them"""
-    idxs, t = self._suspects(), self.predictions().drop(columns='log_probability')
-    t = t.iloc[idxs].assign(label_probability=self.preds.numpy()[idxs, self.targs.numpy()[idxs]])
+    idxs = self._suspects()
+    labels = self.targs.numpy()[idxs]
+    t = self.predictions().drop(columns='log_probability').iloc[idxs]
+    t = t.assign(label_probability=self.preds.numpy()[idxs, labels])
     return t[t.probability >= self.sure_enough()].reset_index(drop=True)
 
 # %% ../../nbs/interpret/01_interpretation.ipynb #3ef98840
@@ -482,19 +511,21 @@ def grad_cam(self:CifarInterpretation,
 ) -> np.ndarray: # (n, height, width), from 0 to 1
     "Where the net looks when it gives a class to an image"
     idxs = torch.tensor(np.asarray(idxs), dtype=torch.int64)
+    if classes is None: classes = self.decoded[idxs]
     device = next(self.learn.model.parameters()).device
     x = self[idxs][0].as_subclass(torch.Tensor).to(device).float()
-    return grad_cam(self.learn.model, x, self.decoded[idxs] if classes is None else classes, layer).numpy()
+    return grad_cam(self.learn.model, x, classes, layer).numpy()
 
 # %% ../../nbs/interpret/01_interpretation.ipynb #8abb03a1
 @patch
 def _cam_lines(self:CifarInterpretation, idxs, layer):
     "Two lines of a mosaic: images under what speaks for their actual, and for their predicted classes"
     images, lines = self.images(idxs), []
-    for kind, classes in (('actual', self.targs[idxs]), ('predicted', self.decoded[idxs])):
+    for kind, classes in dict(actual=self.targs[idxs], predicted=self.decoded[idxs]).items():
         maps = self.grad_cam(idxs, layer, classes) if len(idxs) else []
         tiles = [(overlay(im, m), '', True) for im, m in zip(images, maps)]
-        lines.append((f'{kind}\n{layer}' if layer else kind, tiles))
+        label = f'{kind}\n{layer}' if layer else kind
+        lines.append((label, tiles))
     return lines
 
 @patch
@@ -507,7 +538,7 @@ def plot_grad_cam(self:CifarInterpretation,
     figsize:tuple=None, # Width and height in inches; None: at most 9 wide, as high as they need
 ):
     "Images over what in them speaks for the actual and for the predicted class; returns the matplotlib figure"
-    t = (self.top_losses_table(n) if table is None else table.head(n)).reset_index(drop=True)
+    t = self.top_losses_table(n) if table is None else table.head(n).reset_index(drop=True)
     cols = max(len(t), 1)
     lines = [('image', self._tiles(t, cols, figsize))]
     layers = [layer] if layer is None or isinstance(layer, str) else list(layer)
@@ -534,9 +565,10 @@ def plot_curves(
     "Loss and accuracy of both splits by epoch; returns the matplotlib figure"
     fig, axs = plt.subplots(1, 2, figsize=figsize, layout='constrained')
     panels = (('loss', ('train_loss', 'valid_loss'), 1), ('accuracy (%)', ('train_accuracy', 'accuracy'), 100))
-    for ax, (name, cols, scale) in zip(axs, panels):
-        for c, label in zip(cols, ('train (while training, augmented)', valid)):
-            ax.plot(history.epoch, history[c] * scale, marker='.', label=label)
+    splits = 'train (while training, augmented)', valid
+    for ax, (name, columns, scale) in zip(axs, panels):
+        for column, split in zip(columns, splits):
+            ax.plot(history.epoch, history[column] * scale, marker='.', label=split)
         ax.set(xlabel='epoch', ylabel=name)
         whole_epochs(ax)
         ax.grid(alpha=.3)
@@ -551,12 +583,13 @@ def plot_schedule(
     figsize:tuple=None, # Width and height in inches; None: by the number of rates, at most 9 wide
 ):
     "Learning rate, momentum or whatever is scheduled, over a training; returns the matplotlib figure"
-    t, names = np.linspace(0, 1, 500, endpoint=False), dict(lr='learning rate', mom='momentum')
+    done = np.linspace(0, 1, 500, endpoint=False)
+    words = dict(lr='learning rate', mom='momentum')
     figsize = figsize or (min(4.5 * len(rates), 9), 3)
     fig, axs = plt.subplots(1, len(rates), figsize=figsize, layout='constrained', squeeze=False)
-    for ax, (name, f) in zip(axs[0], rates.items()):
-        ax.plot(t * epochs, [f(float(o)) for o in t])
-        ax.set(xlabel='epoch', ylabel=names.get(name, name))
+    for ax, (name, rate) in zip(axs[0], rates.items()):
+        ax.plot(done * epochs, [rate(float(share)) for share in done])
+        ax.set(xlabel='epoch', ylabel=words.get(name, name))
         whole_epochs(ax)
         ax.grid(alpha=.3)
     return fig

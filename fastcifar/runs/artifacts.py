@@ -66,7 +66,8 @@ def _training_plots(lrs, c, history):
     split = 'validation' if c.valid else 'test'
     plots = dict(curves=lambda: plot_curves(pd.DataFrame(history), split),
                  schedule=lambda: plot_schedule(recipe_rates(c, lrs[:2]), c.epochs))
-    return plots | (dict(lr_range=lambda: plot_range(lrs)) if getattr(lrs, 'losses', ()) else {})
+    if getattr(lrs, 'losses', ()): plots['lr_range'] = lambda: plot_range(lrs)
+    return plots
 
 def draw_run(
     interp:CifarInterpretation, # Predictions of the test split
@@ -87,13 +88,14 @@ def draw_run(
 def _report(interp, out, lrs, c, history, metrics, say):
     "The page of a run, from what is known when it ends"
     run = RunFolder(out)
+    model, trained = build_model(c, len(interp.vocab)), interp.learn.model.state_dict()
+    model.load_state_dict({k: v.detach().cpu() for k, v in trained.items()})
     plots = dict(_training_plots(lrs, c, history), class_accuracy=interp.plot_class_accuracy,
                  calibration=interp.plot_calibration)
-    model = build_model(c, len(interp.vocab))
-    model.load_state_dict({k: v.detach().cpu() for k, v in interp.learn.model.state_dict().items()})
-    return write_run_report(out, interp, model, run.saved_config(), metrics, pd.DataFrame(history),
-                            dict(run.surroundings(), command=run.command(c)),
-                            drawn_svgs(plots, ('curves', 'schedule'), say), say)
+    environment = dict(run.surroundings(), command=run.command(c))
+    svgs = drawn_svgs(plots, ('curves', 'schedule'), say)
+    return write_run_report(out, interp, model, run.saved_config(), metrics, pd.DataFrame(history), environment, svgs,
+                            say)
 
 # %% ../../nbs/runs/06_artifacts.ipynb #cd322304
 def _save_weights(run, learn, c):
@@ -117,12 +119,18 @@ def _metrics(learn, c, lrs, history, test, train, valid):
                 seconds=round(sum(h['seconds'] for h in history), 1))
 
 # %% ../../nbs/runs/06_artifacts.ipynb #e24756f4
+def _draw_and_report(interp, out, lrs, c, history, metrics, say):
+    "Draw the pictures of a run and write its page; the path of that, unless it fails"
+    draw_run(interp, out, lrs, c, history, say)
+    with attempt(RunFolder.page_file, say): return _report(interp, out, lrs, c, history, metrics, say)
+
 def _conclusion(m, out, page):
     "The last lines of a run"
     right = m['test_images'] - m['wrong']
-    said = (f'test accuracy {m["test_accuracy"]:.2%} ({right:,} of {m["test_images"]:,} images of {m["data"]}, '
-            f'last epoch, seed {m["seed"]}, test-time views: {m["tta"]})\nrun folder: {out}')
-    return said + (f'\nto read: {page}' if page else '')
+    about = (f'{right:,} of {m["test_images"]:,} images of {m["data"]}, last epoch, seed {m["seed"]}, '
+             f'test-time views: {m["tta"]}')
+    said = f'test accuracy {m["test_accuracy"]:.2%} ({about})\nrun folder: {out}'
+    return f'{said}\nto read: {page}' if page else said
 
 def finish_run(
     learn, # A `CifarLearner` after its training
@@ -142,10 +150,7 @@ def finish_run(
     valid = predicted(1).accuracy if c.valid else None
     m = _metrics(learn, c, lrs, history, test, train, valid)
     run.write_metrics(m)
-    page = None
-    if pictures:
-        draw_run(test, out, lrs, c, history, say)
-        with attempt(RunFolder.page_file, say): page = _report(test, out, lrs, c, history, m, say)
+    page = _draw_and_report(test, out, lrs, c, history, m, say) if pictures else None
     if m['one_class']: say(f'warning: {m["one_class"]}')
     say(_conclusion(m, out, page))
     return m

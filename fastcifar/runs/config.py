@@ -29,7 +29,8 @@ def configure(
 ) -> Config:
     "The configuration of a named recipe for a net, with some settings given"
     about = {k: v for k, v in settings.items() if k in _own_fields}
-    r = create_recipe(recipe, model, **{k: v for k, v in settings.items() if k not in _own_fields})
+    of_recipe = {k: v for k, v in settings.items() if k not in _own_fields}
+    r = create_recipe(recipe, model, **of_recipe)
     c = Config(recipe=recipe, model=model, **dataclasses.asdict(r), **about).checked()
     check_given(c, settings)
     if c.convert and c.data in NAMED:
@@ -45,8 +46,8 @@ def build_model(
 ) -> torch.nn.Module:
     "The net of a configuration; refused if it cannot take the sizes of images that it is to be trained on"
     more = c.model_args or {}
-    if twice := sorted(_by_training & set(more)):
-        raise FastcifarError(f'model_args has {", ".join(twice)}, which a training sets by itself: leave it out')
+    twice = sorted(_by_training & set(more))
+    if twice: raise FastcifarError(f'model_args has {", ".join(twice)}, which a training sets by itself: leave it out')
     own = {k: getattr(c, k) for k in ('groups', 'dropout') if getattr(c, k) is not None}
     if c.dropout == 0 and 'dropout' not in model_entry(c.model).arguments: del own['dropout'] # a net without any
     net = create_model(c.model, n_out=n_out, norm=c.norm, **own, **more)

@@ -60,12 +60,13 @@ def recipe_rates(
     lrs=None, # (LRMIN, LRMAX); None: those of the recipe
 ) -> dict: # 'lr' and perhaps 'mom': functions of the share of training that is done
     "The schedules of a recipe's hyper-parameters"
-    lr_min, lr_max = lrs or (recipe.lr_min or recipe.lr_max / 50, recipe.lr_max)
+    if not lrs: lrs = recipe.lr_min or recipe.lr_max / 50, recipe.lr_max
+    lr_min, lr_max = lrs
     if recipe.schedule == 'constant': return dict(lr=lambda pos: lr_max)
     if recipe.schedule == 'steps': return dict(lr=_stepped(recipe, lr_max))
-    res = dict(lr=_cycle(recipe, lr_min, lr_max, recipe.lr_end or lr_min))
-    if recipe.mom_cycle: res['mom'] = _cycle(recipe, *recipe.mom_cycle)
-    return res
+    rates = dict(lr=_cycle(recipe, lr_min, lr_max, recipe.lr_end or lr_min))
+    if recipe.mom_cycle: rates['mom'] = _cycle(recipe, *recipe.mom_cycle)
+    return rates
 
 # %% ../../nbs/runs/03_fit.ipynb #8ee00227
 def fit_recipe(

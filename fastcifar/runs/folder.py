@@ -216,11 +216,12 @@ def _check_data(
     instead='choose another --out', # What to do
 ):
     "Raise an error if these are not the data of a run"
-    sha = saved.get('data_sha256')
+    sha, order = saved.get('data_sha256'), saved.get('data_order')
     if not data.known_as(sha):
         raise FastcifarError(f'{data.name} is not the data set of {out} (its hash differs): {instead}')
-    was = saved.get('data_order') or (None if data.arranged and sha != data.order else data.order)
-    if ordered and was != data.order:
+    # older versions kept one hash: for arranged images it is that of their order, or says nothing of it
+    if not order and (not data.arranged or sha == data.order): order = data.order
+    if ordered and order != data.order:
         raise FastcifarError(f'{data.name} has the images or classes of {out} in another order: {instead}')
 
 # %% ../../nbs/runs/04_folder.ipynb #9f68d38f
@@ -254,9 +255,10 @@ def resolve_config(
     new = as_json(dataclasses.asdict(c) | about)
     chosen = _chosen(c, data, device)
     auto = [k for k in chosen if new[k] == 'auto']
-    old = _first_config(RunFolder(out), new | {k: chosen[k] for k in auto}, begun)
+    config = new | {k: chosen[k] for k in auto}
+    old = _first_config(RunFolder(out), config, begun)
     _check_data(old, data, out, ordered=True)
-    new |= {k: old.get(k) for k in auto}
+    new |= {k: old.get(k) for k in auto} # a run goes on as it began
     for k in sorted({*old, *new} - {*about}): _check_equal(k, old.get(k), new.get(k), out)
     return dataclasses.replace(c, **{k: new[k] for k in chosen})
 
@@ -276,10 +278,16 @@ def check_settings(
 ):
     "Raise an error if the run in a folder has other settings; its data are not looked at"
     old = run_config(out)
-    for f in (f for f in dataclasses.fields(Config) if f.name != 'data'):
-        was, now = (as_json(getattr(o, f.name)) for o in (old, c))
-        left_open = f.name in ('precision', 'tfms') and now == 'auto'
-        if not left_open: _check_equal(f.name, was, now, out)
+    names = [f.name for f in dataclasses.fields(Config) if f.name != 'data']
+    for name in names:
+        was, now = as_json(getattr(old, name)), as_json(getattr(c, name))
+        left_open = name in ('precision', 'tfms') and now == 'auto'
+        if not left_open: _check_equal(name, was, now, out)
+
+def _is_gone(name, run):
+    "Do the data of a run lie no longer where they lay, so that there is nothing to look at?"
+    place = place_of(name)
+    return name not in NAMED and place == run.noted_place()[0] and not Path(place).exists()
 
 def check_same(
     c:Config, # What is asked for
@@ -292,9 +300,7 @@ def check_same(
     saved = run.saved_config()
     if data is None:
         if _is_archive(c.data, saved.get('data_sha256')): return # nothing has to be downloaded for that
-        place = place_of(c.data)
-        gone = c.data not in NAMED and place == run.noted_place()[0] and not Path(place).exists()
-        if gone: return # where they lay, there is nothing to look at any more
+        if _is_gone(c.data, run): return
         data = load_data(c.data, c.convert)
     _check_data(saved, data, out, ordered=False)
 
@@ -346,14 +352,19 @@ def data_source(out) -> str:
                          'where nothing is looked for unasked: say where they lie with --data')
 
 # %% ../../nbs/runs/04_folder.ipynb #f9914ec2
+def _cpu_facts():
+    "What Linux says of the first processor; nothing on another system"
+    try: text = read_text('/proc/cpuinfo')
+    except FastcifarError: return {}
+    lines = text.split('\n\n')[0].splitlines()
+    return dict(map(str.strip, l.split(':', 1)) for l in lines if ':' in l)
+
 def _cpu_name():
     "The processor, and whether it has matrix units, which decide how quick bfloat16 is"
-    try:
-        lines = read_text('/proc/cpuinfo').split('\n\n')[0].splitlines()
-        about = dict(map(str.strip, l.split(':', 1)) for l in lines if ':' in l)
-    except FastcifarError: about = {} # another system
+    about = _cpu_facts()
     name = about.get('model name') or platform.processor() or platform.machine()
-    return name + (' with AMX' if 'amx_bf16' in about.get('flags', '').split() else '')
+    has_amx = 'amx_bf16' in about.get('flags', '').split()
+    return f'{name} with AMX' if has_amx else name
 
 def _git(checkout, *args):
     "What a command of git says about a checkout"
@@ -410,7 +421,8 @@ def python_call(
 ) -> str:
     "A call as it stands in a program, with a comment if this is one of several processes"
     words = [*map(repr, args), *(f'{k}={v!r}' for k, v in options.items())]
-    return f'{name}({", ".join(words)})' + (f' # in {world_size()} processes' if world_size() > 1 else '')
+    call, n = f'{name}({", ".join(words)})', world_size()
+    return f'{call} # in {n} processes' if n > 1 else call
 
 # %% ../../nbs/runs/04_folder.ipynb #3a82c1dc
 def given_options(
@@ -470,15 +482,17 @@ def write_surroundings(
     env = run.surroundings()
     if not begun and not run.has_begun: env = _begun_by(start, env) | dict(starts=[])
     elif 'starts' not in env: # of an older version, or lost
-        env = dict(env or now, starts=[{k: env.get(k) for k in ('command', *_KEPT)}])
+        first = {k: env.get(k) for k in ('command', *_KEPT)}
+        env = dict(env or now, starts=[first])
     write_json(run.environment_file, env)
     run.note_place(place_of(c.data))
     return start
 
 def _begun_by(start, env):
     "Surroundings of a training that begins with a start; a command that only goes on leaves the one that is there"
-    kept = env.get('command') if _goes_on(start['typed']) and env.get('command') else start['now']['command']
-    return dict(start['now'], command=kept)
+    there, made = env.get('command'), start['now']['command']
+    command = there if there and _goes_on(start['typed']) else made
+    return dict(start['now'], command=command)
 
 # %% ../../nbs/runs/04_folder.ipynb #0647d716
 def note_start(
@@ -488,9 +502,11 @@ def note_start(
     batch:int=0, # And batches of the next one
 ):
     "Add a start to the list of a run, as it begins to train"
-    run, at = RunFolder(out), dict(epoch=done) | (dict(batch=batch) if batch else {})
+    run, at = RunFolder(out), dict(epoch=done)
+    if batch: at['batch'] = batch
+    how = {k: start['now'].get(k) for k in _KEPT}
+    this = dict(time=start['time'], **at, command=start['typed'], **how)
     env = run.surroundings()
-    this = dict(time=start['time'], **at, command=start['typed'], **{k: start['now'].get(k) for k in _KEPT})
     begun = env if done or batch else _begun_by(start, env) # nothing of earlier starts is in its weights
     write_json(run.environment_file, dict(begun, starts=[*env['starts'], this]))
 
@@ -499,7 +515,9 @@ _KINDS = dict(workers=int, threads=int, device=str, compile=bool, checkpoint_eve
 
 def _is_option(name, value):
     "Can this be an option of `train_run` that was given? A record may be damaged"
-    return type(value) is _KINDS.get(name) and not (type(value) is int and value < 1)
+    kind = type(value)
+    if kind is not _KINDS.get(name): return False
+    return kind is not int or value >= 1
 
 def begun_with(
     out, # A run folder
@@ -510,7 +528,9 @@ def begun_with(
     res = {k: v for k, v in options.items() if _is_option(k, v)}
     n = env.get('threads')
     if type(n) is int and n > 0: res['threads'] = min(n, os.cpu_count()) # there may be fewer here
-    return res | {k: True for k in ('deterministic', 'compile') if env.get(k) is True}
+    for k in ('deterministic', 'compile'):
+        if env.get(k) is True: res[k] = True
+    return res
 
 @patch
 def command(self:RunFolder,
@@ -518,4 +538,5 @@ def command(self:RunFolder,
 ) -> str:
     "The command that makes the run again; where an older version kept only how it was gone on with, the call"
     command = self.surroundings().get('command')
-    return python_call('train_run', c, out=str(self.path)) if not command or _goes_on(command) else command
+    if command and not _goes_on(command): return command
+    return python_call('train_run', c, out=str(self.path))

@@ -94,7 +94,8 @@ class FusedRecorder(Callback):
         pred, y = self.learn.pred.detach(), self.learn.yb[0]
         loss = F.cross_entropy(pred.flatten(0, 1), y.flatten(), reduction='none', label_smoothing=self.smoothing)
         both = torch.stack([loss.view_as(y), pred.argmax(-1) == y])
-        self._sums = self._sums + both.sum(1, dtype=torch.float32 if y.is_mps else torch.float64) # stays on the device
+        exact = torch.float32 if y.is_mps else torch.float64 # MPS has none of 64 bits
+        self._sums = self._sums + both.sum(1, dtype=exact) # stays on the device
         self._images += len(y)
 
     def after_train(self): self._train = self._sums / self._images
@@ -136,9 +137,9 @@ def check_fusable(
 ): # The first of them
     "Refuse configurations that cannot be trained in one pass"
     if len(configs) == 1: return configs[0]
-    c, seeds = configs[0], [c.seed for c in configs]
-    alike = {repr(dataclasses.replace(o, seed=0)) for o in configs}
-    if len(alike) > 1 or len(set(seeds)) < len(seeds):
+    c, seeds = configs[0], {c.seed for c in configs}
+    but_for_seeds = {repr(dataclasses.replace(o, seed=0)) for o in configs}
+    if len(but_for_seeds) > 1 or len(seeds) < len(configs):
         raise FastcifarError('only runs that differ in their seed, and in nothing else, are trained in one pass')
     if not c.lr_max:
         raise FastcifarError(f'the recipe {c.recipe} finds a learning rate for each run, and one pass has one rate: '
@@ -159,7 +160,8 @@ def _seeded(data, c, device, build):
 
 def _of_wide(c):
     "The configuration of the wide net, whose parts have names of their own"
-    return dataclasses.replace(c, freeze=tuple((f'wide.{pattern}', epochs) for pattern, epochs in c.freeze))
+    freeze = tuple((f'wide.{pattern}', epochs) for pattern, epochs in c.freeze)
+    return dataclasses.replace(c, freeze=freeze)
 
 def fused_learner(
     data, # An `ImageData`
@@ -172,7 +174,8 @@ def fused_learner(
     configs = list(configs)
     c, device = check_fusable(configs), checked_device(device)
     nets, parts, states = zip(*[_seeded(data, one, device, build) for one in configs])
-    dls, net = FusedLoaders(parts, device), FusedNet(list(nets), Streams(list(states)))
+    dls = FusedLoaders(parts, device)
+    net = FusedNet(list(nets), Streams(list(states)))
     learn = recipe_learner(dls, net, _of_wide(c), precision=c.precision, compile=compile)
     learn.add_cb(FusedRecorder(len(nets), c.label_smoothing))
     return learn
@@ -186,9 +189,10 @@ class _FusedHistory(RunHistory):
 
     def rows(self, i):
         "The history of run `i`; it took its part of the seconds"
-        def seconds(h): return round(h['seconds'] / len(self.folders), 2)
-        both = zip(self.checkpoints.history, self.each.rows(i))
-        return [{**h, **each, 'seconds': seconds(h)} for h, each in both]
+        n, rows = len(self.folders), []
+        for of_all, own in zip(self.checkpoints.history, self.each.rows(i)):
+            rows.append({**of_all, **own, 'seconds': round(of_all['seconds'] / n, 2)})
+        return rows
 
     def write(self):
         for i, folder in enumerate(self.folders):
@@ -211,9 +215,10 @@ class FusedTraining:
 @patch
 def command(self:FusedTraining, configs) -> str:
     "The call that makes the same runs again"
-    shown = {} if self.pictures else dict(pictures=False)
-    where = [str(f.path) for f in self.folders], str(self.work.path)
-    return python_call('train_fused', configs, *where, **machine_options(self.device) | self.options | shown)
+    outs, work = [str(f.path) for f in self.folders], str(self.work.path)
+    options = machine_options(self.device) | self.options
+    if not self.pictures: options['pictures'] = False
+    return python_call('train_fused', configs, outs, work, **options)
 
 @patch
 def begin(self:FusedTraining, configs, begun) -> dict: # Folder -> its start, for `note_start`
@@ -228,13 +233,18 @@ def begin(self:FusedTraining, configs, begun) -> dict: # Folder -> its start, fo
 
 # %% ../../nbs/runs/09_fused.ipynb #0220a9e5
 @patch
+def _recorded(self:FusedTraining, learn, request):
+    "(checkpoints, histories) that a training keeps"
+    every, split = self.options.get('checkpoint_every'), 'valid' if self.asked[0].valid else 'test'
+    checkpoints = Checkpoints(self.work.checkpoints, every, request=request, say=self.say)
+    history = _FusedHistory(learn.each_net, self.folders, self.work.path, checkpoints, split, self.say)
+    return checkpoints, history
+
+@patch
 def fit(self:FusedTraining, learn, starts) -> _FusedHistory:
     "Train to the end, from the newest checkpoint if there is one"
     request, c = StopRequest(self.say), self.asked[0]
-    every = self.options.get('checkpoint_every')
-    checkpoints = Checkpoints(self.work.checkpoints, every, request=request, say=self.say)
-    split = 'valid' if c.valid else 'test'
-    history = _FusedHistory(learn.each_net, self.folders, self.work.path, checkpoints, split, self.say)
+    checkpoints, history = self._recorded(learn, request)
     done, batch = checkpoints.latest(learn), checkpoints.batch
     for out, start in starts.items(): note_start(out, start, done, batch)
     if done or batch: _say_continued(self.say, done, batch, c.epochs)
@@ -259,8 +269,8 @@ def finish(self:FusedTraining, learn, configs, history):
 def introduce(self:FusedTraining):
     "Say what is trained on what"
     c, seeds = self.asked[0], ', '.join(str(c.seed) for c in self.asked)
-    self.say(f'{self.data}\n{len(self.asked)} nets {c.model} ({c.norm}) in one pass, recipe {c.recipe}, '
-             f'{c.precision} on {self.device}, seeds {seeds}')
+    nets = f'{len(self.asked)} nets {c.model} ({c.norm}) in one pass'
+    self.say(f'{self.data}\n{nets}, recipe {c.recipe}, {c.precision} on {self.device}, seeds {seeds}')
 
 @patch
 def train(self:FusedTraining):

@@ -93,9 +93,9 @@ def _scale_dependents(r, settings):
     "The settings that are given, and those that change with them: rates, epochs of a step, arguments of the net"
     lr_max, args = settings.get('lr_max'), settings.get('model_args')
     more = _scaled_rates(r, lr_max) if r.lr_max and isinstance(lr_max, (int, float)) else {}
-    if settings.get('schedule') == 'steps' != r.schedule:
-        epochs = settings.get('epochs', r.epochs)
-        if isinstance(epochs, int): more['step_epochs'] = max(1, epochs // 3)
+    steps_instead = settings.get('schedule') == 'steps' and r.schedule != 'steps'
+    epochs = settings.get('epochs', r.epochs)
+    if steps_instead and isinstance(epochs, int): more['step_epochs'] = max(1, epochs // 3)
     if r.model_args and isinstance(args, dict): settings = {**settings, 'model_args': r.model_args | args}
     return more | settings
 
@@ -128,8 +128,8 @@ def create_recipe(
 # %% ../../nbs/runs/01_recipes.ipynb #4297aafa
 def recipe_table(name:str) -> pd.DataFrame:
     "The settings of a recipe for every net that has it; those that all share with the defaults are left out"
-    t = {m: dataclasses.asdict(create_recipe(name, m)) for m in list_models() if _has_recipe(m, name)}
-    t = pd.DataFrame(t, dtype=object)
+    models = [m for m in list_models() if _has_recipe(m, name)]
+    t = pd.DataFrame({m: dataclasses.asdict(create_recipe(name, m)) for m in models}, dtype=object)
     plain = dataclasses.asdict(Recipe())
     return t[[any(v != plain[k] for v in t.loc[k]) for k in t.index]]
 
@@ -151,17 +151,19 @@ def write_recipe(
 # %% ../../nbs/runs/01_recipes.ipynb #7c2f29be
 def _same(a, b):
     "Are two settings equal, but for the rounding of what was written by hand?"
-    return is_number(a) and is_number(b) and math.isclose(a, b) or as_json(a) == as_json(b)
+    if is_number(a) and is_number(b) and math.isclose(a, b): return True
+    return as_json(a) == as_json(b)
 
 def _not_idle(name, model, settings):
     "The settings of a file without those that lie idle as they do in the recipe of that name"
     r = create_recipe(name, model)
     _check_known(r, settings)
     idle = idle_settings(dataclasses.replace(r, **settings).checked())
-    usual = create_recipe(name, model, **{k: v for k, v in settings.items() if k not in idle})
-    settings = {k: v for k, v in settings.items() if k not in idle or not _same(v, getattr(usual, k))}
-    create_recipe(name, model, **settings) # refuses those that were changed
-    return settings
+    in_use = {k: v for k, v in settings.items() if k not in idle}
+    usual = create_recipe(name, model, **in_use)
+    kept = {k: v for k, v in settings.items() if k in in_use or not _same(v, getattr(usual, k))}
+    create_recipe(name, model, **kept) # refuses idle ones that were changed
+    return kept
 
 # %% ../../nbs/runs/01_recipes.ipynb #b12c5edb
 def read_recipe(

@@ -44,7 +44,9 @@ def load_run(
     c, weights = run.config(), run.weights_file
     if not weights.is_file(): raise run.unfinished()
     tensors, note = load_tensors(weights)
-    def ordered(data): return c.valid is not None or note.get('classes', data.classes) != data.classes
+    def ordered(data):
+        other_classes = note.get('classes', data.classes) != data.classes
+        return c.valid is not None or other_classes
     data = run_data(run.path, data, ordered)
     dls = data.dataloaders(bs=c.bs, policy=c.policy, seed=c.seed, valid=c.valid, device=device, stats=c.stats,
                            tfms=c.tfms)
@@ -61,9 +63,10 @@ def evaluate_run(
 ) -> CifarInterpretation: # Predictions of the test split
     "Predict the test split again with the weights and the test-time views of a finished run"
     learn = load_run(out, data, device)
+    test, tta = len(learn.dls.loaders) - 1, run_config(out).tta
     bars = sys.stdout.isatty() if bars is None else bars
     with contextlib.nullcontext() if bars else learn.no_bar():
-        return CifarInterpretation.from_learner(learn, len(learn.dls.loaders) - 1, tta=run_config(out).tta)
+        return CifarInterpretation.from_learner(learn, test, tta=tta)
 
 # %% ../../nbs/runs/08_reopen.ipynb #ad4d59cc
 def _rates_of(run, metrics):

@@ -68,16 +68,18 @@ def read_records(
     if records and all(map(is_record, records)): return records
     raise FastcifarError(f'{file} holds no records of runs: give one that fastcifar record has written')
 
+def _row_of(record):
+    "A row of `records_table`"
+    s = record['surroundings']
+    where = dict(threads=s['threads'], processor=s['device_name'], torch=s['versions']['torch'], commit=s['commit'])
+    return dict(name=record['name'], **upgrade_names(record['metrics']), **where, status='finished')
+
 def records_table(
     *files, # Of `write_records`
 ) -> pd.DataFrame: # The metrics of each run, and where it was trained
     "The runs of some files as a table"
-    rows = []
-    for r in (r for file in files for r in read_records(file)):
-        s = r['surroundings']
-        where = dict(threads=s['threads'], processor=s['device_name'], torch=s['versions']['torch'], commit=s['commit'])
-        rows.append(dict(name=r['name'], **upgrade_names(r['metrics']), **where, status='finished'))
-    return pd.DataFrame(rows)
+    records = [r for file in files for r in read_records(file)]
+    return pd.DataFrame([_row_of(r) for r in records])
 
 def read_record(
     place:str, # `FILE:ROW`; the row is the name of a run, or its number, from 1
@@ -95,13 +97,19 @@ def read_record(
 def _flat(d, before=''):
     "The values of nested dicts by their dotted names"
     res = {}
-    for k, v in d.items(): res |= _flat(v, f'{before}{k}.') if isinstance(v, dict) else {f'{before}{k}': v}
+    for k, v in d.items():
+        name = f'{before}{k}'
+        if isinstance(v, dict): res |= _flat(v, f'{name}.')
+        else: res[name] = v
     return res
+
+def _without_time(history):
+    "The epochs of a history without the seconds that they took"
+    return [{k: v for k, v in row.items() if k != 'seconds'} for row in history]
 
 def _first_difference(a, b):
     "The first epoch in which two histories differ, leaving out the time it took; None if they do not"
-    rows = [[{k: v for k, v in row.items() if k != 'seconds'} for row in h] for h in (a, b)]
-    for epoch, (x, y) in enumerate(zip(*rows), 1):
+    for epoch, (x, y) in enumerate(zip(_without_time(a), _without_time(b)), 1):
         if x != y: return epoch
     return None if len(a) == len(b) else min(len(a), len(b)) + 1
 
@@ -110,8 +118,9 @@ def compare_records(
     new:dict, # The same run, trained again
 ) -> dict: # equal: bit by bit?; accuracies; epoch: where they part; surroundings: name -> (then, now)
     "Are two trainings the same, and where they differ if not"
-    then, now = (_flat(r['surroundings']) for r in (old, new))
-    differ = {k: (then.get(k), now.get(k)) for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k)}
+    then, now = _flat(old['surroundings']), _flat(new['surroundings'])
+    pairs = {k: (then.get(k), now.get(k)) for k in sorted({*then, *now})}
+    differ = {k: (a, b) for k, (a, b) in pairs.items() if a != b}
     epoch = _first_difference(old['history'], new['history'])
     accuracies = [r['metrics']['test_accuracy'] for r in (old, new)]
     equal = old['weights'] == new['weights'] and epoch is None and accuracies[0] == accuracies[1]
@@ -123,10 +132,19 @@ def _told(r):
     then, now = r['accuracies']
     if r['equal']: return [f'bit-equal: weights, history and test accuracy ({now:.2%})']
     where = f'from epoch {r["epoch"]} on' if r['epoch'] else 'in the weights alone'
-    lines = [f'not bit-equal: test accuracy {now:.2%}, recorded {then:.2%}; they part {where}']
-    differ = [f'{k} {b}, then {a}' for k, (a, b) in r['surroundings'].items()]
-    if not differ: return [*lines, 'nothing that is known of them differs']
-    return [*lines, f'what is different here: {"; ".join(differ)}']
+    apart = f'not bit-equal: test accuracy {now:.2%}, recorded {then:.2%}; they part {where}'
+    differ = '; '.join(f'{k} {b}, then {a}' for k, (a, b) in r['surroundings'].items())
+    return [apart, f'what is different here: {differ}' if differ else 'nothing that is known of them differs']
+
+def _config_in(record):
+    "The configuration of a record, also of an older version"
+    config, known = upgrade_config(record['config']), {f.name for f in dataclasses.fields(Config)}
+    return Config(**{k: v for k, v in config.items() if k in known})
+
+def _check_images(c, record, place):
+    "Refuse data that are not those of a record"
+    if load_data(c.data, c.convert).known_as(record['metrics']['data_sha256']): return
+    raise FastcifarError(f'{c.data} holds other images than those of {place}: say with --data where they lie')
 
 def replay(
     place:str, # `FILE:ROW` of `write_records`
@@ -138,12 +156,9 @@ def replay(
 ) -> dict: # As `compare_records` gives it
     "Train a recorded run again and say whether the result is the same"
     old = read_record(place)
-    known = {f.name for f in dataclasses.fields(Config)}
-    c = Config(**{k: v for k, v in upgrade_config(old['config']).items() if k in known})
+    c = _config_in(old)
     if data: c.data = str(data)
-    here = load_data(c.data, c.convert)
-    if not here.known_as(old['metrics']['data_sha256']):
-        raise FastcifarError(f'{c.data} holds other images than those of {place}: say with --data where they lie')
+    _check_images(c, old, place)
     made_by = old['surroundings']
     with tempfile.TemporaryDirectory() as place_of_its_own:
         folder = user_path(out) if out else Path(place_of_its_own)/old['name']

@@ -36,23 +36,27 @@ def _own_names(svg, prefix):
         return named.replace('#000000', 'currentColor').replace('#ffffff', 'var(--page, #ffffff)')
     return re.sub(r'<[^>]*>', tag, svg)
 
+def _plain_svg(fig, prefix, bbox):
+    "The `<svg>` that matplotlib makes of a figure, the same each time"
+    buffer, nothing = io.StringIO(), {'Date': None, 'Creator': None}
+    with plt.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': prefix}), warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph .* missing') # the browser has its own fonts
+        fig.savefig(buffer, format='svg', transparent=True, bbox_inches=bbox, metadata=nothing)
+    file = buffer.getvalue()
+    return re.sub(r'<metadata>.*?</metadata>', '', file[file.index('<svg'):], flags=re.S)
+
 def figure_svg(
     fig, # A matplotlib figure, which is closed
     prefix:str, # What to begin its names with; another for each figure of a page
     bbox='tight', # The part to show
 ) -> str: # An `<svg>` element
     "A matplotlib figure as part of a page"
-    for ax in fig.axes:
-        if ax.get_legend(): ax.get_legend().set_frame_on(False)
-    buffer, nothing = io.StringIO(), {'Date': None, 'Creator': None}
-    with plt.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': prefix}), warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Glyph .* missing') # the browser has its own fonts
-        fig.savefig(buffer, format='svg', transparent=True, bbox_inches=bbox, metadata=nothing)
+    legends = [ax.get_legend() for ax in fig.axes]
+    for legend in filter(None, legends): legend.set_frame_on(False)
+    svg = _own_names(_plain_svg(fig, prefix, bbox), prefix)
     plt.close(fig)
-    svg = buffer.getvalue()
-    svg = re.sub(r'<metadata>.*?</metadata>', '', svg[svg.index('<svg'):], flags=re.S)
     label = prefix.replace('_', ' ')
-    return _own_names(svg, prefix).replace('<svg ', f'<svg role="img" aria-label="{label}" ', 1)
+    return svg.replace('<svg ', f'<svg role="img" aria-label="{label}" ', 1)
 
 # %% ../../nbs/runs/05_report.ipynb #ca72d6e7
 def panel_svgs(
@@ -62,11 +66,12 @@ def panel_svgs(
     "The panels of a figure one by one, so that a narrow screen can put them below each other"
     fig.canvas.draw()
     fig.set_layout_engine('none')
-    panels, svgs = [ax for ax in fig.axes if ax.axison], []
-    boxes = [ax.get_tightbbox().transformed(fig.dpi_scale_trans.inverted()).padded(.04) for ax in panels]
-    for i, box in enumerate(boxes):
-        for ax in fig.axes: ax.set_visible(ax is panels[i])
-        svgs.append(figure_svg(fig, f'{prefix}_{i + 1}', box))
+    panels, to_inches = [ax for ax in fig.axes if ax.axison], fig.dpi_scale_trans.inverted()
+    boxes = [panel.get_tightbbox().transformed(to_inches).padded(.04) for panel in panels]
+    svgs = []
+    for i, (panel, box) in enumerate(zip(panels, boxes), 1):
+        for ax in fig.axes: ax.set_visible(ax is panel)
+        svgs.append(figure_svg(fig, f'{prefix}_{i}', box))
     return svgs
 
 # %% ../../nbs/runs/05_report.ipynb #fd0ae05d
@@ -103,20 +108,24 @@ def _is_number(column):
     "Does a column hold numbers, by which a page can sort?"
     return pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
 
+def _cell(v, form, number, link):
+    "A value as the templates take it: text, what to sort by, where it leads"
+    sort = float(v) if number and v == v else None # NaN is unequal to itself
+    return dict(text=_text(v, form), sort=sort, link=link)
+
 def table_cells(
     t:pd.DataFrame, # Any table; its index is not shown
     forms:dict={}, # Column -> format string
     links:dict={}, # Column -> addresses, one for each row
 ) -> dict: # columns: name, number?; rows: text, sort, link
     "A table as the templates take it"
-    t = t.reset_index(drop=True)
-    number = {c: _is_number(t[c]) for c in t}
-    def cell(c, i, v):
-        sort = float(v) if number[c] and v == v else None
-        return dict(text=_text(v, forms.get(c)), sort=sort, link=links[c][i] if c in links else None)
-    columns = [[cell(c, i, v) for i, v in enumerate(t[c].tolist())] for c in t]
-    names = [dict(name=str(c).replace('_', ' '), number=number[c]) for c in t]
-    return dict(columns=names, rows=list(map(list, zip(*columns))))
+    columns, cells = [], []
+    for name in t:
+        number = _is_number(t[name])
+        addresses = links.get(name, [None] * len(t))
+        columns.append(dict(name=str(name).replace('_', ' '), number=number))
+        cells.append([_cell(v, forms.get(name), number, link) for v, link in zip(t[name].tolist(), addresses)])
+    return dict(columns=columns, rows=[list(row) for row in zip(*cells)])
 
 # %% ../../nbs/runs/05_report.ipynb #6e4cf34b
 def render(
@@ -128,32 +137,39 @@ def render(
                       lstrip_blocks=True)
     return env.get_template(template).render(version=__version__, **values)
 
+def _is_page(data): return b'content="fastcifar' in data
+
 def _write_page(out, page):
     "Write report.html, unless that is a page of somebody else"
-    file = check_file(Path(out)/RunFolder.page_file, lambda data: b'content="fastcifar' in data,
+    file = check_file(Path(out)/RunFolder.page_file, _is_page,
                       instead='it is no page of fastcifar, give it another name')
     return write_text(file, page)
 
 # %% ../../nbs/runs/05_report.ipynb #613303de
+def _figure(im, r):
+    "An image of a grid, with what a row of `predictions` says of it"
+    return dict(uri=picture_uri(im), truth=r.truth, prediction=r.prediction, right=r.truth == r.prediction,
+                probability=f'{100 * r.probability:.0f}%', loss=f'{r.loss:.2f}')
+
 def _shown(interp, t):
     "Rows of `predictions` with their images, for a grid"
-    return [dict(uri=picture_uri(im), truth=r.truth, prediction=r.prediction, right=r.truth == r.prediction,
-                 probability=f'{100 * r.probability:.0f}%', loss=f'{r.loss:.2f}')
-            for im, r in zip(interp.images(t.image), t.itertuples())]
+    return [_figure(im, r) for im, r in zip(interp.images(t.image), t.itertuples())]
 
 def _overlays(interp, idxs, classes):
     "Images under what speaks for a class of each"
-    return [picture_uri(overlay(im, m)) for im, m in zip(interp.images(idxs), interp.grad_cam(idxs, None, classes))]
+    maps = interp.grad_cam(idxs, None, classes)
+    return [picture_uri(overlay(im, m)) for im, m in zip(interp.images(idxs), maps)]
 
 def _losses(interp, n):
     "The mistakes with the largest losses, each as image, what speaks for the truth, and what for the prediction"
     t = interp.wrong().nlargest(n, 'loss')
     if not len(t): return []
     shown, idxs = _shown(interp, t), t.image.tolist()
-    overlays = [_overlays(interp, idxs, classes) for classes in (interp.targs[idxs], interp.decoded[idxs])]
-    for f, for_truth, for_prediction in zip(shown, *overlays):
-        f['pictures'] = [(f['uri'], f['truth']), (for_truth, f'what speaks for {f["truth"]}'),
-                         (for_prediction, f'what speaks for {f["prediction"]}')]
+    for_truth = _overlays(interp, idxs, interp.targs[idxs])
+    for_prediction = _overlays(interp, idxs, interp.decoded[idxs])
+    for f, truth, prediction in zip(shown, for_truth, for_prediction):
+        f['pictures'] = [(f['uri'], f['truth']), (truth, f'what speaks for {f["truth"]}'),
+                         (prediction, f'what speaks for {f["prediction"]}')]
     return shown
 
 # %% ../../nbs/runs/05_report.ipynb #2df1cf99
@@ -161,15 +177,17 @@ def _augmented(dls, n):
     "Training images as the net gets them, but for normalization"
     x, y = dls.train.new(epoch=0).one_batch()[:2] # the same ones whenever the page is written
     x = dls.train.after_batch.decode((x[:n],))[0].float().cpu().permute(0, 2, 3, 1)
-    images = [(im * 255).round().clamp(0, 255).to(torch.uint8).numpy() for im in x]
-    return [dict(uri=picture_uri(im), truth=str(dls.vocab[int(k)])) for im, k in zip(images, y)]
+    images = (x * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+    names = [str(dls.vocab[int(k)]) for k in y[:n]]
+    return [dict(uri=picture_uri(im), truth=name) for im, name in zip(images, names)]
 
 def _confusion(interp):
     "The confusion matrix: of each cell its number, and how strongly it is coloured"
     cm = interp.confusion_matrix()
     share = cm / np.maximum(cm.sum(1, keepdims=True), 1)
-    def row(ns, ss): return [(int(n), round(.42 * float(s) ** .5, 3)) for n, s in zip(ns, ss)]
-    return dict(classes=[str(v) for v in interp.vocab], rows=[row(ns, ss) for ns, ss in zip(cm, share)])
+    def cell(n, s): return int(n), round(.42 * float(s) ** .5, 3)
+    rows = [list(map(cell, numbers, shares)) for numbers, shares in zip(cm, share)]
+    return dict(classes=[str(v) for v in interp.vocab], rows=rows)
 
 # %% ../../nbs/runs/05_report.ipynb #5f8989e7
 def _minute(time):
@@ -179,7 +197,8 @@ def _minute(time):
 def _made(start):
     "Where and how a start was made, in words of the page"
     names = dict(device_name='device', device='kind of device', world_size='processes', compile='compiled')
-    kind, commit = str(start.get('device') or '').partition(':')[0], str(start.get('commit') or '')[:12]
+    kind = str(start.get('device') or '').partition(':')[0]
+    commit = str(start.get('commit') or '')[:12]
     known = start | dict(device=kind or None, commit=commit or None)
     kept = ('device_name', 'device', 'threads', 'world_size', 'deterministic', 'compile', 'commit', 'python', 'system')
     return {names.get(k, k): known.get(k) for k in kept} | (start.get('versions') or {})
@@ -189,13 +208,15 @@ def _went_on(start): return bool(start.get('epoch') or start.get('batch'))
 def _position(start):
     "What was done when a start began to train"
     if start.get('epoch') is None: return None
-    return f'epoch {start["epoch"]}' + (f', batch {start["batch"]} of the next' if start.get('batch') else '')
+    said = f'epoch {start["epoch"]}'
+    return f'{said}, batch {start["batch"]} of the next' if start.get('batch') else said
 
 def _devices(environment):
     "Every device that a run was trained on"
-    used = [environment, *(s for s in environment.get('starts') or [] if _went_on(s))]
-    names = [s.get('device_name') or s.get('device') for s in used]
-    return ', then '.join(dict.fromkeys(str(n) for n in names if n)) or '-'
+    later = [s for s in environment.get('starts') or [] if _went_on(s)]
+    names = [s.get('device_name') or s.get('device') for s in (environment, *later)]
+    each_once = dict.fromkeys(str(name) for name in names if name)
+    return ', then '.join(each_once) or '-'
 
 # %% ../../nbs/runs/05_report.ipynb #0478fd41
 def _said_of_starts(starts, made, apart):
@@ -208,8 +229,8 @@ def _said_of_starts(starts, made, apart):
 
 def _starts_table(starts, differ):
     "A row for each start, with what differs; what is the same stands in the table of the environment"
-    t = pd.DataFrame([dict(time=_minute(s.get('time')), began_after=_position(s)) for s in starts], dtype=object)
-    t = t.join(differ).assign(command=[s.get('command') for s in starts])
+    begun = [dict(time=_minute(s.get('time')), began_after=_position(s)) for s in starts]
+    t = pd.DataFrame(begun, dtype=object).join(differ).assign(command=[s.get('command') for s in starts])
     return table_cells(t.astype(object).where(t.notna(), '-'))
 
 def _starts(environment):
@@ -236,8 +257,9 @@ def _rates(config, metrics):
     source = _source_of_rates(config, metrics)
     if schedule == 'constant': return f'Learning rate {lr_max:.2e}, {source}.'
     if schedule == 'steps': return f'Learning rate {lr_max:.2e} at first, {source}.'
-    both = config.get('lr_max') is None or config.get('lr_min') is not None
-    return f'LRMIN {lr_min:.2e}{"" if both else ", a fiftieth of LRMAX"}; LRMAX {lr_max:.2e}, {source}.'
+    follows = config.get('lr_max') is not None and config.get('lr_min') is None
+    ratio = ', a fiftieth of LRMAX' if follows else ''
+    return f'LRMIN {lr_min:.2e}{ratio}; LRMAX {lr_max:.2e}, {source}.'
 
 # %% ../../nbs/runs/05_report.ipynb #e2510d10
 _PERCENT = {k: '{:.2%}' for k in ('accuracy', 'train_accuracy', 'low', 'high')} # columns of tables, as they are shown
@@ -257,27 +279,29 @@ def _interval(right, images):
 
 def _warning(metrics, classes):
     "What to say first of a net that has learned nothing"
-    right = metrics['test_images'] - metrics['wrong']
-    guessed = at_chance(right, metrics['test_images'], classes)
-    return metrics.get('one_class') or (f'at chance: {said_of_chance(classes)}' if guessed else '')
+    if metrics.get('one_class'): return metrics['one_class']
+    images = metrics['test_images']
+    guessed = at_chance(images - metrics['wrong'], images, classes)
+    return f'at chance: {said_of_chance(classes)}' if guessed else ''
 
 def _result(config, metrics, classes):
     "What came out, with the interval that chance leaves for these images"
-    right = metrics['test_images'] - metrics['wrong']
-    return dict(title=f'{config["model"]} ({config["norm"]}), recipe {config["recipe"]}, on {metrics["data"]}',
-                accuracy=f'{metrics["test_accuracy"]:.2%}', right=f'{right:,}', images=f'{metrics["test_images"]:,}',
-                data=metrics['data'], seed=metrics['seed'], tta=metrics.get('tta', 'none'),
-                interval=_interval(right, metrics['test_images']), wrong=f'{metrics["wrong"]:,}',
-                rates=_rates(config, metrics), warning=_warning(metrics, classes))
+    images, wrong, data = metrics['test_images'], metrics['wrong'], metrics['data']
+    title = f'{config["model"]} ({config["norm"]}), recipe {config["recipe"]}, on {data}'
+    return dict(title=title, accuracy=f'{metrics["test_accuracy"]:.2%}', right=f'{images - wrong:,}',
+                images=f'{images:,}', wrong=f'{wrong:,}', interval=_interval(images - wrong, images), data=data,
+                seed=metrics['seed'], tta=metrics.get('tta', 'none'), rates=_rates(config, metrics),
+                warning=_warning(metrics, classes))
 
 # %% ../../nbs/runs/05_report.ipynb #5fbc34df
 _SHOWN = 20 # Images of a grid at most: full lines of 10, 5 and 4
 
 def _mistakes(interp):
     "Images that the net gets wrong, and labels that may be wrong"
-    labels, believed = interp.label_errors(), int((interp.predictions().probability >= interp.sure_enough()).sum())
-    nothing = '' if len(labels) else interp._no_label_errors()
-    return dict(losses=_losses(interp, 12), no_labels=nothing, surest=_shown(interp, interp.wrong().head(_SHOWN)),
+    surest, labels = interp.wrong().head(_SHOWN), interp.label_errors()
+    believed = int((interp.predictions().probability >= interp.sure_enough()).sum())
+    no_labels = '' if len(labels) else interp._no_label_errors()
+    return dict(losses=_losses(interp, 12), surest=_shown(interp, surest), no_labels=no_labels,
                 labels=_shown(interp, labels.head(_SHOWN)), label_errors=f'{len(labels):,}', believed=f'{believed:,}')
 
 def _classes(interp):
@@ -295,9 +319,11 @@ def _net(model):
 def _images(interp):
     "Pixels of the data, training images as they are augmented, and predictions of images drawn at random"
     n, dls = len(interp.targs), interp.learn.dls
-    drawn = np.sort(np.random.default_rng(0).choice(n, min(_SHOWN, n), replace=False))
-    return dict(statistics=table_cells(dls.data.stats().T.reset_index(names='statistic')),
-                augmented=_augmented(dls, _SHOWN), drawn=_shown(interp, interp.predictions().iloc[drawn]))
+    drawn = np.random.default_rng(0).choice(n, min(_SHOWN, n), replace=False)
+    predictions = interp.predictions().iloc[np.sort(drawn)]
+    statistics = dls.data.stats().T.reset_index(names='statistic')
+    return dict(statistics=table_cells(statistics), augmented=_augmented(dls, _SHOWN),
+                drawn=_shown(interp, predictions))
 
 # %% ../../nbs/runs/05_report.ipynb #ecd4a531
 # Settings that a reader looks for, whatever they are
@@ -328,10 +354,14 @@ def _two_columns(d): return table_cells(pd.DataFrame(list(d.items()), columns=['
 
 def _configuration(config, metrics, policy):
     "(a table of the settings that make this training what it is, a table of the others)"
-    used, none = _used(config, metrics, policy), {f.name: f.metadata['none'] for f in dataclasses.fields(Config)}
-    folded, shown = _folded(used), {k: _value(v, none[k]) for k, v in used.items()}
-    for k in ('lr_min', 'lr_max') if config.get('lr_max') is None else (): shown[k] += ' (range test)'
-    kept, rest = ({k: v for k, v in shown.items() if (k in folded) == inside} for inside in (False, True))
+    used = _used(config, metrics, policy)
+    none = {f.name: f.metadata['none'] for f in dataclasses.fields(Config)}
+    shown = {k: _value(v, none[k]) for k, v in used.items()}
+    if config.get('lr_max') is None:
+        for k in ('lr_min', 'lr_max'): shown[k] += ' (range test)'
+    folded = _folded(used)
+    kept = {k: v for k, v in shown.items() if k not in folded}
+    rest = {k: v for k, v in shown.items() if k in folded}
     return _two_columns(kept), _two_columns(rest)
 
 # %% ../../nbs/runs/05_report.ipynb #7cfc7573
@@ -360,10 +390,10 @@ def write_run_report(
     own = drawn_svgs(dict(graph=lambda: plot_graph(model), field=lambda: plot_field(model)), say=say)
     policy = str(config['policy'] or interp.learn.dls.data.policy)
     kept, folded = _configuration(config, metrics, policy)
-    page = render('run.html', **_result(config, metrics, len(interp.vocab)), cards=_cards(metrics, ece, environment),
-                  figures=figures | own, history=table_cells(history, _PERCENT), ece=ece, **_mistakes(interp),
-                  **_classes(interp), **_net(model), **_images(interp), policy=policy, configuration=kept,
-                  defaults=folded, **_record(config, environment))
+    parts = _result(config, metrics, len(interp.vocab)) | _mistakes(interp) | _classes(interp)
+    parts |= _net(model) | _images(interp) | _record(config, environment)
+    page = render('run.html', **parts, cards=_cards(metrics, ece, environment), figures=figures | own,
+                  history=table_cells(history, _PERCENT), ece=ece, policy=policy, configuration=kept, defaults=folded)
     return _write_page(out, page)
 
 # %% ../../nbs/runs/05_report.ipynb #b7bb0bcf
@@ -376,9 +406,16 @@ _OF_RUNS = ('model', 'norm', 'recipe', 'bs', 'seed', 'status', 'test_accuracy')
 
 def _apart(runs):
     "(a table without what all runs have in common, that in words)"
-    same = {c: runs[c].iloc[0] for c in runs if c not in _OF_RUNS and runs[c].nunique(dropna=False) == 1}
-    said = [f'{c.replace("_", " ")} {_text(v, _FORMS.get(c))}' for c, v in same.items() if not (pd.isna(v) or v == '')]
+    columns = [c for c in runs if c not in _OF_RUNS]
+    same = {c: runs[c].iloc[0] for c in columns if runs[c].nunique(dropna=False) == 1}
+    known = {c: v for c, v in same.items() if not (pd.isna(v) or v == '')}
+    said = [f'{c.replace("_", " ")} {_text(v, _FORMS.get(c))}' for c, v in known.items()]
     return runs.drop(columns=list(same)), ', '.join(said)
+
+def _counts(runs):
+    "How many runs there are, and how many of each status"
+    each = ', '.join(f'{n} {status}' for status, n in runs.status.value_counts().items())
+    return f'{counted(len(runs), "run")}: {each}'
 
 def write_study_report(
     out, # Study folder
@@ -390,13 +427,11 @@ def write_study_report(
 ) -> Path: # out/report.html
     "Write the page of a study: the answer first, then what it rests on"
     done = runs[runs.status == 'finished']
-    counts = ', '.join(f'{v} {k}' for k, v in runs.status.value_counts().items())
+    models = ', '.join(dict.fromkeys(runs.model))
+    tta = ', '.join(sorted(done.tta.unique())) if len(done) else '-'
     pages = [f'{f}/{RunFolder.page_file}' if isinstance(f, str) else None for f in runs.folder]
     differing, shared = _apart(runs.drop(columns='folder'))
-    shown = table_cells(differing, _FORMS, dict(model=pages))
-    page = render('study.html', title=f'Study: {", ".join(dict.fromkeys(runs.model))}',
-                  counts=f'{counted(len(runs), "run")}: {counts}', answer=answer, figures=figures,
-                  tta=', '.join(sorted(done.tta.unique())) if len(done) else '-',
-                  differences=table_cells(differences, _FORMS), summary=table_cells(summary, _FORMS), runs=shown,
-                  shared=shared)
+    page = render('study.html', title=f'Study: {models}', counts=_counts(runs), answer=answer, figures=figures, tta=tta,
+                  differences=table_cells(differences, _FORMS), summary=table_cells(summary, _FORMS),
+                  runs=table_cells(differing, _FORMS, dict(model=pages)), shared=shared)
     return _write_page(out, page)

@@ -54,11 +54,11 @@ def commands(self:Training,
 ) -> tuple: # (how this process was started, what makes the same run again)
     "Commands of a shell, if words were typed there, or calls in Python"
     left = machine_options(self.device) | given_options(deterministic=torch.are_deterministic_algorithms_enabled())
-    left = {k: v for k, v in left.items() if k not in self.options}
+    left = {k: v for k, v in left.items() if k not in self.options} # what was left out, and chosen by the machine
     shown = {} if self.pictures else dict(pictures=False)
-    out = str(self.folder.path)
-    typed = python_call('train_run', self.asked, out=out, **self.options, **shown)
-    again = python_call('train_run', c, out=out, **self.options, **left, **shown)
+    options = dict(out=str(self.folder.path), **self.options)
+    typed = python_call('train_run', self.asked, **options, **shown)
+    again = python_call('train_run', c, **options, **left, **shown)
     if self.words is None: return typed, again
     if self.asked.precision == 'auto': left |= dict(precision=c.precision)
     typed, whole = launched(command_line(*self.words)), launched(command_line(*self.words, **left))
@@ -101,10 +101,10 @@ def find_rates(self:Training, learn, c) -> LRRange:
         small = f' on images of {c.sizes[0]}x{c.sizes[0]}' if c.sizes else ''
         self.say(f'finding LRMIN and LRMAX{small} (100 steps; 300 more if these are too few)')
         self.folder.write_lr_range(learn.lr_range(show_plot=False))
-    r = self.folder.lr_range()
-    unsure = '' if r.certain else ', the usual ones: the range test is uncertain'
-    self.say(f'LRMIN {r.lr_min:.2e}, LRMAX {r.lr_max:.2e}{unsure}')
-    return r
+    found = self.folder.lr_range()
+    unsure = '' if found.certain else ', the usual ones: the range test is uncertain'
+    self.say(f'LRMIN {found.lr_min:.2e}, LRMAX {found.lr_max:.2e}{unsure}')
+    return found
 
 # %% ../../nbs/runs/07_run.ipynb #1c19aa91
 def _say_continued(say, done, batch, epochs):
@@ -144,8 +144,9 @@ def fit(self:Training, learn, c, start) -> tuple: # (`LRRange`, a dict an epoch)
     with main_process_first(): lrs = self.find_rates(learn, c) # the first finds them and writes them down
     if not rank(): note_start(self.folder.path, start, done, batch) # now it can train
     if begun and done < c.epochs: _say_continued(self.say, done, batch, c.epochs)
+    cbs = [checkpoints] if rank() else [checkpoints, history]
     with request:
-        if done < c.epochs: _fit_rest(learn, c, lrs, done, [checkpoints] if rank() else [checkpoints, history])
+        if done < c.epochs: _fit_rest(learn, c, lrs, done, cbs)
         else: checkpoints.conclude(learn)
     _check_not_stopped(request, c.epochs)
     return lrs, checkpoints.history
@@ -189,9 +190,9 @@ def _loggers(names, c, out):
 def introduce(self:Training, learn, c):
     "Say what is trained on what, and whether that is few steps"
     parallel = f' in {world_size()} processes' if world_size() > 1 else ''
-    self.say(f'{self.data}\n{c.model} ({c.norm}): {count_parameters(learn.model):,} parameters, recipe {c.recipe}, '
-             f'{c.precision} on {self.device}{parallel}, {c.tfms} transforms, seed {c.seed}\n'
-             f'run folder: {self.folder.path}')
+    net = f'{c.model} ({c.norm}): {count_parameters(learn.model):,} parameters'
+    how = f'{c.precision} on {self.device}{parallel}, {c.tfms} transforms'
+    self.say(f'{self.data}\n{net}, recipe {c.recipe}, {how}, seed {c.seed}\nrun folder: {self.folder.path}')
     batches = len(learn.dls.train)
     if c.epochs * batches < 50:
         steps = f'{counted(c.epochs, "epoch")} of {counted(batches, "batch", "batches")}'
@@ -204,14 +205,21 @@ def loaders(self:Training, c):
                                  valid=c.valid, device=self.device, stats=c.stats, tfms=c.tfms)
 
 @patch
+def _write_start(self:Training, c):
+    "Write how the run is trained; returns this start, in the first process"
+    if rank(): return None
+    typed, again = self.commands(c)
+    compile = self.options.get('compile', False)
+    return write_surroundings(c, self.folder.path, self.device, typed, again, self.options, compile=compile)
+
+@patch
 def train(self:Training) -> dict: # The metrics; none in another process than the first
     "Train, evaluate and draw, while the folder is this process's own"
     out, options = self.folder.path, self.options
     with main_process_first(): c = resolve_config(self.asked, self.data, out, self.device)
-    compile = options.get('compile', False)
     dls = self.loaders(c)
-    start = None if rank() else write_surroundings(c, out, self.device, *self.commands(c), options, compile=compile)
-    learn = recipe_learner(dls, self.net, c, precision=c.precision, compile=compile)
+    start = self._write_start(c)
+    learn = recipe_learner(dls, self.net, c, precision=c.precision, compile=options.get('compile', False))
     self.introduce(learn, c)
     bars = contextlib.nullcontext() if self.bars else learn.no_bar()
     with bars, learn.no_logging(), _loggers(options.get('log', ()), c, out) as cbs:

@@ -179,8 +179,9 @@ class Recipe:
 # %% ../../nbs/runs/00_settings.ipynb #b3684c17
 @patch
 def __repr__(self:Recipe):
-    changed = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
-    return f'{type(self).__name__}({", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in changed)})'
+    changed = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+    words = ', '.join(f'{k}={v!r}' for k, v in changed.items())
+    return f'{type(self).__name__}({words})'
 
 # %% ../../nbs/runs/00_settings.ipynb #5533746a
 @patch

@@ -35,11 +35,21 @@ def _note(classes): return json.dumps(dict(classes=classes))
 def _forget_sources(model):
     "Take out of an ONNX file which lines of Python its operations come from"
     graph = model.graph
-    lists = graph.node, graph.value_info, graph.initializer, graph.input, graph.output
-    for part in (graph, *(p for parts in lists for p in parts)):
+    parts = [graph, *graph.node, *graph.value_info, *graph.initializer, *graph.input, *graph.output]
+    for part in parts:
         part.doc_string = ''
         part.ClearField('metadata_props')
     model.ClearField('metadata_props')
+
+def _onnx_model(net):
+    "A net as an ONNX model, which says nothing of this machine"
+    images, free = _example()
+    with warnings.catch_warnings(action='ignore'):
+        program = torch.onnx.export(net, images, dynamo=True, dynamic_shapes=free, input_names=['images'],
+                                    output_names=['probabilities'], opset_version=OPSET, verbose=False)
+    model = program.model_proto
+    _forget_sources(model)
+    return model
 
 def write_onnx(
     net, # A `PixelNet`
@@ -49,17 +59,21 @@ def write_onnx(
     "Write a net as ONNX: `images`, uint8 (N, 32, 32, 3), to `probabilities`, float32 (N, classes)"
     onnx = import_extra('onnx', 'onnx', 'writing ONNX')
     import_extra('onnxscript', 'onnx', 'writing ONNX')
-    images, free = _example()
-    with warnings.catch_warnings(action='ignore'):
-        program = torch.onnx.export(net, images, dynamo=True, dynamic_shapes=free, input_names=['images'],
-                                    output_names=['probabilities'], opset_version=OPSET, verbose=False)
-    model = program.model_proto
-    _forget_sources(model)
+    model = _onnx_model(net)
     onnx.helper.set_model_props(model, {'fastcifar': _note(classes)})
     data = checked_onnx(model.SerializeToString(), path)
     return write_atomic(path, lambda tmp: Path(tmp).write_bytes(data))
 
 # %% ../../nbs/share/01_export.ipynb #9ee2b1fd
+def _program(net):
+    "A net as a `torch.export` program, which holds no paths of this machine"
+    images, free = _example()
+    program = torch.export.export(net, images, dynamic_shapes=free)
+    for module in program.graph_module.modules():
+        nodes = module.graph.nodes if hasattr(module, 'graph') else ()
+        for node in nodes: node.meta.pop('stack_trace', None)
+    return program
+
 def write_program(
     net, # A `PixelNet`
     classes:list, # Their names
@@ -67,11 +81,7 @@ def write_program(
 ) -> Path: # `path`
     """Write a net as a `torch.export` program; such a file holds a pickle and is to be opened by those who trust
     it"""
-    images, free = _example()
-    program = torch.export.export(net, images, dynamic_shapes=free)
-    for module in program.graph_module.modules():
-        nodes = module.graph.nodes if hasattr(module, 'graph') else ()
-        for node in nodes: node.meta.pop('stack_trace', None) # paths of this machine
+    program = _program(net)
     def write(tmp):
         with tempfile.TemporaryDirectory() as d: # the archive holds the name of its file
             torch.export.save(program, f'{d}/model.pt2', extra_files={'fastcifar.json': _note(classes)})
@@ -87,12 +97,13 @@ def compare_predictions(
 ) -> float: # The largest there is
     "Compare two nets on the same images; a difference that matters is an error"
     a, b = one(images), other(images)
-    diff, second = float(np.abs(a - b).max()), a[np.arange(len(a)), b.argmax(1)]
-    turned = int((a.max(1) - second > 1e-6).sum()) # another class, and not because two were equal
-    if diff > most or turned:
-        raise FastcifarError(f'{other.where} differs from the net by up to {diff:.2g} in its probabilities and '
+    difference = float(np.abs(a - b).max())
+    chosen_by_other = a[np.arange(len(a)), b.argmax(1)]
+    turned = int((a.max(1) - chosen_by_other > 1e-6).sum()) # another class, and not because two were equal
+    if difference > most or turned:
+        raise FastcifarError(f'{other.where} differs from the net by up to {difference:.2g} in its probabilities and '
                              f'in {turned} of {len(images)} predictions: it is not written')
-    return diff
+    return difference
 
 # %% ../../nbs/share/01_export.ipynb #444ce2d3
 _CARD = """---
@@ -181,38 +192,49 @@ def _hashed(sha):
 def _training_facts(c):
     "What the card says of the training; every text that comes from somewhere else is made harmless"
     m, env = c['metrics'], c['environment']
-    began = _where(env['device_name'], *(env['versions'][k] for k in ('torch', 'fastcifar')))
-    went_on = ''.join(f'It was continued {_where(*w)}. ' for w in c.get('continued', ()))
+    versions = env['versions']
+    began = _where(env['device_name'], versions['torch'], versions['fastcifar'])
+    went_on = ''.join(f'It was continued {_where(*start)}. ' for start in c.get('continued', ()))
     facts = {k: as_markdown(m[k]) for k in ('data', 'recipe', 'bs', 'precision', 'seed')}
     facts['epochs'] = as_markdown(counted(m['epochs'], 'epoch'))
     return dict(facts, began=began, went_on=went_on, hashed=_hashed(m['data_sha256']))
+
+def _format_parts(c):
+    "What the card says of formats beside the weights"
+    onnx, pt2 = c.get('onnx'), c.get('pt2')
+    return dict(tag=', onnx' if onnx else '', onnx=_ONNX_PART.format(**onnx) if onnx else '',
+                pt2=_PT2_PART.format(**pt2) if pt2 else '')
 
 def model_card(
     c:dict, # What `export_run` writes to config.json
 ) -> str: # Markdown, with the front matter that model hubs read
     "The README.md of an exported folder"
-    m, onnx, pt2 = c['metrics'], c.get('onnx'), c.get('pt2')
+    m = c['metrics']
     (low,), (high,) = wilson_interval(m['test_images'] - m['wrong'], m['test_images'])
     net, norm = (as_markdown(c['architecture'][k]) for k in ('name', 'norm'))
     numbers = {k: m[k] for k in ('parameters', 'test_images', 'test_accuracy')}
-    return _CARD.format(
-        **numbers, **_training_facts(c), net=net, norm=norm, low=low, high=high, classes=_listed(c['classes']),
-        tta=as_markdown(c['tta']), version=as_markdown(c['environment']['versions']['fastcifar']),
-        tag=', onnx' if onnx else '', onnx=_ONNX_PART.format(**onnx) if onnx else '',
-        pt2=_PT2_PART.format(**pt2) if pt2 else '')
+    return _CARD.format(**numbers, **_training_facts(c), **_format_parts(c), net=net, norm=norm, low=low, high=high,
+                        classes=_listed(c['classes']), tta=as_markdown(c['tta']),
+                        version=as_markdown(c['environment']['versions']['fastcifar']))
 
 # %% ../../nbs/share/01_export.ipynb #63734178
 def _test_images(out, data, n=1000):
     "Test images of a run, from all over the split, and training images if those are too few"
     d = run_data(out, data)
     def spread(x, n): return np.asarray(x)[spread_evenly(len(x), n)]
-    return np.concatenate([spread(d.x['test'], n), spread(d.x['train'], max(n - len(d.x['test']), 0))])
+    test, train = d.x['test'], d.x['train']
+    missing = max(n - len(test), 0)
+    return np.concatenate([spread(test, n), spread(train, missing)])
+
+def _place(start):
+    "Where a start was made: its device, and its versions of torch and fastcifar"
+    versions = start.get('versions') or {}
+    return [start.get('device_name'), versions.get('torch'), versions.get('fastcifar')]
 
 def _continued(env):
-    "(device, versions of torch and fastcifar) of every start that went on with others than the training began with"
-    def where(s): return [s.get('device_name'), *((s.get('versions') or {}).get(k) for k in ('torch', 'fastcifar'))]
-    went_on = [s for s in env.get('starts', []) if s.get('epoch') or s.get('batch')]
-    return [w for w in map(where, went_on) if w != where(env)]
+    "The places of every start that went on elsewhere than the training began"
+    places = [_place(s) for s in env.get('starts', []) if s.get('epoch') or s.get('batch')]
+    return [place for place in places if place != _place(env)]
 
 # %% ../../nbs/share/01_export.ipynb #b4465a08
 _KEPT = ('test_accuracy', 'test_loss', 'test_images', 'wrong', 'train_accuracy', 'epochs', 'seed', 'recipe', 'bs',
@@ -225,9 +247,9 @@ def _about_net(model, net, classes):
 
 def _about_run(metrics, config, env):
     "What config.json of an exported folder says of the training"
+    numbers = {k: metrics[k] for k in _KEPT}
     kept = {k: env[k] for k in ('python', 'versions', 'device_name', 'threads')}
-    return dict(metrics=dict({k: metrics[k] for k in _KEPT}, n=1), training=config, continued=_continued(env),
-                environment=kept)
+    return dict(metrics=dict(numbers, n=1), training=config, continued=_continued(env), environment=kept)
 
 def _write_programs(folder, run, net, classes, onnx, pt2, data):
     "Write the formats that were asked for beside the weights, and compare them; returns what to say of them"
@@ -235,13 +257,13 @@ def _write_programs(folder, run, net, classes, onnx, pt2, data):
     images, ours, said = _test_images(run, data), open_predictor(folder), {}
     if onnx:
         path = write_onnx(net, classes, folder/'model.onnx')
-        diff = compare_predictions(ours, open_predictor(path), images)
-        about = dict(opset=OPSET, images=len(images), max_difference=diff, onnxruntime=version('onnxruntime'))
-        said['onnx'] = about
+        difference = compare_predictions(ours, open_predictor(path), images)
+        said['onnx'] = dict(opset=OPSET, images=len(images), max_difference=difference,
+                            onnxruntime=version('onnxruntime'))
     if pt2:
         path = write_program(net, classes, folder/'model.pt2')
-        diff = compare_predictions(ours, open_predictor(path, trust=True), images)
-        said['pt2'] = dict(images=len(images), max_difference=diff)
+        difference = compare_predictions(ours, open_predictor(path, trust=True), images)
+        said['pt2'] = dict(images=len(images), max_difference=difference)
     return said
 
 def _fill(folder, run, onnx, pt2, data):
@@ -250,13 +272,14 @@ def _fill(folder, run, onnx, pt2, data):
     metrics, env = saved.metrics(), read_json(saved.environment_file)
     model = load_model(run)
     net, classes = pixel_net(model, run)
-    save_model(model, folder/'model.safetensors', **{k: v for k, v in model.note.items() if k != 'model'})
-    c = _about_net(model, net, classes) | _about_run(metrics, saved.saved_config(), env)
-    c |= _write_programs(folder, run, net, classes, onnx, pt2, data)
-    c['files'] = {f.name: file_sha256(f) for f in sorted(folder.iterdir())}
-    write_json(folder/'config.json', c)
-    write_text(folder/'README.md', model_card(c))
-    return c
+    note = {k: v for k, v in model.note.items() if k != 'model'} # `save_model` says what net it is
+    save_model(model, folder/'model.safetensors', **note)
+    config = _about_net(model, net, classes) | _about_run(metrics, saved.saved_config(), env)
+    config |= _write_programs(folder, run, net, classes, onnx, pt2, data)
+    config['files'] = {f.name: file_sha256(f) for f in sorted(folder.iterdir())}
+    write_json(folder/'config.json', config)
+    write_text(folder/'README.md', model_card(config))
+    return config
 
 # %% ../../nbs/share/01_export.ipynb #530bc88a
 def _remove_left(out):
@@ -308,7 +331,8 @@ def export_run(
     "Write a finished run as a folder to share; the folder is there when it is complete, or not at all"
     run = user_path(run)
     run_config(run) # refuses what is no run folder
-    out = user_path(out) if out else run.resolve().with_name(f'{run.resolve().name}-export')
+    here = run.resolve()
+    out = user_path(out) if out else here.with_name(f'{here.name}-export')
     if not RunFolder(run).metrics_file.is_file(): raise RunFolder(run).unfinished()
     if data and not (onnx or pt2):
         raise FastcifarError('data are for comparing formats on its images, and none is written: leave them out')

@@ -64,10 +64,11 @@ def pixel_net(
     "The net of a weights' file, with what its note says about classes and normalization"
     note = getattr(model, 'note', {})
     try:
-        classes, tta = _class_names(note['classes']), note.get('tta', note.get('views', 'none'))
+        classes, mean, std = _class_names(note['classes']), note['mean'], note['std']
+        tta = note.get('tta', note.get('views', 'none')) # version 0.1 has the second
         fits = len(classes) == note['model'].get('n_out', 10) and tta in VIEWS
-        if not _can_normalize(note['mean'], note['std']) or not fits: raise ValueError
-        return PixelNet(model, note['mean'], note['std'], tta).eval(), classes
+        if not _can_normalize(mean, std) or not fits: raise ValueError
+        return PixelNet(model, mean, std, tta).eval(), classes
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError):
         raise FastcifarError(f'{where} does not say its classes and how to normalize: '
                              'it was saved without them') from None
@@ -95,12 +96,16 @@ class Predictor(NamedTuple):
         raise FastcifarError(f'{self.where}: its answers are no probabilities of {len(self.classes)} classes, '
                              'so it is damaged or no exported net')
 
+def _predict_with(net):
+    "A function that gives the probabilities of images as arrays"
+    def predict(images):
+        with torch.inference_mode(): return net(torch.from_numpy(images)).numpy()
+    return predict
+
 def _from_weights(source):
     "The predictor of a run folder, an exported folder, a weights' file or a net of the package"
     net, classes = pixel_net(load_model(source), source)
-    def predict(images):
-        with torch.inference_mode(): return net(torch.from_numpy(images)).numpy()
-    return Predictor(classes, predict, str(source))
+    return Predictor(classes, _predict_with(net), str(source))
 
 # %% ../../nbs/share/00_predict.ipynb #3a46a944
 # Operations of exported nets; none makes much out of little, but Pad, whose result is measured
@@ -111,20 +116,27 @@ OPERATIONS = frozenset('''
 
 def _tensors(graph):
     "All numbers of an ONNX graph: weights, and constants in the attributes of its operations"
-    attributes = [a for n in graph.node for a in n.attribute]
+    attributes = [a for node in graph.node for a in node.attribute]
     single = [a.t for a in attributes if a.HasField('t')]
-    return [*graph.initializer, *single, *(t for a in attributes for t in a.tensors)]
+    listed = [t for a in attributes for t in a.tensors]
+    return [*graph.initializer, *single, *listed]
+
+def _check_operations(nodes):
+    "Refuse operations that exported nets do not have, and programs within the program"
+    names = {n.op_type if n.domain in ('', 'ai.onnx') else f'{n.domain}.{n.op_type}' for n in nodes}
+    unknown = sorted(names - OPERATIONS)
+    if unknown: raise ValueError(f'it holds the operation {unknown[0]}')
+    attributes = [a for node in nodes for a in node.attribute]
+    if any(a.HasField('g') or a.graphs for a in attributes): raise ValueError('it holds functions or nested graphs')
 
 def _check_parts(onnx, model):
     "Refuse other operations, programs within the program, and weights that are not in the file"
-    nodes = model.graph.node
-    names = {n.op_type if n.domain in ('', 'ai.onnx') else f'{n.domain}.{n.op_type}' for n in nodes}
-    if odd := sorted(names - OPERATIONS): raise ValueError(f'it holds the operation {odd[0]}')
-    nested = any(a.HasField('g') or a.graphs for n in nodes for a in n.attribute)
-    if model.functions or nested: raise ValueError('it holds functions or nested graphs')
-    tensors = _tensors(model.graph)
-    elsewhere = any(t.external_data or t.data_location == onnx.TensorProto.EXTERNAL for t in tensors)
-    if model.graph.sparse_initializer or elsewhere: raise ValueError('it keeps weights in other files')
+    graph = model.graph
+    _check_operations(graph.node)
+    if model.functions: raise ValueError('it holds functions or nested graphs')
+    tensors, external = _tensors(graph), onnx.TensorProto.EXTERNAL
+    elsewhere = any(t.external_data or t.data_location == external for t in tensors)
+    if graph.sparse_initializer or elsewhere: raise ValueError('it keeps weights in other files')
     for t in tensors: onnx.numpy_helper.to_array(t) # its numbers are there
 
 # %% ../../nbs/share/00_predict.ipynb #ff31c2f3
@@ -134,17 +146,18 @@ MAX_WORK = 2**36 # Multiplications for one image; our nets need up to 2**31, wit
 
 def _numbers(value):
     "How many numbers a value of an ONNX graph holds; -1 where that is unknown"
-    shape = value.type.tensor_type.shape
-    dims = [d.dim_value if d.HasField('dim_value') else -1 for d in shape.dim]
-    known = value.type.tensor_type.HasField('shape') and min(dims, default=0) >= 0
-    return math.prod(dims) if known else -1
+    tensor = value.type.tensor_type
+    if not tensor.HasField('shape'): return -1
+    dims = [d.dim_value if d.HasField('dim_value') else -1 for d in tensor.shape.dim]
+    return math.prod(dims) if min(dims, default=0) >= 0 else -1
 
 def _sizes(onnx, model, n):
     "How many numbers each result of an ONNX graph holds for `n` images; -1 where that is unknown"
-    model = onnx.ModelProto.FromString(model.SerializeToString())
-    model.graph.ClearField('value_info') # what it claims
-    for v in model.graph.output: v.type.tensor_type.ClearField('shape')
-    (inp,) = model.graph.input
+    model = onnx.ModelProto.FromString(model.SerializeToString()) # a copy
+    graph = model.graph
+    graph.ClearField('value_info') # what it claims
+    for v in graph.output: v.type.tensor_type.ClearField('shape')
+    (inp,) = graph.input
     inp.type.tensor_type.shape.dim[0].dim_value = n
     inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True).graph
     return {v.name: _numbers(v) for v in (*inferred.value_info, *inferred.output)}
@@ -154,7 +167,8 @@ def _work(node, numbers, weights):
     if node.op_type in ('Conv', 'Gemm'):
         shape = weights.get(node.input[1], (MAX_WORK, MAX_WORK)) # too much, where it is not known
         return numbers * math.prod(shape[1:])
-    return numbers * next((math.prod(a.ints) for a in node.attribute if a.name == 'kernel_shape'), 1)
+    windows = [math.prod(a.ints) for a in node.attribute if a.name == 'kernel_shape']
+    return numbers * windows[0] if windows else numbers
 
 def _check_result(name, one, two):
     "Refuse a result by how many numbers it holds for one image and for two"
@@ -167,10 +181,12 @@ def _check_sizes(onnx, model):
     one, two = _sizes(onnx, model, 1), _sizes(onnx, model, 2)
     weights = {t.name: t.dims for t in model.graph.initializer}
     work = total = 0
-    for node, name in [(n, o) for n in model.graph.node for o in n.output if o]:
-        n = one.get(name, -1)
-        _check_result(name, n, two.get(name, -1))
-        work, total = work + _work(node, n, weights), total + n
+    for node in model.graph.node:
+        for name in filter(None, node.output): # one that is left out has no name
+            n = one.get(name, -1)
+            _check_result(name, n, two.get(name, -1))
+            work += _work(node, n, weights)
+            total += n
     if work > MAX_WORK or total > MAX_TOTAL:
         raise ValueError(f'it takes {work:,} multiplications and {total:,} numbers')
 
@@ -197,25 +213,31 @@ def checked_onnx(
 def _session(ort, data):
     "An onnxruntime session on the CPU, which keeps its warnings to itself"
     options = ort.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 4, torch.get_num_threads()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = torch.get_num_threads()
     return ort.InferenceSession(data, options, providers=['CPUExecutionProvider'])
 
 def _interface(session):
     "(classes, name of the input) of an exported net; an error if it takes or gives anything else"
     note = json.loads(session.get_modelmeta().custom_metadata_map.get('fastcifar', '{}'))
-    classes, (inp,), (out,) = _class_names(note['classes']), session.get_inputs(), session.get_outputs()
+    classes = _class_names(note['classes'])
+    (inp,), (out,) = session.get_inputs(), session.get_outputs()
     free, *size = inp.shape
-    images = inp.type == 'tensor(uint8)' and size == [SIDE, SIDE, 3] and not isinstance(free, int)
-    if not images or out.shape[1:] != [len(classes)]: raise ValueError('its input or output is another')
+    takes_images = inp.type == 'tensor(uint8)' and size == [SIDE, SIDE, 3] and not isinstance(free, int)
+    if not takes_images or out.shape[1:] != [len(classes)]: raise ValueError('its input or output is another')
     return classes, inp.name
+
+def _onnx_bytes(path):
+    "What an ONNX file holds, as far as it can be an exported net"
+    size = path.stat().st_size
+    if size > MAX_FILE:
+        raise FastcifarError(f'{path} has {size:,} bytes, more than any net here: it is no exported net')
+    return checked_onnx(path.read_bytes(), path)
 
 def _from_onnx(path):
     "The predictor of an ONNX file"
     ort = import_extra('onnxruntime', 'onnx', 'running ONNX')
-    size = path.stat().st_size
-    if size > MAX_FILE:
-        raise FastcifarError(f'{path} has {size:,} bytes, more than any net here: it is no exported net')
-    data = checked_onnx(path.read_bytes(), path)
+    data = _onnx_bytes(path)
     try:
         session = _session(ort, data)
         classes, name = _interface(session)
@@ -229,9 +251,10 @@ def _from_onnx(path):
 def _load_program(path):
     "(classes, net) of a file that `fastcifar export` has written"
     if not zipfile.is_zipfile(path): raise ValueError('it is no zip archive') # torch would say so in twenty lines
-    extra = {'fastcifar.json': ''}
+    extra = {'fastcifar.json': ''} # `load` fills it in
     program = torch.export.load(str(path), extra_files=extra)
-    return _class_names(json.loads(extra['fastcifar.json'])['classes']), program.module()
+    note = json.loads(extra['fastcifar.json'])
+    return _class_names(note['classes']), program.module()
 
 def _from_program(path, trust):
     "The predictor of a `torch.export` program"
@@ -240,9 +263,7 @@ def _from_program(path, trust):
                              'if you made it or trust who did, give --trust (trust=True)')
     try: classes, net = _load_program(path)
     except Exception as e: raise FastcifarError(f'{path} is not a program of fastcifar export ({_brief(e)})') from e
-    def predict(images):
-        with torch.inference_mode(): return net(torch.from_numpy(images)).numpy()
-    return Predictor(classes, predict, str(path))
+    return Predictor(classes, _predict_with(net), str(path))
 
 # %% ../../nbs/share/00_predict.ipynb #0d43b7b1
 def open_predictor(
@@ -258,22 +279,24 @@ def open_predictor(
 # %% ../../nbs/share/00_predict.ipynb #50c8f693
 def _warn_left_out(folder, files):
     "Say how many files of a folder are no images by their names"
-    ends = [f.suffix.lower() for f in files]
-    others = collections.Counter(e or 'no ending' for e in ends if e not in IMAGE_SUFFIXES)
+    endings = [f.suffix.lower() for f in files]
+    others = collections.Counter(e or 'no ending' for e in endings if e not in IMAGE_SUFFIXES)
     if not others: return
-    n, kinds = others.total(), ', '.join(f'{k:,} with {e}' for e, k in sorted(others.items()))
+    n = others.total()
     left = f'{n:,} {"file is" if n == 1 else "files are"} left out'
+    kinds = ', '.join(f'{k:,} with {e}' for e, k in sorted(others.items()))
     warnings.warn(f'{folder}: {left}, no images by their names ({kinds})')
 
 def _images_in(source):
     "The image files below a folder, in order; how many others are left out is told"
     folder = Path(source)
-    def hidden(f): return any(p.startswith('.') for p in f.relative_to(folder).parts)
+    def hidden(f): return any(part.startswith('.') for part in f.relative_to(folder).parts)
     files = [f for f in sorted(folder.rglob('*')) if f.is_file() and not hidden(f)]
     _warn_left_out(folder, files)
     images = [f for f in files if f.suffix.lower() in IMAGE_SUFFIXES]
-    if not images: raise FastcifarError(f'{source} holds no images ({", ".join(e[1:] for e in IMAGE_SUFFIXES)})')
-    return images
+    if images: return images
+    kinds = ', '.join(e[1:] for e in IMAGE_SUFFIXES)
+    raise FastcifarError(f'{source} holds no images ({kinds})')
 
 def _from_stdin():
     "The bytes of one image on standard input"
@@ -297,18 +320,27 @@ def find_images(
 # %% ../../nbs/share/00_predict.ipynb #6c47f0d0
 def _top_classes(net, p, top):
     "The part of a row of `predict_files` that the probabilities of an image give"
-    best = [(net.classes[i], float(p[i])) for i in np.argsort(-p, kind='stable')[:top]]
-    return dict(prediction=best[0][0], probability=best[0][1], top=best)
+    likeliest_first = np.argsort(-p, kind='stable')
+    best = [(net.classes[i], float(p[i])) for i in likeliest_first[:top]]
+    prediction, probability = best[0]
+    return dict(prediction=prediction, probability=probability, top=best)
 
-def _classified(net, images, top):
-    "The rows of `predict_files` for some images"
-    pixels, rows = [], []
+def _decoded(images):
+    "(rows of `predict_files` for some images, without predictions; the pixels of those that can be read)"
+    rows, pixels = [], []
     for name, image in images:
         try: pixels.append(decode_image(image, name, convert=True))
         except FastcifarError as e: rows.append(dict(file=name, error=str(e)))
         else: rows.append(dict(file=name))
-    probs = iter(net(np.stack(pixels)) if pixels else ())
-    return [row if 'error' in row else row | _top_classes(net, next(probs), top) for row in rows]
+    return rows, pixels
+
+def _classified(net, images, top):
+    "The rows of `predict_files` for some images"
+    rows, pixels = _decoded(images)
+    readable = [row for row in rows if 'error' not in row]
+    probs = net(np.stack(pixels)) if pixels else ()
+    for row, p in zip(readable, probs): row.update(_top_classes(net, p, top))
+    return rows
 
 def predict_files(
     source, # What `open_predictor` takes
@@ -318,6 +350,7 @@ def predict_files(
 ) -> list: # For each image: dict(file=, prediction=, probability=, top=[(class, probability), ...]), or (file=, error=)
     "Classify images with a trained net; those that cannot be read are named, and the others are classified even so"
     net, images = open_predictor(source, trust), find_images(files)
-    rows = [row for i in range(0, len(images), 1024) for row in _classified(net, images[i:i + 1024], top)]
+    rows = []
+    for i in range(0, len(images), 1024): rows += _classified(net, images[i:i + 1024], top)
     if all('error' in row for row in rows): raise FastcifarError(rows[0]['error'])
     return rows
