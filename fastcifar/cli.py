@@ -9,13 +9,13 @@ __all__ = ['GROUPS', 'COMMANDS', 'HOW', 'command', 'parser', 'main', 'train_comm
            'summary_command']
 
 # %% ../nbs/90_cli.ipynb #375b7275
-import argparse, dataclasses, json, math, os, re, sys, textwrap, typing, warnings
+import argparse, dataclasses, difflib, json, math, numbers, os, re, shutil, sys, textwrap, time, typing, warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import fastcifar
 from . import __version__
-from .basics import (FastcifarError, check_file, command_line, counted, env_number, harmless,
+from .basics import (FastcifarError, check_file, check_name, command_line, counted, env_number, harmless,
                               lenient_output, user_path)
 from .runs.settings import Config, OneOf, RECIPES, Recipe, check_setting_name
 
@@ -25,13 +25,24 @@ GROUPS = ('what', 'how long', 'recipe', 'machine', 'output')
 class _Parser(argparse.ArgumentParser):
     "argparse with options in groups, and errors in one line: what is wrong and what to do"
     def __init__(self, **kwargs):
-        super().__init__(**kwargs, formatter_class=argparse.RawDescriptionHelpFormatter)
+        # An abbreviation such as --model for --model-args would be read as what was not meant
+        super().__init__(**kwargs, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.groups = {title: self.add_argument_group(title) for title in GROUPS}
         self.notes = [] # Paragraphs below the options
 
     def option(self, group, *names, **how): self.groups[group].add_argument(*names, **how)
 
     def error(self, message): raise FastcifarError(f'{message}; see {self.prog} --help')
+
+    def refuse(self, word):
+        "Say that a word is no option of this command, and what may have been meant"
+        options = [o for o in self._option_string_actions if o.startswith('--')]
+        name = word.partition('=')[0]
+        near = difflib.get_close_matches(name, options, n=1)
+        if not word.startswith('-'):
+            instead = f'write --model {word}' if '--model' in options else 'leave it out'
+            self.error(f'{self.prog} takes no {word!r} without an option before it: {instead}')
+        self.error(f'{self.prog} has no option {name}' + (f': did you mean {near[0]}?' if near else ''))
 
 # %% ../nbs/90_cli.ipynb #a060c592
 def _at_least(low, high=math.inf):
@@ -187,7 +198,7 @@ def command(
 def _add_command(subs, name, c):
     "The parser of a command, among the others"
     p = subs.add_parser(name, help=c.help, description=c.help)
-    p.set_defaults(f=c.run)
+    p.set_defaults(f=c.run, parser=p)
     c.options(p)
     p.option('output', '--json', action='store_true', help='print the result as JSON (messages go to stderr)')
     examples = [f'  fastcifar {line}' for line in c.examples]
@@ -217,8 +228,12 @@ def _plain_warnings():
 # %% ../nbs/90_cli.ipynb #151dc114
 def _parsed(argv):
     "The arguments, together with the words as they were typed"
-    args = parser().parse_args(argv)
-    args.typed = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
+    words = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
+    if words and not words[0].startswith('-'): check_name(words[0], COMMANDS, 'command')
+    top = parser()
+    args, unknown = top.parse_known_args(words)
+    if unknown: getattr(args, 'parser', top).refuse(unknown[0])
+    args.typed = words
     return args
 
 def _run(args) -> int:
@@ -305,23 +320,89 @@ def _about(args):
     return _options(args, *_OF_A_RUN)
 
 # %% ../nbs/90_cli.ipynb #949621dd
-def _cell(v):
-    "A value of a table, without markup"
-    from rich.text import Text
-    if v != v: return Text('-') # NaN
-    return Text(f'{v:,}' if isinstance(v, int) else harmless(str(v)))
+def _width():
+    "Columns of the terminal, or of $COLUMNS; 0 in a pipe, which has room for everything"
+    return shutil.get_terminal_size((0, 0)).columns
 
-def _table(t):
-    "A table for a person: fitted to the terminal by rich, plain elsewhere"
-    if not sys.stdout.isatty(): return print(harmless(t.to_string(index=False, na_rep='-')), flush=True)
+def _fold(text):
+    "A paragraph as the terminal has room for it, and of 80 columns at most"
+    return textwrap.fill(text, min(_width() or 80, 80), subsequent_indent='  ', break_on_hyphens=False)
+
+def _cell(v):
+    "A value of a table as text"
+    if v is None or v != v: return '-' # NaN
+    return f'{v:,}' if isinstance(v, numbers.Integral) else harmless(str(v))
+
+def _shortened(text, width):
+    "A text with ~ for its middle where it is too long"
+    from rich.cells import cell_len
+    if cell_len(text) <= width: return text
+    half = (len(text) + 1) // 2
+    head, tail = text[:half], text[half:]
+    while cell_len(f'{head}~{tail}') > width and (head or tail):
+        if cell_len(head) >= cell_len(tail): head = head[:-1]
+        else: tail = tail[1:]
+    return f'{head}~{tail}'
+
+# %% ../nbs/90_cli.ipynb #7aa3cd28
+class _Fitted:
+    "Columns `{name: cells}` of which each begins with its name, as `width` has room for them; 0: whole, for a pipe"
+    def __init__(self, columns, spare, width):
+        self.columns, self.gap, self.left_out, self.width = columns, 2, [], width or 80
+        if self.over() > 0: self.gap = 1
+        if width: self.leave_out(spare)
+
+    def leave_out(self, spare):
+        "Shorten texts and leave columns out as much as is needed"
+        self.shorten(next(iter(self.columns)), 24)
+        for k in spare:
+            if self.over() > 0 and self.columns.pop(k, None): self.left_out.append(k)
+        for k in sorted(self.columns, key=self.widest, reverse=True): self.shorten(k, 12)
+
+    def widest(self, k):
+        from rich.cells import cell_len
+        return max(map(cell_len, self.columns[k]))
+
+    def over(self):
+        "By how much the table is too wide"
+        return sum(map(self.widest, self.columns)) + self.gap * (len(self.columns) - 1) - self.width
+
+    def shorten(self, k, least):
+        "Shorten the texts of a column as much as is needed, but not below `least`"
+        room = max(self.widest(k) - max(self.over(), 0), least)
+        self.columns[k] = [_shortened(cell, room) for cell in self.columns[k]]
+
+    def lines(self, right):
+        "The lines of the table; the columns in `right` are aligned at their right side"
+        padded = [_padded(cells, self.widest(k), k in right) for k, cells in self.columns.items()]
+        return [(' ' * self.gap).join(cells).rstrip() for cells in zip(*padded)]
+
+# %% ../nbs/90_cli.ipynb #690fb0a2
+def _padded(cells, width, right):
+    "Cells of the same width"
+    from rich.cells import cell_len
+    gaps = [' ' * (width - cell_len(cell)) for cell in cells]
+    return [gap + cell if right else cell + gap for cell, gap in zip(cells, gaps)]
+
+def _print_bold(line):
+    "Print a line, bold in a terminal"
+    if not sys.stdout.isatty(): return print(line)
     from rich.console import Console
-    from rich.table import Table
-    table = Table(box=None, header_style='bold', pad_edge=False)
-    for i, k in enumerate(t.columns):
-        side = 'right' if t[k].dtype.kind in 'if' else 'left'
-        table.add_column(str(k), justify=side, overflow='fold', no_wrap=i > 0, min_width=14 if i == 0 else None)
-    for row in t.itertuples(index=False): table.add_row(*map(_cell, row))
-    Console().print(table)
+    from rich.text import Text
+    Console(soft_wrap=True).print(Text(line, 'bold'))
+
+def _table(
+    t, # DataFrame
+    right=(), # Columns of texts that are aligned like numbers
+    spare=(), # Columns that a narrow terminal is not shown, in this order
+):
+    "Print a table as a terminal has room for it"
+    fitted = _Fitted({str(k): [str(k), *map(_cell, t[k])] for k in t.columns}, spare, _width())
+    head, *rows = fitted.lines({*right, *(str(k) for k in t.columns if t[k].dtype.kind in 'iuf')})
+    _print_bold(head)
+    for row in rows: print(row)
+    if fitted.left_out: print(_fold(f'not shown for lack of columns: {", ".join(fitted.left_out)}'))
+    sys.stdout.flush()
 
 # %% ../nbs/90_cli.ipynb #26c2167b
 def _train_options(p):
@@ -379,11 +460,17 @@ HOW = ('workers', 'threads', 'device', 'compile', 'checkpoint_every', 'determini
 def train_command(args) -> dict:
     "Train a net into a run folder, or continue the run that is in it"
     _draw_to_files()
+    from fastcifar.runs.folder import default_out
     from fastcifar.runs.run import train_run
     if args.resume: (c, how), out, typed = _begun(args), args.resume, args.typed
     else: c, how, out, typed = _configured(args), {}, args.out, [*args.typed, *_from_environment(args)]
-    return train_run(c, out, **how | _options(args, *HOW), bars=_bars(args), pictures=not args.no_pictures,
-                     say=_say(args), command=typed)
+    say = _say(args)
+    m = train_run(c, out, **how | _options(args, *HOW), bars=_bars(args), pictures=not args.no_pictures, say=say,
+                  command=typed)
+    if m: # of the first process
+        run = out or default_out(c)
+        say(f'next: {command_line("evaluate", run)}, or {command_line("demo", run)}')
+    return m
 
 # %% ../nbs/90_cli.ipynb #c46ae48a
 def _compare_options(p):
@@ -427,6 +514,18 @@ def _cluster(args):
     if args.address or args.gpus:
         raise FastcifarError('--address and --gpus are for studies on a cluster: add --on ray')
 
+def _show_cells(t):
+    "Print a table of `study_summary`: a row for each cell, accuracies in percent"
+    spare = ['epochs_to_70', 'epochs_to_60', 'sd', *(k for k in ('bs', 'recipe', 'norm') if t[k].nunique() == 1)]
+    idle = [k for k in ('failed', 'epochs_to_70', 'epochs_to_60') if not t[k].fillna(0).any()] # in no row
+    t = t.drop(columns=idle)
+    for k in {'mean', 'sd', 'low', 'high'} & {*t}: t[k] = [None if v != v else f'{v:.2f}' for v in t[k]]
+    titles = dict(mean='mean %', epochs_to_60='to 60%', epochs_to_70='to 70%')
+    _table(t.rename(columns=titles), ('mean %', 'sd', 'low', 'high'), [titles.get(k, k) for k in spare])
+    reached = '; to 60%, to 70%: epochs until then, median' if len(idle) < 2 else ''
+    print(_fold(f'n: finished runs; mean %: of their test accuracy, sd: standard deviation, low and high: the 95% '
+                f'interval of the mean{reached}'))
+
 def _study_result(r, args):
     "What a study found: as JSON has it, or printed"
     from fastcifar.study.statistics import paired_differences, study_answer, study_summary
@@ -434,9 +533,8 @@ def _study_result(r, args):
     if args.json:
         return dict(runs=_records(r), summary=_records(summary), differences=_records(paired_differences(r)),
                     answer=answer, out=args.out)
-    titles = dict(mean='mean %', epochs_to_60='epochs to 60%', epochs_to_70='to 70%')
-    _table(summary.round(2).rename(columns=titles))
-    print('\n'.join(['', *answer, '', f'tables and plots: {args.out}']), flush=True)
+    _show_cells(summary)
+    print('\n'.join(['', *map(_fold, answer), '', f'tables and plots: {args.out}']), flush=True)
 
 @command('compare', 'train models x norms x recipes x batch sizes x seeds and compare them; exit code 1 if a run '
                     'failed', _compare_options,
@@ -538,14 +636,14 @@ def _range_learner(args):
                            stats=c.stats, tfms=c.tfms)
     return recipe_learner(dls, build_model(c, len(data.classes)), c, precision=c.precision), c
 
-def _train_hint(words, c, r):
+def _train_hint(args, c, r):
     "The command that trains as the range test did, at the rates that it found"
-    kept, words = [], iter(words[1:])
+    kept, words, more = [], iter(args.typed[1:]), _from_environment(args)
     for word in words:
         if word == '--plot': next(words)
         elif word.partition('=')[0] not in ('--plot', '--overwrite', '--json'): kept.append(word)
     lowest = dict(lr_min=f'{r.lr_min:.2e}') if c.schedule == 'one_cycle' else {}
-    return command_line('train', *kept, **lowest, lr_max=f'{r.lr_max:.2e}')
+    return command_line('train', *kept, *more, **lowest, lr_max=f'{r.lr_max:.2e}')
 
 @command('find-lr', 'find LRMIN and LRMAX by a learning-rate range test', _find_lr_options,
          'find-lr --data digits --model normnet31k --bs 8',
@@ -565,7 +663,7 @@ def find_lr_command(args) -> dict:
     say(f'LRMIN {r.lr_min:.2e}\nLRMAX {r.lr_max:.2e}{doubt}')
     plot = args.plot if save_plot(lambda: plot_range(r), args.plot, say) else None
     if plot: say(f'wrote {plot}')
-    say(f'to train with these rates: {_train_hint(args.typed, c, r)}')
+    say(f'to train with these rates: {_train_hint(args, c, r)}')
     return dict(lr_min=r.lr_min, lr_max=r.lr_max, note=r.note, plot=plot)
 
 # %% ../nbs/90_cli.ipynb #a7017c48
@@ -791,13 +889,13 @@ def _bench_table(rows):
 
 def _show_bench(r):
     "Print what was measured, and where"
-    _table(_bench_table(r['rows']))
-    print('x: times as fast as the alternative; us, s and %: less is better; low and high: over the rounds\n')
-    for x in r['rows']:
-        told = '; '.join(filter(None, (x['what'], x['per'], x['note'])))
-        print(textwrap.fill(f'{x["name"]}: {told}', 80, subsequent_indent='  '))
+    _table(_bench_table(r['rows']), ('ratio', 'low', 'high', 'ours', 'theirs'), ('ours', 'theirs', 'low', 'high'))
+    print('\n' + _fold('x: times as fast as the alternative; us, s and %: less is better; low and high: over the '
+                       'rounds') + '\n')
+    for x in r['rows']: print(_fold(f'{x["name"]}: ' + '; '.join(filter(None, (x['what'], x['per'], x['note'])))))
     machine = r['machine']
-    print(f'\n{machine["device_name"]}, {machine["cores"]} cores; torch {r["versions"]["torch"]}', flush=True)
+    cores = counted(machine['cores'], 'core')
+    print('\n' + _fold(f'{machine["device_name"]}, {cores}; torch {r["versions"]["torch"]}'), flush=True)
 
 @command('bench', 'time the library against its alternatives, in turns', _bench_options,
          'bench data',
@@ -818,11 +916,28 @@ def _cache_options(p):
     p.option('what', '--clear', metavar='WHAT', help='old (what older versions and broken-off processes have left), '
              'all, or the name of a data set')
 
+_SHOWN = 20 # Rows of the cache; the others are summed up
+
+def _age(seconds):
+    "How long ago something was, in its largest unit"
+    for unit, n in (('d', 86400), ('h', 3600), ('min', 60)):
+        if seconds >= n: return f'{seconds / n:.0f} {unit}'
+    return 'now'
+
+def _cache_rows(t):
+    "Data sets as a terminal has room for them"
+    state = t.what.where(t.free, 'in use').replace('current', 'ready')
+    t = t.assign(state=state, used=(time.time() - t.used).map(_age))
+    for k in ('train', 'test', 'classes'): t[k] = [None if n != n else int(n) for n in t[k]]
+    return t.assign(MB=t.MB.map('{:,.1f}'.format))[['name', 'state', 'used', 'train', 'test', 'classes', 'MB']]
+
 def _show_cache(t):
-    "Print a table of data sets"
-    shown = t.drop(columns=['used', 'path']).rename(columns=dict(what='state'))
-    _table(shown.round(1).astype(object).where(shown.notna(), '-'))
-    print('train, test: images; MB: on this disk; free: not in use by a process; old: of an older version, see --clear')
+    "Print a table of data sets, those that were used last first"
+    t = t.sort_values('used', ascending=False)
+    _table(_cache_rows(t[:_SHOWN]), ('used', 'train', 'test', 'classes', 'MB'), ('classes', 'test'))
+    more = t[_SHOWN:]
+    if len(more): print(f'and {len(more):,} used longer ago, {more.MB.sum():,.1f} MB: see --json')
+    print('\n' + _fold('used: how long ago; train, test: images; MB: on this disk') + '\n')
 
 @command('cache', 'list the decoded data sets that are kept, or clear them', _cache_options,
          'cache',
@@ -830,15 +945,16 @@ def _show_cache(t):
          'cache --clear cifar10')
 def cache_command(args) -> list:
     "List what the cache folder holds, or clear it"
-    from fastcifar.data.cache import cache_root, clear_cache, list_cache
+    from fastcifar.data.cache import cache_root, clear_cache, is_outdated, list_cache
     say = _say(args)
     t = clear_cache(args.clear) if args.clear else list_cache()
     if not args.json and len(t): _show_cache(t)
-    removed = f'removed from {cache_root()}: {len(t)}, ' if args.clear else f'{cache_root()}: '
-    say(f'{removed}{t.MB.sum():,.1f} MB')
+    removed = 'removed from ' if args.clear else ''
+    say(f'{removed}{cache_root()}: {counted(len(t), "data set")}, {t.MB.sum():,.1f} MB')
     kept = list_cache() if args.clear else t
-    busy = kept.name[~kept.free]
+    busy, old = kept.name[~kept.free], kept[is_outdated(kept)]
     if len(busy): say(f'in use: {", ".join(busy)}')
+    if len(old): say(f'no longer needed: {len(old):,}, {old.MB.sum():,.1f} MB: fastcifar cache --clear old')
     return _records(t)
 
 # %% ../nbs/90_cli.ipynb #ffaf18ab
@@ -887,12 +1003,14 @@ def _no_options(p): pass
 
 def _show_models(t):
     "Print what each net is, and what the columns are"
-    shown = t[['model', 'parameters', 'weights']].assign(parameters=t.parameters.map('{:,}'.format))
-    _table(shown.replace('', '-'))
-    print('parameters with 10 classes; weights: norms that come trained with the package', flush=True)
+    print(f'{counted(len(t), "net")} for images of 32x32, as --model takes them:\n')
+    _table(t[['model', 'parameters', 'weights']].replace('', '-'))
+    print('\n' + _fold('parameters: with 10 classes and the norm bn; weights: norms with which trained weights come '
+                       'with the package, as fastcifar predict --from NET takes them') + '\n')
     for r in t.itertuples():
         what = re.sub(r'^[0-9,]+ parameters[:;] ', '', r.what)
-        print(textwrap.fill(f'{r.model}: {what}', 80, subsequent_indent='  '))
+        print(_fold(f'{r.model}: {what}'))
+    print('\nmore: fastcifar summary NET, fastcifar recipes NET', flush=True)
 
 @command('models', 'list the nets', _no_options,
          'models',
@@ -905,9 +1023,52 @@ def models_command(args) -> list:
     if not args.json: _show_models(t)
     return t.to_dict('records')
 
+# %% ../nbs/90_cli.ipynb #4d1e7a02
+def _net_options(p, default=''):
+    "The net of a command about one net"
+    p.add_argument('net', nargs='?', metavar='NET', help=f'see `fastcifar models`{default}')
+    p.option('what', '--model', metavar='NET', help='the same, as other commands take it')
+
+def _net(args):
+    "The net that was given, in one of both ways"
+    if args.net and args.model:
+        raise FastcifarError(f'two nets, {args.net} and {args.model}: give one of them')
+    return args.net or args.model
+
+# %% ../nbs/90_cli.ipynb #4d1e7a03
+def _setting_in_words(v):
+    "A value as a table has room for it"
+    if v is None or v == (): return '-'
+    if isinstance(v, float): return f'{v:.4g}'
+    if isinstance(v, bool): return str(v).lower() # as --set takes it
+    if isinstance(v, dict): return ','.join(f'{k}={_setting_in_words(o)}' for k, o in v.items())
+    if not isinstance(v, tuple): return str(v)
+    if any(isinstance(o, tuple) for o in v): return 'own values' # such as mean and standard deviation
+    return ','.join(map(str, v))
+
+def _as_typed(name):
+    "A setting as `fastcifar train` takes it: one without an option is given with `--set`"
+    return _flag(name) if _RECIPE[name].metadata['option'] else name
+
+def _show_recipes(recipes, model):
+    "Print side by side where recipes differ, then what is the same in all, and what the recipes are"
+    import pandas as pd
+    t = pd.DataFrame(recipes, dtype=object).map(_setting_in_words).rename(index=_as_typed)
+    twins = {n: next(first for first in t if t[first].equals(t[n])) for n in t}
+    t = t[[*dict.fromkeys(twins.values())]]
+    same = (t.nunique(axis=1) == 1) & (len(t.columns) > 1)
+    print(_fold(f'{counted(len(recipes), "recipe")} of {model}, as fastcifar train --recipe takes them:') + '\n')
+    _table(t[~same].reset_index(names='setting'), right=recipes)
+    common = ', '.join(f'{k} {v}' for k, v in t[same].iloc[:, 0].items() if v != '-')
+    if common: print('\n' + _fold(f'the same in all: {common}'))
+    print('\n' + _fold('--name is an option of train, name is changed with --set name=value; -: none, or left to the '
+                       'training; what each does: see `fastcifar train --help`') + '\n')
+    for n, first in twins.items(): print(_fold(f'{n}: {RECIPES[n]}' + (f' (here as {first})' if first != n else '')))
+    sys.stdout.flush()
+
 # %% ../nbs/90_cli.ipynb #3a5ca9ef
 def _recipes_options(p):
-    p.add_argument('model', nargs='?', default='custom_resnet', help='see `fastcifar models` (default: %(default)s)')
+    _net_options(p, f' (default: {Config.model})')
     p.option('recipe', '--recipe', help='which one to save (default: fast)')
     p.option('output', '--save', type=_path, metavar='FILE', help='write the settings of one recipe as a .json file, '
              'to be changed and given to `fastcifar train --recipe FILE`')
@@ -916,27 +1077,11 @@ def _recipes_options(p):
 def _save_recipe(args):
     "Write a recipe as a file that is not there yet"
     from fastcifar.runs.recipes import create_recipe, write_recipe
-    name, file = args.recipe or 'fast', Path(args.save)
+    name, file, model = args.recipe or 'fast', Path(args.save), _net(args) or Config.model
     if file.suffix != '.json': raise FastcifarError(f'cannot save as {file}: give a name that ends in .json')
-    res = write_recipe(file, create_recipe(name, args.model), name, args.model, args.overwrite)
+    res = write_recipe(file, create_recipe(name, model), name, model, args.overwrite)
     _say(args)(f'{file}: change what you like, then: {command_line("train", recipe=file)}')
     return res
-
-def _setting_in_words(v):
-    "A value as a table has room for it"
-    if v is None or v == (): return '-'
-    if isinstance(v, float): return f'{v:.4g}'
-    if not isinstance(v, tuple): return str(v)
-    if any(isinstance(o, tuple) for o in v): return 'own values' # such as mean and standard deviation
-    return ', '.join(map(str, v))
-
-def _show_recipes(recipes):
-    "Print the settings of recipes side by side, and what the recipes are"
-    import pandas as pd
-    t = pd.DataFrame(recipes, dtype=object).map(_setting_in_words)
-    _table(t.reset_index(names='setting'))
-    lines = (textwrap.fill(f'{n}: {RECIPES[n]}', 80, subsequent_indent='  ') for n in recipes)
-    print('\n'.join(['-: none, or left to the training; see `fastcifar train --help`', '', *lines]), flush=True)
 
 @command('recipes', 'print the settings of the recipes of a net', _recipes_options,
          'recipes',
@@ -947,13 +1092,14 @@ def recipes_command(args) -> dict:
     if args.save: return _save_recipe(args)
     if args.recipe: raise FastcifarError('--recipe is the one to save: add --save FILE.json')
     from fastcifar.runs.recipes import create_recipe, recipes_of
-    res = {n: dataclasses.asdict(create_recipe(n, args.model)) for n in recipes_of(args.model)}
-    if not args.json: _show_recipes(res)
+    model = _net(args) or Config.model
+    res = {n: dataclasses.asdict(create_recipe(n, model)) for n in recipes_of(model)}
+    if not args.json: _show_recipes(res, model)
     return res
 
 # %% ../nbs/90_cli.ipynb #3eadfc9f
 def _summary_options(p):
-    p.add_argument('model', help='see `fastcifar models`')
+    _net_options(p)
     _setting_options(p, ('norm', 'groups', 'model_args'), model_args='nothing')
     _count_option(p, 'what', '--size', 'height and width of the image (default: %(default)s)', default=32)
     p.option('what', '--details', action='store_true', help='also list activations and the like')
@@ -976,7 +1122,7 @@ def _summary_net(args):
     twice = [k for k in ('name', 'norm', 'groups', 'pretrained') if k in more]
     if twice:
         raise FastcifarError(f'--model-args has {", ".join(twice)}, which a summary takes otherwise: leave it out')
-    return create_model(args.model, norm=args.norm or Config.norm, **_options(args, 'groups'), **more)
+    return create_model(_net(args), norm=args.norm or Config.norm, **_options(args, 'groups'), **more)
 
 def _draw_summary(args, model, n_in):
     "Draw what was asked for"
@@ -988,15 +1134,34 @@ def _draw_summary(args, model, n_in):
     if args.field: write(plot_field(model, image, args.size, n_in), args.field)
 
 # %% ../nbs/90_cli.ipynb #4fcf008b
+def _kind(r):
+    "Kind and window of a layer in short: `Conv 3x3 s1 p1`"
+    return f'{r.kind.replace("2d", "").replace("Adaptive", "")} {r.window}'.strip()
+
+def _short_layers(t):
+    "`layer_table` for a terminal, and the part that is left out of the names, of which most layers have it"
+    from fastcifar.models.summary import layer_table
+    t = layer_table(t)
+    first = t.layer.str.partition('.')[0].mode()[0]
+    inside = t.layer.str.startswith(f'{first}.')
+    if inside.mean() > .5: t['layer'] = t.layer.str.removeprefix(first).where(inside, t.layer)
+    else: first = None
+    t['kind'] = [*map(_kind, t.itertuples())]
+    t['MMACs'] = [f'{n / 1e6:.2f}' if n else '-' for n in t.MACs]
+    t['params'] = [f'{n:,}' if n else '-' for n in t.parameters]
+    return t[['layer', 'kind', 'output', 'field', 'params', 'MMACs']], first
+
 def _show_summary(t, size):
     "Print the table of layers and what they sum up to"
-    from fastcifar.models.summary import layer_table
-    _table(layer_table(t).rename(columns=dict(parameters='params')))
-    print('window: kernel, s stride, p padding, d dilation, g groups')
-    print('field, jump: how far a value of the output looks, and how far apart two neighbours look, in pixels')
+    shown, first = _short_layers(t)
+    _table(shown, right=('field', 'params', 'MMACs'), spare=('MMACs',))
+    print()
+    if first: print(_fold(f'layer: what begins with a dot is in {first}'))
+    print(_fold('kind: with kernel, s stride, p padding, d dilation, g groups; field: how far a value of the output '
+                'looks, in pixels; MMACs: million multiply-accumulates'))
     n = t.parameters.sum()
-    print(f'{n:,} parameters, {t.MACs.sum():,} multiply-accumulates for an image of {size}x{size}; '
-          f'weights of {4 * n / 1e6:.2f} MB as fp32')
+    print(_fold(f'{n:,} parameters, {t.MACs.sum():,} multiply-accumulates for an image of {size}x{size}; '
+                f'weights of {4 * n / 1e6:.2f} MB as fp32'))
 
 @command('summary', 'every layer of a net: shapes, parameters, multiplications, receptive field', _summary_options,
          'summary normnet31k',
@@ -1007,6 +1172,7 @@ def summary_command(args):
     _draw_to_files()
     from fastcifar.interpret.interpretation import check_plot
     from fastcifar.models.summary import summarize
+    if not _net(args): raise FastcifarError('no net: name one, as in fastcifar summary groupnet; see fastcifar models')
     if args.image and not args.field:
         raise FastcifarError('--image is what receptive fields are drawn over: add --field FILE')
     for f in (args.graph, args.field):

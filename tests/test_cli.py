@@ -222,7 +222,13 @@ BAD = {
     'unknown policy': (['train', '--data', '{tree}', '--policy', 'crop_flop'], "did you mean 'crop_flip'"),
     'unknown norm': (['train', '--data', '{tree}', '--norm', 'batchnorm'], 'no norm named'),
     'unknown data': (['train', '--data', 'cifra10'], "did you mean 'cifar10'"),
-    'unknown command': (['trian'], 'invalid choice'),
+    'unknown command': (['trian'], "did you mean 'train'?"),
+    'unknown option': (['train', '--data', '{tree}', '--epoch', '3'], 'fastcifar train has no option --epoch: did you mean --epochs?'),
+    'abbreviated option': (['summary', '--mod', 'groupnet'], 'fastcifar summary has no option --mod: did you mean --model?'),
+    'net without its option': (['train', 'groupnet', '--data', '{tree}'], 'write --model groupnet'),
+    'no net': (['summary'], 'as in fastcifar summary groupnet'),
+    'two nets': (['summary', 'groupnet', '--model', 'speednet'], 'two nets, groupnet and speednet'),
+    'empty cache': (['cache', '--clear', 'pets'], 'holds no data set to clear'),
     'unknown device': (['train', '--data', '{tree}', '--bs', '20', '--device', 'tpu9'], "no device 'tpu9'"),
     'no such device': (['train', '--data', '{tree}', '--bs', '20', '--device', 'cuda:7'], "no device 'cuda:7'"),
     'batch too large': (['train', '--data', '{tree}', '--bs', '512'], 'larger than the training split of 60'),
@@ -308,16 +314,45 @@ def test_summary_of_grey_images(main):
     rgb = json.loads(main('summary', 'normnet31k', '--json')[1])
     assert sum(r['parameters'] for r in rgb) - sum(r['parameters'] for r in t) == 2 * 9 * 16
 
-def test_lists_fit_a_terminal(main):
-    "Of 80 columns, with a header and what the columns mean"
-    code, out, _ = main('models')
+def shown(main, columns, *args):
+    "What a command prints in a terminal of so many columns, which it does not exceed"
+    with pytest.MonkeyPatch.context() as m:
+        if columns: m.setenv('COLUMNS', str(columns))
+        else: m.delenv('COLUMNS', raising=False)
+        code, out, err = main(*args)
+    assert code == 0, err
+    fitted = [l for l in out.splitlines() if os.environ['FASTCIFAR_CACHE'] not in l] # a path is not shortened
+    assert max(map(len, fitted)) <= (columns or 80), out
+    return out
+
+WIDTHS = pytest.mark.parametrize('columns', [60, 80, None]) # None: a pipe
+
+@WIDTHS
+def test_lists_fit_a_terminal(main, columns):
+    "With a line on what is listed, a header, and what the columns mean"
+    out = shown(main, columns, 'models')
     lines = out.splitlines()
-    assert code == 0 and lines[0].split() == ['model', 'parameters', 'weights'] and 'parameters with 10 classes' in out
-    assert all(n in out for n in list_models()) and max(map(len, lines)) <= 80
-    for net in list_models():
-        code, out, _ = main('recipes', net)
-        assert code == 0 and max(map(len, out.splitlines())) <= 90, net
-        assert '0.20833' not in out and 'see `fastcifar train --help`' in out
+    assert lines[0] == f'{len(list_models())} nets for images of 32x32, as --model takes them:' and lines[1] == ''
+    assert lines[2].split() == ['model', 'parameters', 'weights'] and 'parameters: with 10 classes' in out
+    assert all(n in out for n in list_models())
+
+@WIDTHS
+@pytest.mark.parametrize('net', list_models())
+def test_recipes_fit_a_terminal(main, columns, net):
+    out = ' '.join(shown(main, columns, 'recipes', net).split())
+    recipes = json.loads(main('recipes', '--model', net, '--json')[1])
+    assert out.startswith(f'{len(recipes)} recipes of {net}, as fastcifar train --recipe takes them: setting one_cycle')
+    assert '0.20833' not in out and 'see `fastcifar train --help`' in out
+    common = out.partition('the same in all: ')[2].partition(' --name is an option')[0]
+    for k in ('gamma', 'update_norm', 'eps', 'mom', 'anneal'):
+        alike = len({r[k] for r in recipes.values()}) == 1
+        assert bool(re.search(rf'\b{k} ', common)) == alike, k
+    assert all(f' {n}: ' in out for n in recipes)
+
+def test_recipes_that_are_alike_share_a_column(main):
+    out = main('recipes', 'speednet')[1]
+    header = next(l for l in out.splitlines() if l.startswith('setting'))
+    assert header.split() == ['setting', 'one_cycle', 'reference'] and '(here as reference)' in out
 
 @pytest.mark.parametrize('more, lowest', [((), True), (('--recipe', 'reference', '--norm', 'gn'), False)])
 def test_a_range_test_names_the_training(main, tree, more, lowest):
@@ -333,6 +368,36 @@ def test_a_range_test_names_the_training(main, tree, more, lowest):
     code, _, err = main(*words[1:], '--epochs', 1, '--no-pictures', '--out', 'r')
     assert code == 0, err
 
-def test_a_summary_fits_a_page(main):
-    code, out, _ = main('summary', 'groupnet')
-    assert code == 0 and '3x3 s2 p1 g4' in out and max(map(len, out.splitlines()[:-3])) <= 100
+@WIDTHS
+@pytest.mark.parametrize('net', list_models())
+def test_a_summary_fits_a_terminal(main, columns, net):
+    out = shown(main, columns, 'summary', net)
+    header = out.splitlines()[0].split()
+    assert header[:5] == ['layer', 'kind', 'output', 'field', 'params']
+    assert header[5:] == ['MMACs'] or 'not shown for lack of columns: MMACs' in out and columns == 60
+    rows = json.loads(main('summary', '--model', net, '--json')[1])
+    assert len(out.partition('\n\n')[0].splitlines()) == len(rows) + (2 if header[5:] == [] else 1)
+    if net == 'groupnet': assert '.1.conv' in out and 'Conv 3x3 s2 p1 g4' in out and 'in features' in out
+
+def test_a_cache_of_many_sets_fits_a_terminal(main, tree, tmp_path):
+    "The newest first, the others summed up, names shortened"
+    from fastcifar.data.cache import cache_root, list_cache
+    from fastcifar.data.load import load_data
+    made = Path(load_data(tree).folder)
+    names = [f'{"squares of many colours " * 3}{k}' for k in range(24)]
+    for k, name in enumerate(names):
+        copy = cache_root()/f'{k:032x}-3'
+        shutil.copytree(made, copy)
+        meta = json.loads((copy/'meta.json').read_text())
+        place = str(tree if k < 3 else tmp_path/'gone')
+        (copy/'meta.json').write_text(json.dumps(meta | dict(name=name, known=None, place=place)))
+        os.utime(copy, (time.time() - 86400 * (30 - k),) * 2)
+    for columns in (60, 80):
+        out = shown(main, columns, 'cache')
+        first, *rows = out.partition('\n\n')[0].splitlines()
+        assert first.split()[:3] == ['name', 'state', 'used'] and len(rows) == 21
+        assert 'in use' in rows[0] and 'now' in rows[0] and [r.split(' d ')[0].split()[-1] for r in rows[1:4]] == ['7', '8', '9']
+        assert rows[20].startswith('and 5 used longer ago, ')
+        assert ': 25 data sets, ' in out and 'no longer needed: 24, ' in out
+        assert out.splitlines()[-1].endswith(' MB: fastcifar cache --clear old')
+    assert main('cache', '--clear', 'old')[0] == 0 and len(list_cache()) == 1
