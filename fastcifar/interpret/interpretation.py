@@ -117,6 +117,14 @@ def _line_heights(lines, fontsize, tile):
     def rows(tiles): return max((text.count('\n') + 1 for _, text, _ in tiles if text), default=0)
     return [1.06 + row * rows(tiles) for _, tiles in lines]
 
+def _draw_lines(ax, lines, heights, fontsize):
+    "Draw lines of tiles below each other, from 0 down; returns the lower edge of the last"
+    y = 0.
+    for (label, tiles), height in zip(lines, heights):
+        y -= height
+        _draw_line(ax, y, label, tiles, fontsize)
+    return y
+
 def _mosaic(lines, title, cols, figsize=None, nothing=_NOTHING):
     """A figure of lines (label, tiles), see `_draw_line`; a tile is 1 wide and high, with room for its text above. It
     says `nothing` where there is no tile"""
@@ -126,12 +134,9 @@ def _mosaic(lines, title, cols, figsize=None, nothing=_NOTHING):
     heights = _line_heights(lines, fontsize, tile)
     size = figsize or (_STEP * tile * cols + _MARGIN, tile * sum(heights) + .5)
     fig, ax = plt.subplots(figsize=size, layout='constrained')
-    y = 0. # from the top down
-    for (label, tiles), height in zip(lines, heights):
-        y -= height
-        _draw_line(ax, y, label, tiles, fontsize)
-    labelled = any(label for label, _ in lines)
-    ax.set(xlim=(-.3 if labelled else 0, _STEP * cols - .08), ylim=(y, 0))
+    lower = _draw_lines(ax, lines, heights, fontsize)
+    left = -.3 if any(label for label, _ in lines) else 0 # room for labels
+    ax.set(xlim=(left, _STEP * cols - .08), ylim=(lower, 0))
     ax.axis('off')
     fig.suptitle(title)
     return fig
