@@ -514,14 +514,18 @@ def _cluster(args):
     if args.address or args.gpus:
         raise FastcifarError('--address and --gpus are for studies on a cluster: add --on ray')
 
+def _decimals(v, how): return None if v is None or v != v else format(v, how)
+
 def _show_cells(t):
     "Print a table of `study_summary`: a row for each cell, accuracies in percent"
     spare = ['epochs_to_70', 'epochs_to_60', 'sd', *(k for k in ('bs', 'recipe', 'norm') if t[k].nunique() == 1)]
     idle = [k for k in ('failed', 'epochs_to_70', 'epochs_to_60') if not t[k].fillna(0).any()] # in no row
     t = t.drop(columns=idle)
-    for k in {'mean', 'sd', 'low', 'high'} & {*t}: t[k] = [None if v != v else f'{v:.2f}' for v in t[k]]
+    for k in t.columns.intersection(['mean', 'sd', 'low', 'high']): t[k] = [_decimals(v, '.2f') for v in t[k]]
+    for k in t.columns.intersection(['epochs_to_60', 'epochs_to_70']): t[k] = [_decimals(v, 'g') for v in t[k]]
     titles = dict(mean='mean %', epochs_to_60='to 60%', epochs_to_70='to 70%')
-    _table(t.rename(columns=titles), ('mean %', 'sd', 'low', 'high'), [titles.get(k, k) for k in spare])
+    right = 'mean %', 'sd', 'low', 'high', 'to 60%', 'to 70%'
+    _table(t.rename(columns=titles), right, [titles.get(k, k) for k in spare])
     reached = '; to 60%, to 70%: epochs until then, median' if len(idle) < 2 else ''
     print(_fold(f'n: finished runs; mean %: of their test accuracy, sd: standard deviation, low and high: the 95% '
                 f'interval of the mean{reached}'))
