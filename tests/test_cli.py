@@ -226,6 +226,7 @@ BAD = {
     'unknown option': (['train', '--data', '{tree}', '--epoch', '3'], 'fastcifar train has no option --epoch: did you mean --epochs?'),
     'abbreviated option': (['summary', '--mod', 'groupnet'], 'fastcifar summary has no option --mod: did you mean --model?'),
     'net without its option': (['train', 'groupnet', '--data', '{tree}'], 'write --model groupnet'),
+    'no number': (['train', '--data', '{tree}', '--lr-max', 'abc'], "'abc' is not a number, such as 0.01"),
     'no net': (['summary'], 'as in fastcifar summary groupnet'),
     'two nets': (['summary', 'groupnet', '--model', 'speednet'], 'two nets, groupnet and speednet'),
     'empty cache': (['cache', '--clear', 'pets'], 'holds no data set to clear'),
@@ -260,6 +261,14 @@ def test_bad_input_is_one_line(name, tree, main):
     lines = [l for l in err.splitlines() if l.startswith('fastcifar: ')]
     assert code == 2 and len(lines) == 1 and says in lines[0] and 'Traceback' not in err
     assert snapshot(tree) == before
+
+@pytest.mark.parametrize('args', ['evaluate s', 'export s', 'record s --out r.jsonl', 'train --resume s',
+                                  'predict --from s x.png'])
+def test_a_study_is_no_run(args, main, tmp_path):
+    (tmp_path/'s').mkdir()
+    (tmp_path/'s/study.json').write_text('{}')
+    code, _, err = main(*args.split())
+    assert code == 2 and err == f'fastcifar: s is a study: give one of its runs, such as those in {Path("s/runs")}\n'
 
 def damaged(tree, folder, what):
     shutil.copytree(tree, folder)
