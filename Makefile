@@ -35,7 +35,7 @@ test: .venv/installed
 	$(say) 'notebooks and fastcifar/ hold the same code?'
 	@$(BIN)/python tools/drift.py
 	$(say) 'running every notebook'
-	@CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	@cache=$$(mktemp -d); FASTCIFAR_CACHE=$$cache CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2; code=$$?; rm -rf $$cache; exit $$code
 	$(say) 'running the tests'
 	@CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 

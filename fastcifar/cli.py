@@ -53,6 +53,11 @@ def _at_least(low, high=math.inf):
         raise argparse.ArgumentTypeError(f'{text!r} is not {wanted}')
     return number
 
+def _number(text):
+    "A number, with an error in plain words"
+    try: return float(text)
+    except ValueError: raise argparse.ArgumentTypeError(f'{text!r} is not a number, such as 0.01') from None
+
 def _path(text):
     "A path without its `~`, which a shell leaves in --out=~/x; with an error if it cannot be used"
     return text and str(user_path(text))
@@ -110,7 +115,7 @@ def _reader(f) -> dict:
     if int in types: return dict(type=_at_least(f.metadata['rule'].low), metavar='N')
     if dict in types: return dict(type=_arguments, metavar='NAME=VALUE')
     if tuple in types: return dict(type=_whole, metavar='N,N')
-    return dict(type=float) if float in types else {}
+    return dict(type=_number) if float in types else {}
 
 # %% ../nbs/90_cli.ipynb #37bfeb75
 def _help(f, default='') -> str:
@@ -303,6 +308,11 @@ def _from_environment(args):
     "Words that say what was not given, but found in the environment"
     return ['--data', _data(args)] if not args.data and os.environ.get('FASTCIFAR_DATA') else []
 
+def _check_run(folder):
+    "Refuse a study where a run is wanted"
+    if (Path(folder)/'study.json').exists():
+        raise FastcifarError(f'{folder} is a study: give one of its runs, such as those in {Path(folder)/"runs"}')
+
 def _options(args, *names):
     "Those of some options that were given"
     return {k: v for k in names if (v := getattr(args, k, None)) is not None}
@@ -435,6 +445,7 @@ def _begun(args):
     if other:
         names = ', '.join(map(_flag, other))
         raise FastcifarError(f'--resume goes on with the settings of the run: leave out {names}')
+    _check_run(args.resume)
     c = run_config(args.resume)
     c.data = args.data or data_source(args.resume)
     return c, begun_with(args.resume)
@@ -502,7 +513,7 @@ def _study_machine_options(p):
              help='this machine, or a Ray cluster that shares a file system with it (default: %(default)s)')
     p.option('machine', '--address', help='of the Ray cluster, such as auto or ray://host:10001 (default: a new '
              'one on this machine)')
-    p.option('machine', '--gpus', type=float, default=0., metavar='SHARE',
+    p.option('machine', '--gpus', type=_number, default=0., metavar='SHARE',
              help='GPUs of each run on Ray; .25 lets four runs share one (default: none)')
 
 # %% ../nbs/90_cli.ipynb #8f4fbbaa
@@ -514,14 +525,18 @@ def _cluster(args):
     if args.address or args.gpus:
         raise FastcifarError('--address and --gpus are for studies on a cluster: add --on ray')
 
+def _decimals(v, how): return None if v is None or v != v else format(v, how)
+
 def _show_cells(t):
     "Print a table of `study_summary`: a row for each cell, accuracies in percent"
     spare = ['epochs_to_70', 'epochs_to_60', 'sd', *(k for k in ('bs', 'recipe', 'norm') if t[k].nunique() == 1)]
     idle = [k for k in ('failed', 'epochs_to_70', 'epochs_to_60') if not t[k].fillna(0).any()] # in no row
     t = t.drop(columns=idle)
-    for k in {'mean', 'sd', 'low', 'high'} & {*t}: t[k] = [None if v != v else f'{v:.2f}' for v in t[k]]
+    for k in t.columns.intersection(['mean', 'sd', 'low', 'high']): t[k] = [_decimals(v, '.2f') for v in t[k]]
+    for k in t.columns.intersection(['epochs_to_60', 'epochs_to_70']): t[k] = [_decimals(v, 'g') for v in t[k]]
     titles = dict(mean='mean %', epochs_to_60='to 60%', epochs_to_70='to 70%')
-    _table(t.rename(columns=titles), ('mean %', 'sd', 'low', 'high'), [titles.get(k, k) for k in spare])
+    right = 'mean %', 'sd', 'low', 'high', 'to 60%', 'to 70%'
+    _table(t.rename(columns=titles), right, [titles.get(k, k) for k in spare])
     reached = '; to 60%, to 70%: epochs until then, median' if len(idle) < 2 else ''
     print(_fold(f'n: finished runs; mean %: of their test accuracy, sd: standard deviation, low and high: the 95% '
                 f'interval of the mean{reached}'))
@@ -743,7 +758,7 @@ def evaluate_command(args) -> dict:
     _draw_to_files()
     from fastcifar.runs.artifacts import draw_interpretation
     from fastcifar.runs.reopen import evaluate_run
-    _check_evaluation(args)
+    _check_run(args.run), _check_evaluation(args)
     i = evaluate_run(args.run, args.data, args.device, _bars(args))
     say, out = _say(args), Path(args.plots) if args.plots else None
     res = _show_evaluation(i, say)
@@ -818,6 +833,7 @@ def _predict_options(p):
 def predict_command(args) -> list:
     "Classify images with a trained net"
     from fastcifar.share.predict import predict_files
+    _check_run(getattr(args, 'from'))
     res = predict_files(getattr(args, 'from'), args.files, args.top, args.trust)
     for r in res:
         if 'error' in r: print(harmless(f'fastcifar: {r["error"]}'), file=sys.stderr, flush=True)
@@ -844,6 +860,7 @@ def export_command(args) -> dict:
     "Write a finished run as a folder to share"
     _draw_to_files()
     from fastcifar.share.export import export_run
+    _check_run(args.run)
     out, say = args.out or f'{Path(args.run).resolve()}-export', _say(args)
     c = export_run(args.run, out, not args.no_onnx, args.pt2, args.data)
     if 'onnx' in c:
@@ -970,6 +987,7 @@ def _record_options(p):
 def record_command(args) -> dict:
     "Write records of finished runs"
     from fastcifar.runs.replay import write_records
+    for run in args.runs: _check_run(run)
     write_records(args.runs, args.out, args.overwrite)
     again = command_line('replay', f'{args.out}:1')
     _say(args)(f'{counted(len(args.runs), "run")} in {args.out}; the first again: {again}')

@@ -226,6 +226,7 @@ BAD = {
     'unknown option': (['train', '--data', '{tree}', '--epoch', '3'], 'fastcifar train has no option --epoch: did you mean --epochs?'),
     'abbreviated option': (['summary', '--mod', 'groupnet'], 'fastcifar summary has no option --mod: did you mean --model?'),
     'net without its option': (['train', 'groupnet', '--data', '{tree}'], 'write --model groupnet'),
+    'no number': (['train', '--data', '{tree}', '--lr-max', 'abc'], "'abc' is not a number, such as 0.01"),
     'no net': (['summary'], 'as in fastcifar summary groupnet'),
     'two nets': (['summary', 'groupnet', '--model', 'speednet'], 'two nets, groupnet and speednet'),
     'empty cache': (['cache', '--clear', 'pets'], 'holds no data set to clear'),
@@ -260,6 +261,14 @@ def test_bad_input_is_one_line(name, tree, main):
     lines = [l for l in err.splitlines() if l.startswith('fastcifar: ')]
     assert code == 2 and len(lines) == 1 and says in lines[0] and 'Traceback' not in err
     assert snapshot(tree) == before
+
+@pytest.mark.parametrize('args', ['evaluate s', 'export s', 'record s --out r.jsonl', 'train --resume s',
+                                  'predict --from s x.png'])
+def test_a_study_is_no_run(args, main, tmp_path):
+    (tmp_path/'s').mkdir()
+    (tmp_path/'s/study.json').write_text('{}')
+    code, _, err = main(*args.split())
+    assert code == 2 and err == f'fastcifar: s is a study: give one of its runs, such as those in {Path("s/runs")}\n'
 
 def damaged(tree, folder, what):
     shutil.copytree(tree, folder)
@@ -348,6 +357,26 @@ def test_recipes_fit_a_terminal(main, columns, net):
         alike = len({r[k] for r in recipes.values()}) == 1
         assert bool(re.search(rf'\b{k} ', common)) == alike, k
     assert all(f' {n}: ' in out for n in recipes)
+
+def test_a_finished_training_says_what_can_be_done_next(run, main):
+    out, said = run
+    assert said.splitlines()[-1] == f'next: fastcifar evaluate {out}, or fastcifar demo {out}'
+    assert main('train', '--resume', out)[1].splitlines()[-1] == said.splitlines()[-1]
+
+@pytest.mark.parametrize('columns', [60, None])
+def test_cells_of_a_study_fit_a_terminal(columns, capsys, monkeypatch):
+    "What no cell has is no column"
+    from fastcifar.cli import _show_cells
+    monkeypatch.setenv('COLUMNS', str(columns or 0))
+    cell = dict(model='custom_resnet', norm='ln_chw', recipe='reference', bs=512, n=5, failed=0, mean=91.234, sd=1.5, low=88.,
+                high=93.21, epochs_to_60=2., epochs_to_70=None)
+    t = pd.DataFrame([cell, cell | dict(norm='bn', epochs_to_60=12.)])
+    _show_cells(t)
+    header, row = capsys.readouterr().out.splitlines()[:2]
+    assert 'failed' not in header and 'to 70%' not in header and '91.23' in row and '88.00' in row
+    assert ('to 60%' in header) == (columns is None) and len(row) <= (columns or 80)
+    _show_cells(t.assign(failed=[0, 2]))
+    assert 'failed' in capsys.readouterr().out.splitlines()[0]
 
 def test_recipes_that_are_alike_share_a_column(main):
     out = main('recipes', 'speednet')[1]

@@ -59,7 +59,7 @@ out = io.StringIO()
 with contextlib.redirect_stdout(out):
     for args in (['models'], ['recipes', 'tinynet']): assert main(args) == 0
 assert re.search('^ *tinynet +[0-9,]+ +-$', out.getvalue(), re.M) and 'tinynet: Two convolutions' in out.getvalue()
-assert re.search('^ *policy +- +flip +small_crop_flip', out.getvalue(), re.M)
+assert re.search('^--policy +- +flip +small_crop_flip', out.getvalue(), re.M)
 for tfms in ('item', 'batch'):
     quick = dict(data=sys.argv[1], epochs=1, bs=20, tfms=tfms, precision='fp32')
     c = configure('fast', 'tinynet', policy='gentle_flip', **quick)

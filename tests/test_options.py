@@ -273,10 +273,10 @@ for name in ('train', 'compare', 'sweep', 'find-lr'):
 assert 'torch' not in sys.modules
 code, text = run('train', '--sharpness', '2')
 assert (code, text) == (2, 'fastcifar: sharpness is 2.0: choose a value of at least 0 and below 2'), text
-assert run('train', '--sharpness', 'x')[1].startswith('fastcifar: argument --sharpness: invalid float value')
+assert run('train', '--sharpness', 'x')[1].startswith("fastcifar: argument --sharpness: 'x' is not a number")
 assert "no tilt named 'lef': did you mean 'left'?" in run('find-lr', '--set', 'tilt=lef')[1]
 code, text = run('recipes', 'normnet31k')
-assert 'sharpness 0 0 0' in text and 'tilt left left left' in text, text
+assert '--sharpness 0' in text and 'tilt left' in text, text
 run('recipes', 'normnet31k', '--save', 'mine.json')
 with open('mine.json') as f: saved = json.load(f)
 assert saved['settings']['sharpness'] == 0 and saved['settings']['tilt'] == 'left'

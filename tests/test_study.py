@@ -160,7 +160,7 @@ def test_summary(main, tmp_path):
     assert sum(r['parameters'] for r in t) == 178_178
     assert (tmp_path/'g.svg').read_text().count('<path') > 20 and (tmp_path/'f.png').stat().st_size > 5000
     code, said, _ = main('summary', 'normnet31k')
-    assert code == 0 and '31,216 parameters' in said and 'AvgPool2d' in said
+    assert code == 0 and '31,216 parameters' in said and 'AvgPool 4x4' in said
     said = 'fastcifar: group norm with 3 groups does not fit 16 channels: choose a number that divides 16\n'
     assert main('summary', 'normnet31k', '--norm', 'gn', '--groups', 3)[::2] == (2, said)
     assert main('summary', 'normnet31k', '--size', 4)[0] == 2
