@@ -64,7 +64,7 @@ def row(name:str, paths:list, books:list) -> tuple:
     lengths = np.array([l for p in paths for l in line_lengths(p)])
     per_cell, shown = zip(*(c for b in books for c in defining_cells(b)))
     def quantiles(values, *q): return ' / '.join(f'{v:.0f}' for v in np.quantile(values, q))
-    def over(limit): return f'{(lengths > limit).mean():.1%}'.replace('%', ' %')
+    def over(limit): return f'{(lengths > limit).mean():.1%}'
     return (name, quantiles(lines, .5, .9), quantiles(nodes, .5, .9), quantiles(lengths, .9, .99),
             f'{over(120)} / {over(160)}', f'{np.mean(per_cell):.1f} ({max(per_cell)})', f'{100 * np.mean(shown):.0f}%')
 
