@@ -136,6 +136,7 @@ def test_tables_of_the_nets_come_from_the_nets_and_runs():
 def test_the_sentence_of_speed_comes_from_benchmarks():
     files = (ROOT/f'benchmarks/{n}.json' for n in ('data', 'step'))
     ratio = {r['name']: r['ratio'] for f in files for r in json.loads(f.read_text())['rows']}
-    times, ours, theirs = re.search(r'ready (\d+) times .*? takes (\d+) µs .*? fastai takes (\d+)', README, re.S).groups()
+    numbers = r'ready (\d+) \(.*?\) times .*? takes (\d+) \(.*?\) µs .*? fastai takes (\d+)'
+    times, ours, theirs = re.search(numbers, README, re.S).groups()
     assert int(times) == round(ratio['default/datablock'])
     assert (int(ours), int(theirs)) == (round(ratio['step/overhead_us']), round(ratio['step/fastai_overhead_us']))
