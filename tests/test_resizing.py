@@ -1,5 +1,5 @@
 "Small images first: which size an epoch has, which nets take it, and that nothing else about a training changes."
-import dataclasses, json, math, os, re, signal, subprocess, sys, time
+import contextlib, dataclasses, io, json, math, os, re, signal, subprocess, sys, time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,12 +15,14 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from fastcifar.basics import FastcifarError, seed_everything
+from fastcifar.cli import _show_recipes
 from fastcifar.data.images import ImageData
 from fastcifar.data.load import Arrays
 from fastcifar.models.zoo import create_model, list_models
 from fastcifar.runs.config import build_model, configure, upgrade_config
 from fastcifar.runs.fit import fit_recipe, recipe_learner
 from fastcifar.runs.fused import fused_learner
+from fastcifar.runs.recipes import create_recipe
 from fastcifar.runs.settings import Config, Recipe
 from fastcifar.train.callbacks import ProgressiveResizing, check_sizes
 
@@ -212,8 +214,12 @@ def test_a_range_test_says_its_size(main, tmp_path):
 def test_where_it_is_shown(main):
     code, said, _ = main('recipes', 'groupnet', '--json')
     assert code == 0 and json.loads(said)['fast']['sizes'] == []
-    code, said, _ = main('recipes', 'groupnet')
-    assert any(line.split()[0] == 'sizes' for line in said.splitlines() if line.strip())
+    recipes = {name: dataclasses.asdict(create_recipe('fast', 'groupnet')) | dict(sizes=sizes)
+               for name, sizes in (('reference', ()), ('fast', (24, 28, 32)))}
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said): _show_recipes(recipes, 'groupnet')
+    rows = [line.split() for line in said.getvalue().splitlines()]
+    assert ['--sizes', '-', '24,28,32'] in rows
 
 def test_runs_from_before_have_none():
     saved = dataclasses.asdict(Config())
