@@ -223,8 +223,10 @@ BAD = {
     'unknown norm': (['train', '--data', '{tree}', '--norm', 'batchnorm'], 'no norm named'),
     'unknown data': (['train', '--data', 'cifra10'], "did you mean 'cifar10'"),
     'unknown command': (['trian'], "did you mean 'train'?"),
-    'unknown option': (['train', '--data', '{tree}', '--epoch', '3'], 'fastcifar train has no option --epoch: did you mean --epochs?'),
-    'abbreviated option': (['summary', '--mod', 'groupnet'], 'fastcifar summary has no option --mod: did you mean --model?'),
+    'unknown option': (['train', '--data', '{tree}', '--epoch', '3'],
+                       'fastcifar train has no option --epoch: did you mean --epochs?'),
+    'abbreviated option': (['summary', '--mod', 'groupnet'],
+                           'fastcifar summary has no option --mod: did you mean --model?'),
     'net without its option': (['train', 'groupnet', '--data', '{tree}'], 'write --model groupnet'),
     'no number': (['train', '--data', '{tree}', '--lr-max', 'abc'], "'abc' is not a number, such as 0.01"),
     'no net': (['summary'], 'as in fastcifar summary groupnet'),
@@ -368,8 +370,8 @@ def test_cells_of_a_study_fit_a_terminal(columns, capsys, monkeypatch):
     "What no cell has is no column"
     from fastcifar.cli import _show_cells
     monkeypatch.setenv('COLUMNS', str(columns or 0))
-    cell = dict(model='custom_resnet', norm='ln_chw', recipe='reference', bs=512, n=5, failed=0, mean=91.234, sd=1.5, low=88.,
-                high=93.21, epochs_to_60=2., epochs_to_70=None)
+    cell = dict(model='custom_resnet', norm='ln_chw', recipe='reference', bs=512, n=5, failed=0,
+                mean=91.234, sd=1.5, low=88., high=93.21, epochs_to_60=2., epochs_to_70=None)
     t = pd.DataFrame([cell, cell | dict(norm='bn', epochs_to_60=12.)])
     _show_cells(t)
     header, row = capsys.readouterr().out.splitlines()[:2]
@@ -425,7 +427,8 @@ def test_a_cache_of_many_sets_fits_a_terminal(main, tree, tmp_path):
         out = shown(main, columns, 'cache')
         first, *rows = out.partition('\n\n')[0].splitlines()
         assert first.split()[:3] == ['name', 'state', 'used'] and len(rows) == 21
-        assert 'in use' in rows[0] and 'now' in rows[0] and [r.split(' d ')[0].split()[-1] for r in rows[1:4]] == ['7', '8', '9']
+        days = [r.split(' d ')[0].split()[-1] for r in rows[1:4]]
+        assert 'in use' in rows[0] and 'now' in rows[0] and days == ['7', '8', '9']
         assert rows[20].startswith('and 5 used longer ago, ')
         assert ': 25 data sets, ' in out and 'no longer needed: 24, ' in out
         assert out.splitlines()[-1].endswith(' MB: fastcifar cache --clear old')

@@ -1,6 +1,6 @@
 """The documentation: every page built, linked, filled and readable, and every public name in it. Built once, as
 `make docs` does, into a temporary folder."""
-import ast, base64, functools, http.server, importlib, inspect, json, re, subprocess, sys, threading
+import ast, functools, http.server, importlib, inspect, json, re, subprocess, sys, threading
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
@@ -197,35 +197,6 @@ def test_a_tutorial_is_installed_in_colab_alone(monkeypatch, in_colab):
     assert f'git clone -q --depth 1 {setting("git_url")} /content/fastcifar' in fetch
     assert enter.split()[-1] == '/content/fastcifar/nbs/tutorials' and (ROOT/enter.split('fastcifar/')[1]).is_dir()
     assert install == '%pip install -q "/content/fastcifar[onnx]"'
-
-# Pictures
-
-def widths_of(cell):
-    "Of the pictures that a cell shows, in pixels"
-    pictures = [o['data']['image/png'] for o in cell['outputs'] if 'image/png' in o.get('data', {})]
-    return [int.from_bytes(base64.b64decode(p)[16:20], 'big') for p in pictures]
-
-def bad_pictures(cell) -> list:
-    "What is wrong with the pictures of a cell: shown twice or not at all, or wider than 9 inches"
-    if cell['cell_type'] != 'code': return []
-    source, widths = ''.join(cell['source']), widths_of(cell)
-    hidden = re.search(r'^[^#=]*\b(plot_\w+|show_samples)\(.*\);$', source, re.M) # a closed figure is the cell's value
-    wanted = '#| fig-alt' in source
-    return [*['hidden'] * bool(hidden and not widths), *['not once'] * (wanted and len(widths) != 1),
-            *['wide'] * any(w > 930 for w in widths)] # at 100 dots an inch, with what matplotlib puts around
-
-def test_every_picture_is_shown_once():
-    notebooks = [p for p in (ROOT/'nbs').rglob('*.ipynb') if not p.name.startswith('_')]
-    cells = {str(p.relative_to(ROOT)): json.loads(p.read_text())['cells'] for p in notebooks}
-    assert {(n, c['id'], *bad) for n, cs in cells.items() for c in cs if (bad := bad_pictures(c))} == set()
-
-@pytest.mark.parametrize('source,widths,bad', [
-    ('plot_curves(h)', [911], []), ('plot_curves(h);', [], ['hidden']), ('#| fig-alt: "a cat"\nplot(x)', [], ['not once']),
-    ('#| fig-alt: "a cat"\nplot(x)', [600, 600], ['not once']), ('learn.recorder.plot_sched()', [1019], ['wide']),
-    ('print(1)', [], [])])
-def test_bad_pictures_are_noticed(source, widths, bad):
-    def output(w): return {'data': {'image/png': base64.b64encode(bytes(16) + w.to_bytes(4, 'big')).decode()}}
-    assert bad_pictures(dict(cell_type='code', source=[source], outputs=[*map(output, widths)])) == bad
 
 # Every public name
 

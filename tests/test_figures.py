@@ -91,6 +91,17 @@ def test_page_of_results_shows_the_records():
         [row] = [row for row in shown if row[:2] == [r.model, f'{r.a} - {r.b}']]
         assert row[2] == f'{r.difference:+.2f}' and row[4:] == [str(r.n), f'{r.p_holm:.4f}']
 
+def test_the_main_job_is_shown_as_its_files_and_its_record_say():
+    "On the page of results and in its tutorial"
+    folder = RunFolder(ROOT/'results/lossless/custom_resnet')
+    m = folder.metrics()
+    runs = records_table(ROOT/'results/lossless/one_cycle_custom_resnet.jsonl')
+    assert m['test_accuracy'] in set(runs.test_accuracy) and folder.lr_range().lr_max == m['lr_max']
+    accuracy, lo, hi = f'{100 * m["test_accuracy"]:.2f}', f'{m["lr_min"]:.2e}', f'{m["lr_max"]:.2e}'
+    [row] = [r for r in tables(ROOT/'nbs/pages/results.ipynb') if r[:2] == [lo, hi]]
+    assert accuracy in row and row[-1] == str(m['wrong'])
+    assert f'{accuracy}% of the 10,000 test images' in (ROOT/'nbs/tutorials/05_custom_resnet.ipynb').read_text()
+
 def test_tutorial_of_norms_shows_the_records():
     shown = tables(ROOT/'nbs/tutorials/03_which_norm.ipynb')
     found = paired_differences(records(), 'norm')[['model', 'a', 'b', 'n', 'difference', 'low', 'high', 'p_holm']]

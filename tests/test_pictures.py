@@ -1,5 +1,5 @@
 "A notebook shows each picture once."
-import collections, json
+import base64, collections, json
 from pathlib import Path
 
 import nbformat
@@ -36,19 +36,22 @@ def committed():
         for c in json.loads(path.read_text(encoding='utf-8'))['cells']:
             if c['cell_type'] == 'code': yield f'{path.relative_to(ROOT)} {c["id"]}', c
 
-def without_picture(cells):
-    "Cells that describe a picture and show none"
-    return [place for place, c in cells if 'fig-alt:' in ''.join(c['source']) and not pictures(c)]
+def width(picture): return int.from_bytes(base64.b64decode(picture)[16:20], 'big') # in pixels
 
-def shown_twice(cells):
-    "Cells that show one picture more than once"
-    return [place for place, c in cells if max(collections.Counter(pictures(c)).values(), default=0) > 1]
+def faults(cell):
+    "What is wrong with the pictures of a cell: shown twice, described and not shown, or wider than 9 inches"
+    shown, described = pictures(cell), 'fig-alt:' in ''.join(cell['source'])
+    most = max(collections.Counter(shown).values(), default=0)
+    return [*['not once'] * (most > 1 or described and len(shown) != 1),
+            *['wide'] * any(width(p) > 930 for p in shown)] # at 100 dots an inch, with what matplotlib puts around
 
 def test_notebooks_show_their_pictures_once():
-    cells = list(committed())
-    assert without_picture(cells) == [] and shown_twice(cells) == []
+    assert [(place, *found) for place, c in committed() if (found := faults(c))] == []
 
-@pytest.mark.parametrize('shown,missing,twice', [([], ['a'], []), (['x'], [], []), (['x', 'y'], [], []), (['x', 'x'], [], ['a'])])
-def test_a_missing_and_a_doubled_picture_are_noticed(shown, missing, twice):
-    cell = dict(source=['#| fig-alt: "..."\n', 'plot()'], outputs=[dict(data={'image/png': p}) for p in shown])
-    assert (without_picture([('a', cell)]), shown_twice([('a', cell)])) == (missing, twice)
+@pytest.mark.parametrize('described,widths,wrong', [
+    (True, [], ['not once']), (True, [900], []), (True, [900, 600], ['not once']), (False, [], []),
+    (False, [900, 600], []), (False, [900, 900], ['not once']), (False, [1019], ['wide'])])
+def test_a_missing_a_doubled_and_a_wide_picture_are_noticed(described, widths, wrong):
+    def picture(w): return base64.b64encode(bytes(16) + w.to_bytes(4, 'big')).decode()
+    outputs = [dict(data={'image/png': picture(w)}) for w in widths]
+    assert faults(dict(source=['#| fig-alt: "..."\n'] * described + ['plot()'], outputs=outputs)) == wrong
